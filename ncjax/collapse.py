@@ -1,0 +1,278 @@
+"""NC1-NC4 and quasi-interpolation from features, labels, outputs and head: pure arrays, float32-safe, vmappable.
+
+Two passes over batches, so that no N x p feature matrix is ever held:
+
+    sums = add up `class_sums(...)` over batches;       means = class_means(sums)
+    scatter = add up `class_scatter(..., means, ...)`;  metrics = measure(means, scatter, head)
+
+Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G], Sigma_W = mean
+(h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head. Class means are stored as rows, (C, p). The second
+pass centres before it squares: E[h^2] - mu^2 in float32 can come out negative. What is small, (C, p) at most, is summed
+and factored in float64 whatever the features' type. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani &
+Banburski (ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ncjax.linalg import row_space
+
+
+class ClassSums(NamedTuple):
+    """First pass. Sums over examples: adding two batches' sums gives the sums of both."""
+
+    count: Float[Array, " C"]
+    features: Float[Array, "C p"]
+    outputs: Float[Array, "C C"]
+
+
+class ClassMeans(NamedTuple):
+    """mu_c in row c of `features`; the mean outputs of class c in row c of `outputs`."""
+
+    features: Float[Array, "C p"]
+    outputs: Float[Array, "C C"]
+
+
+class Scatter(NamedTuple):
+    """Second pass, about the class means. Sums over examples.
+
+    Attributes:
+      count: examples of each class.
+      within: ||h - mu_c||^2 of each class.
+      along_means: (u_j^T (h - mu_c))^2 for each left singular vector u_j of Mdot.
+      in_row_space: ||P_W (h - mu_c)||^2, P_W the projector on the row space of W.
+      outputs: ||f - fbar_c||^2.
+      disagreements: examples whose largest output is not at the nearest class mean.
+    """
+
+    count: Float[Array, " C"]
+    within: Float[Array, " C"]
+    along_means: Float[Array, " C"]
+    in_row_space: Float[Array, ""]
+    outputs: Float[Array, ""]
+    disagreements: Float[Array, ""]
+
+
+class Frame(NamedTuple):
+    """Row space of a (C, p) matrix. Rows of `basis` beyond `rank` are zero.
+
+    Attributes:
+      basis: orthonormal rows, in the type of the features.
+      singular_values: descending, zero beyond `rank`, float64.
+      rank: how many count as nonzero.
+    """
+
+    basis: Float[Array, "C p"]
+    singular_values: Float[Array, " C"]
+    rank: Int[Array, ""]
+
+
+def class_sums(
+    features: Float[Array, "B p"], outputs: Float[Array, "B C"], labels: Int[Array, " B"]
+) -> ClassSums:
+    """First pass over one batch. A label outside [0, C) leaves its example out (padding is -1)."""
+    one_hot = jax.nn.one_hot(labels, outputs.shape[1], dtype=features.dtype)
+    return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ outputs)
+
+
+def class_means(sums: ClassSums) -> ClassMeans:
+    return ClassMeans(sums.features / sums.count[:, None], sums.outputs / sums.count[:, None])
+
+
+def class_scatter(
+    features: Float[Array, "B p"],
+    outputs: Float[Array, "B C"],
+    labels: Int[Array, " B"],
+    means: ClassMeans,
+    frame_means: Frame,
+    frame_head: Frame,
+) -> Scatter:
+    """Second pass over one batch; labels as in `class_sums`."""
+    num_classes = outputs.shape[1]
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
+    valid = one_hot.sum(1)
+    deviation = (features - means.features[labels]) * valid[:, None]
+    output_deviation = (outputs - means.outputs[labels]) * valid[:, None]
+    # One matmul, 3C wide, for all three projections.
+    centred = centred_means(means.features)
+    along = deviation @ jnp.concatenate([frame_means.basis, frame_head.basis, centred]).T
+    along_means, along_head, along_centred = jnp.split(along, [num_classes, 2 * num_classes], axis=1)
+    # argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2, and h - mu_G is the deviation
+    # plus the centred mean of h's class: a common offset costs no digits.
+    gram = _gram(centred)
+    nearness = along_centred + gram[labels] - jnp.diagonal(gram) / 2
+    return Scatter(
+        count=one_hot.sum(0),
+        within=one_hot.T @ jnp.sum(deviation**2, axis=1),
+        along_means=jnp.sum(along_means**2, axis=0),
+        in_row_space=jnp.sum(along_head**2),
+        outputs=jnp.sum(output_deviation**2),
+        disagreements=jnp.sum(valid * (jnp.argmax(outputs, axis=1) != jnp.argmax(nearness, axis=1))),
+    )
+
+
+def _float64(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(array.astype(jnp.float64) for array in arrays)
+
+
+def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
+    """Mdot^T: row c is mu_c - mu_G. Call it in float64: the rows are differences of near numbers."""
+    return means - means.mean(0)
+
+
+def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Frame, ...]:
+    """Spans of several sets of centred means, with the singular values of Mdot/sqrt(C), then the row space of W.
+
+    Of the means, singular values above 1e-5 (float32 features) or 1e-12 (float64) of the largest are kept, and at most
+    min(C - 1, p); of the head, those above max(C, p) eps of the largest, eps of its own type.
+    """
+    num_classes, dim = head.shape
+    dtype = head.dtype
+    tolerances = [1e-12 if dtype == jnp.float64 else 1e-5] * len(means) + [max(head.shape) * jnp.finfo(dtype).eps]
+    ranks = [min(num_classes - 1, dim)] * len(means) + [min(head.shape)]
+    with jax.enable_x64(True):
+        centred = [centred_means(m.features.astype(jnp.float64)) / jnp.sqrt(num_classes) for m in means]
+        # One call for all: the decomposition is many small steps, each as cheap for three matrices as for one.
+        singular_values, basis = jax.vmap(row_space)(jnp.stack([*centred, head.astype(jnp.float64)]))
+        kept = singular_values > jnp.asarray(tolerances)[:, None] * singular_values[:, :1]
+        kept &= jnp.arange(num_classes) < jnp.asarray(ranks)[:, None]
+        fields = (basis * kept[..., None]).astype(dtype), singular_values * kept, kept.sum(1)
+    return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
+
+
+def nc1(along_means: Float[Array, " C"], frame: Frame, num_classes: int) -> Float[Array, ""]:
+    """tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2, s_j the singular values of Mdot/sqrt(C).
+
+    `along_means` holds u_j^T Sigma_W u_j. NaN where the centred means vanish (rank 0).
+    """
+    kept = frame.singular_values > 0
+    ratios = jnp.where(kept, along_means / jnp.where(kept, frame.singular_values, 1) ** 2, 0)
+    return jnp.where(frame.rank > 0, ratios.sum() / num_classes, jnp.nan)
+
+
+def cdnv(variances: Float[Array, " C"], means: Float[Array, "C p"]) -> Float[Array, ""]:
+    """Class-distance normalized variance: mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)."""
+    gram = _gram(means)
+    square_norms = jnp.diagonal(gram)
+    distances = square_norms[:, None] + square_norms[None, :] - 2 * gram
+    return _mean_over_pairs((variances[:, None] + variances[None, :]) / (2 * distances))
+
+
+def _gram(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
+    return rows @ rows.T
+
+
+def _off_diagonal(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
+    """The matrix with its diagonal 0 (a where, so that an infinite or NaN diagonal leaves no trace)."""
+    return jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)
+
+
+def _mean_over_pairs(matrix: Float[Array, "C C"]) -> Float[Array, ""]:
+    return _off_diagonal(matrix).sum() / (len(matrix) * (len(matrix) - 1))
+
+
+def cosines(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
+    norms = jnp.linalg.norm(rows, axis=1)
+    return _gram(rows) / (norms[:, None] * norms[None, :])
+
+
+def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
+    """NC2: population standard deviation over mean of the rows' norms; 0 when all are equally long."""
+    norms = jnp.linalg.norm(rows, axis=1)
+    return norms.std() / norms.mean()
+
+
+def equiangularity(rows: Float[Array, "C p"]) -> Float[Array, ""]:
+    """NC2: mean over pairs of |cos + 1/(C-1)|; 0 at the simplex ETF's angles."""
+    return _mean_over_pairs(jnp.abs(cosines(rows) + 1 / (len(rows) - 1)))
+
+
+def cosine_std(rows: Float[Array, "C p"]) -> Float[Array, ""]:
+    """Population standard deviation over pairs of cos; 0 when all angles are equal, whatever they are."""
+    cos = cosines(rows)
+    return jnp.sqrt(_mean_over_pairs((cos - _mean_over_pairs(cos)) ** 2))
+
+
+def etf_error(centred: Float[Array, "C p"]) -> Float[Array, ""]:
+    """||K/||K||_F - (I - J/C)/sqrt(C-1)||_F with K = Mdot^T Mdot: distance to a simplex ETF up to scale and rotation."""
+    num_classes = len(centred)
+    gram = _gram(centred)
+    simplex = (jnp.eye(num_classes) - 1 / num_classes) / jnp.sqrt(num_classes - 1)
+    return jnp.linalg.norm(gram / jnp.linalg.norm(gram) - simplex)
+
+
+def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Float[Array, ""]:
+    """NC3: ||W/||W||_F - Mdot^T/||Mdot||_F||_F^2, in [0, 4]; 0 when the head is the centred means up to scale."""
+    return jnp.sum((head / jnp.linalg.norm(head) - centred / jnp.linalg.norm(centred)) ** 2)
+
+
+class Residuals(NamedTuple):
+    """Class-mean residuals of one-hot targets and their symmetric part: Rbar = t (I - J/C) + q J/C + E.
+
+    Attributes:
+      mean: Rbar (C, C); column c is the mean residual y - f of class c.
+      epsilon: tr(Rbar)/C, so f^{(c)} = 1 - epsilon on average.
+      delta: minus the mean off-diagonal entry, so f^{(c')} = delta on average.
+      asymmetry: E, Frobenius-orthogonal to the symmetric part.
+    """
+
+    mean: Float[Array, "C C"]
+    epsilon: Float[Array, ""]
+    delta: Float[Array, ""]
+    asymmetry: Float[Array, "C C"]
+
+
+def residuals(mean_outputs: Float[Array, "C C"]) -> Residuals:
+    """From `ClassMeans.outputs`. t = epsilon + delta and q = epsilon - (C-1) delta in `Residuals`."""
+    num_classes = len(mean_outputs)
+    identity = jnp.eye(num_classes, dtype=mean_outputs.dtype)
+    mean = identity - mean_outputs.T
+    epsilon, delta = jnp.trace(mean) / num_classes, -_mean_over_pairs(mean)
+    # t (I - J/C) + q J/C has diagonal epsilon and off-diagonal entries -delta.
+    return Residuals(mean, epsilon, delta, mean - (epsilon + delta) * identity + delta)
+
+
+def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
+    """Geometry of the head alone, float64."""
+    with jax.enable_x64(True):
+        (rows,) = _float64(head)
+        return {
+            "nc2_equinorm_head": equinorm(rows),
+            "nc2_equiangular_head": equiangularity(rows),
+            "nc2_cosine_std_head": cosine_std(rows),
+        }
+
+
+def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]) -> dict[str, Array]:
+    """Every measurement on one split, as float64 scalars (`class_mean_cosine` is (C, C)); `frame` spans the means."""
+    with jax.enable_x64(True):
+        mu, mean_outputs, rows = _float64(means.features, means.outputs, head)
+        scatter = Scatter(*_float64(*scatter))
+        total = scatter.count.sum()
+        centred = centred_means(mu)
+        trace_within = scatter.within.sum() / total
+        residual = residuals(mean_outputs)
+        num_classes = len(mu)
+        return {
+            "nc1": nc1(scatter.along_means / total, frame, num_classes),
+            "nc1_rank": frame.rank.astype(jnp.float64),
+            "nc1_trace_ratio": trace_within / (jnp.sum(centred**2) / num_classes),
+            "nc1_row_space": scatter.in_row_space / total / trace_within,
+            "cdnv": cdnv(scatter.within / scatter.count, centred),
+            "nc2_equinorm_means": equinorm(centred),
+            "nc2_equiangular_means": equiangularity(centred),
+            "nc2_cosine_std_means": cosine_std(centred),
+            "etf_error": etf_error(centred),
+            "nc3": self_duality(rows, centred),
+            "nc3_centered": self_duality(rows - rows.mean(0), centred),
+            "nc4": scatter.disagreements / total,
+            "epsilon": residual.epsilon,
+            "delta": residual.delta,
+            "sqi_gap": jnp.abs(residual.delta - residual.epsilon / (num_classes - 1)),
+            "output_spread": jnp.sqrt(scatter.outputs / total / num_classes),
+            "output_asymmetry": jnp.linalg.norm(residual.asymmetry) / num_classes,
+            "class_mean_cosine": cosines(centred),
+        }

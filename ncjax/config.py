@@ -1,0 +1,219 @@
+"""The schema of a run: every field with its default, its meaning and what it must satisfy; and the grid of runs."""
+
+import itertools
+import json
+import math
+import numbers
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import config_dict
+
+from ncjax.errors import InputError
+
+
+class Field(NamedTuple):
+    default: object
+    meaning: str
+    must: str
+    holds: Callable[[object], bool]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(default: int, meaning: str, least: int) -> Field:
+    return Field(default, meaning, f"must be an integer >= {least}", lambda v: _is_integer(v) and v >= least)
+
+
+def _choice(default: str, meaning: str, *others: str) -> Field:
+    choices = (default, *others)
+    return Field(default, meaning, f"must be one of {', '.join(choices)}", lambda v: v in choices)
+
+
+def _each(default: tuple, meaning: str, must: str, holds: Callable[[object], bool], empty: bool = False) -> Field:
+    """A tuple whose elements are checked one by one (ml_collections does not check them)."""
+    least = "zero or more" if empty else "one or more"
+    return Field(
+        default, meaning, f"must be {least} {must}", lambda v: (empty or len(v) > 0) and all(holds(x) for x in v)
+    )
+
+
+_POSITIVE = ("finite numbers > 0", lambda v: _is_finite(v) and v > 0)
+_NON_NEGATIVE = ("finite numbers >= 0", lambda v: _is_finite(v) and v >= 0)
+_EPOCHS = ("integers >= 0", lambda v: _is_integer(v) and v >= 0)
+_WIDTHS = ("integers >= 1", lambda v: _is_integer(v) and v >= 1)
+_SEEDS = ("integers in [0, 2**31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
+_MOMENTA = ("numbers in [0, 1)", lambda v: _is_finite(v) and 0 <= v < 1)
+
+SCHEMA: dict[str, Field] = {
+    "data.name": Field(
+        "digits",
+        "digits (embedded), synthetic, identity, or any prepared TFDS image-classification set",
+        "must be the name of a data set",
+        lambda v: isinstance(v, str) and v != "",
+    ),
+    "data.dir": Field(
+        "",
+        "where TFDS data sets lie (default: $TFDS_DATA_DIR, then ~/tensorflow_datasets)",
+        "must be a path",
+        lambda v: isinstance(v, str),
+    ),
+    "data.per_class": _integer(0, "training examples per class (0: the most that keeps classes balanced)", 0),
+    "data.num_classes": _integer(0, "classes of synthetic and identity (0: 10); of other sets the set decides", 0),
+    "data.input_scale": Field(
+        2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]
+    ),
+    "data.standardize": Field(
+        False,
+        "instead: every channel to mean 0 and variance 1",
+        "must be True or False",
+        lambda v: isinstance(v, bool),
+    ),
+    "model.kind": _choice("mlp", "architecture"),
+    "model.widths": _each((128, 128, 128), "width of each hidden layer", *_WIDTHS),
+    "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
+    "model.head_bias": _choice("none", "bias of the head; free: trained but not decayed", "free", "decayed"),
+    "train.epochs": _integer(300, "passes over the training split", 1),
+    "train.batch_size": _integer(64, "examples per step (0: full batch)", 0),
+    "train.schedule": _choice("cosine", "learning rate over the run; step: x0.1 at 1/3 and 2/3", "constant", "step"),
+    "train.precision": _choice("float32", "arithmetic of training and measurement", "float64"),
+    "sweep.weight_decay": _each((1e-3,), "lambda, in the units of `units`", *_NON_NEGATIVE),
+    "sweep.learning_rate": _each((0.1,), "initial learning rate, in the units of `units`", *_POSITIVE),
+    "sweep.momentum": _each((0.9,), "momentum of SGD", *_MOMENTA),
+    "sweep.init_scale": _each((1.0,), "factor on the He initialization of every weight", *_POSITIVE),
+    "sweep.seed": _each((0,), "initialization and order of batches", *_SEEDS),
+    "units": _choice("ours", "torch: lambda = wd C/2 and lr = 2 lr/C, as for PyTorch's MSELoss", "torch"),
+    "log.epochs": _each((), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True),
+    "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
+    "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
+}
+
+# Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing axis.
+SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Returns a locked ConfigDict with every field of `SCHEMA` at its default."""
+    # Not type-safe: a scalar must be accepted where a tuple stands, and `validate` names the field better.
+    nested: dict = {}
+    for name, field in SCHEMA.items():
+        section, _, leaf = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = field.default
+    return config_dict.ConfigDict(nested, type_safe=False).lock()
+
+
+def describe_fields() -> str:
+    """One line per field, for `--help`."""
+    return "\n".join(f"  --config.{name}={_shown(field.default)}\n      {field.meaning}" for name, field in SCHEMA.items())
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def validate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
+    flat = _flatten(config)
+    for name in flat.keys() - SCHEMA.keys():
+        raise InputError(f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them")
+    config = config.copy_and_resolve_references()
+    for name, field in SCHEMA.items():
+        if name not in flat:
+            raise InputError(f"config.{name}", "nothing", "start from ncjax.config.default_config()")
+        value = flat[name]
+        if isinstance(field.default, tuple):
+            value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if not field.holds(value):
+            raise InputError(f"config.{name}", value, field.must)
+        if isinstance(field.default, float):
+            value = float(value)
+        config.update_from_flattened_dict({name: value})
+    for name in SWEPT:
+        values = config.sweep[name]
+        repeated = [v for i, v in enumerate(values) if v in values[:i]]
+        if repeated:
+            raise InputError(f"config.sweep.{name}", repeated[0], "each value may stand once; remove the repetition")
+    late = [epoch for epoch in config.log.epochs if epoch > config.train.epochs]
+    if late:
+        raise InputError("config.log.epochs", late[0], f"must be at most config.train.epochs = {config.train.epochs}")
+    return config
+
+
+def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, config_dict.ConfigDict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(config: config_dict.ConfigDict, other: dict) -> list[str]:
+    """Lines `field: this value, other value` where `config` and a parsed config.json disagree."""
+    mine, theirs = _flatten(from_json(to_json(config))), _flatten(config_dict.ConfigDict(other))
+    fields = sorted(mine.keys() | theirs.keys())
+    return [
+        f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
+        for name in fields
+        if mine.get(name) != theirs.get(name)
+    ]
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(json.loads(text))
+
+
+def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:
+    """At most `most` epochs from 0 to `epochs`, log-spaced between 1 and `epochs`."""
+    points = {round(epochs ** (i / (most - 2))) for i in range(most - 1)}
+    return tuple(sorted({0, epochs} | points))
+
+
+class Grid(NamedTuple):
+    """The product of all swept axes. Run r of R is `np.unravel_index(r, shape)`, the last axis (seed) fastest.
+
+    Attributes:
+      axes: values per name in `SWEPT`, in our units.
+      dims: the axes that become dimensions of every output: weight_decay, seed, and whatever else has several values.
+    """
+
+    axes: dict[str, tuple]
+    dims: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(self.axes[name]) for name in self.dims)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def columns(self) -> dict[str, list]:
+        """Value per run, (R,) each, of every name in `SWEPT`."""
+        rows = list(itertools.product(*(self.axes[name] for name in SWEPT)))
+        return {name: [row[i] for row in rows] for i, name in enumerate(SWEPT)}
+
+
+def make_grid(config: config_dict.ConfigDict, num_classes: int) -> Grid:
+    """The grid of a validated config, in our units.
+
+    PyTorch's `MSELoss` also averages over the C outputs, so its gradient is 2/C of ours: the same trajectory needs
+    lambda = wd C/2 and lr = 2 lr/C (momentum unchanged).
+    """
+    axes = {name: tuple(config.sweep[name]) for name in SWEPT}
+    if config.units == "torch":
+        axes["weight_decay"] = tuple(wd * num_classes / 2 for wd in axes["weight_decay"])
+        axes["learning_rate"] = tuple(2 * lr / num_classes for lr in axes["learning_rate"])
+    dims = tuple(name for name in SWEPT if name in ("weight_decay", "seed") or len(axes[name]) > 1)
+    return Grid(axes, dims)

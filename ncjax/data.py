@@ -1,0 +1,280 @@
+"""A named data set as balanced arrays: embedded digits, any prepared TFDS image set, synthetic and identity.
+
+No JAX here: a wrong name or size must be reported at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ncjax.errors import InputError
+
+_DECODE_CHUNK = 1024
+_SYNTHETIC_DIM = 32
+
+
+class Split(NamedTuple):
+    """M examples, class after class: images (M, ...) uint8 or float32, labels (M,) int32 in [0, C)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """Balanced splits and the statistics of the training split that normalize both.
+
+    The network's input is `(images - center) * scale`. center: the shape of one image; scale: a number or one per
+    channel; both float64.
+    """
+
+    train: Split
+    test: Split
+    center: np.ndarray
+    scale: np.ndarray
+    label_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+
+class _Raw(NamedTuple):
+    train: Split
+    test: Split
+    label_names: tuple[str, ...]
+
+
+def load(
+    name: str,
+    *,
+    directory: str = "",
+    per_class: int = 0,
+    num_classes: int = 0,
+    input_scale: float = 2.0,
+    standardize: bool = False,
+) -> Dataset:
+    """Loads, balances and measures a data set. Deterministic: the same arguments give the same arrays.
+
+    Args:
+      name: `digits`, `synthetic`, `identity` or a TFDS name (`mnist`, `emnist/letters`, `mnist:3.0.1`).
+      directory: where TFDS data sets lie; default `$TFDS_DATA_DIR`, then `~/tensorflow_datasets`.
+      per_class: training examples per class, the first ones in the set's order; 0: the size of the smallest class.
+        The test split shrinks by the same factor, so that measuring it stays cheap beside the training split.
+      num_classes: classes of `synthetic` and `identity`; 0: ten.
+      input_scale: mean norm of a training input after centring each pixel.
+      standardize: give each channel (last axis) mean 0 and variance 1 instead.
+
+    Raises:
+      InputError: unknown or unprepared data set, per_class beyond the smallest class, num_classes where the set decides.
+    """
+    if name in ("synthetic", "identity"):
+        make = _synthetic if name == "synthetic" else _identity
+        raw = make(num_classes or 10, per_class)
+    else:
+        if num_classes:
+            raise InputError("config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes")
+        raw = _digits() if name == "digits" else _tfds(name, directory)
+    train, test = _balance(raw, per_class)
+    if name == "identity":
+        center, scale = np.zeros(train.images.shape[1:]), np.float64(1)
+    else:
+        center, scale = _statistics(train.images, input_scale, standardize)
+    return Dataset(train, test, center, np.asarray(scale), raw.label_names)
+
+
+def _digits() -> _Raw:
+    """scikit-learn's 1,797 scans of 8x8 pixels; every sixth of each class is test."""
+    from sklearn.datasets import load_digits  # slow to import
+
+    bunch = load_digits()
+    split = Split(bunch.images[..., None].astype(np.uint8), bunch.target.astype(np.int32))
+    return _Raw(*_hold_out(split), label_names=tuple(map(str, bunch.target_names)))
+
+
+def _hold_out(split: Split) -> tuple[Split, Split]:
+    """Every sixth example of each class, in the set's order, becomes the test split."""
+    is_test = np.zeros(len(split.labels), bool)
+    for label in np.unique(split.labels):
+        is_test[np.flatnonzero(split.labels == label)[5::6]] = True
+    return Split(*(a[~is_test] for a in split)), Split(*(a[is_test] for a in split))
+
+
+def _synthetic(num_classes: int, per_class: int) -> _Raw:
+    """Gaussian classes: x = mu_c + z with mu_c and z standard normal in R^32; train and test drawn alike."""
+    per_class = per_class or 100
+    rng = np.random.default_rng(0)
+    means = rng.standard_normal((num_classes, _SYNTHETIC_DIM))
+    labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
+    draws = rng.standard_normal((2, len(labels), _SYNTHETIC_DIM))
+    train, test = (Split((means[labels] + z).astype(np.float32), labels) for z in draws)
+    return _Raw(train, test, tuple(map(str, range(num_classes))))
+
+
+def _identity(num_classes: int, per_class: int) -> _Raw:
+    """x_n = e_n in R^{NC}, five per class by default: the first layer is then a free feature per example."""
+    per_class = per_class or 5
+    labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
+    split = Split(np.eye(len(labels), dtype=np.float32), labels)
+    return _Raw(split, split, tuple(map(str, range(num_classes))))
+
+
+def _balance(raw: _Raw, per_class: int) -> tuple[Split, Split]:
+    counts = np.bincount(raw.train.labels, minlength=len(raw.label_names))
+    available = int(counts.min())
+    if per_class > available:
+        raise InputError("config.data.per_class", per_class, f"the smallest class has {available} training examples")
+    test_available = int(np.bincount(raw.test.labels, minlength=len(raw.label_names)).min())
+    if not test_available:
+        raise InputError("config.data.name", "a test split without some class", "choose a set whose test split has all")
+    per_class = per_class or available
+    test_per_class = max(1, round(test_available * per_class / available))
+    return _first_of_each_class(raw.train, per_class), _first_of_each_class(raw.test, test_per_class)
+
+
+def _first_of_each_class(split: Split, per_class: int) -> Split:
+    # A stable sort keeps the set's order within each class.
+    by_class = np.argsort(split.labels, kind="stable")
+    starts = np.searchsorted(split.labels[by_class], np.arange(split.labels.max() + 1))
+    chosen = by_class[(starts[:, None] + np.arange(per_class)).ravel()]
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """center and scale of `Dataset`, in float64 and in chunks (CIFAR-10 in float64 is 1.2 GB)."""
+    chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
+    pixel_mean = sum(chunk.sum(0, dtype=np.float64) for chunk in chunks) / len(images)
+    if standardize:
+        axes = tuple(range(images.ndim - 1)) if images.ndim > 2 else (0,)
+        center = np.broadcast_to(pixel_mean.mean(tuple(range(pixel_mean.ndim - 1))), pixel_mean.shape)
+        squares = sum(((chunk - center) ** 2).sum(axes) for chunk in chunks)
+        spread = np.sqrt(squares / (images.size / images.shape[-1]))
+        return np.array(center), 1 / np.where(spread > 0, spread, 1)
+    norms = sum(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum() for chunk in chunks)
+    return pixel_mean, np.float64(input_scale * len(images) / norms)
+
+
+def _tfds(name: str, directory: str) -> _Raw:
+    root = Path(directory or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets").expanduser()
+    home = _prepared(name, root)
+    identity = hashlib.sha256(f"{home.resolve()}".encode() + (home / "dataset_info.json").read_bytes())
+    folder = _cache_root() / f"{name.replace('/', '-').replace(':', '-')}-{identity.hexdigest()[:12]}"
+    raw = _cached(folder, lambda: _decode(name, home))
+    return _only_present_classes(raw)
+
+
+def _prepared(name: str, root: Path) -> Path:
+    """The newest prepared version of a data set, or the one line that says how to prepare it."""
+    path, _, version = name.partition(":")
+    pattern = f"{version or '*'}/dataset_info.json"
+    homes = [info.parent for info in (root / path).glob(pattern)] if _is_plain(path) else []
+    by_version = {home: tuple(int(part) for part in home.name.split(".") if part.isdigit()) for home in homes}
+    if not homes:
+        prepare = (
+            f"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r}, "
+            f"file_format='array_record').download_and_prepare()"
+        )
+        raise InputError(
+            "config.data.name",
+            name,
+            "it is none of digits, synthetic, identity, and no prepared TFDS set is at "
+            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where there is a network, "
+            f'prepare it with: pip install -e ".[prepare]" && python -c "{prepare}"',
+        )
+    return max(homes, key=by_version.__getitem__)
+
+
+def _is_plain(path: str) -> bool:
+    return all(part.isidentifier() or part.replace("-", "_").replace(".", "_").isalnum() for part in path.split("/"))
+
+
+def _decode(name: str, home: Path) -> _Raw:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(home))
+    keys = builder.info.supervised_keys
+    features = builder.info.features
+    if not keys or not isinstance(features[keys[0]], tfds.features.Image):
+        raise InputError("config.data.name", name, "it is no image-classification set (no image and label pair)")
+    if not isinstance(features[keys[1]], tfds.features.ClassLabel):
+        raise InputError("config.data.name", name, "its targets are no class labels")
+    if builder.info.file_format.value != "array_record":
+        raise InputError("config.data.name", name, f"{home} is not array_record; prepare it with file_format=array_record")
+
+    def read(split: str) -> Split:
+        source = builder.as_data_source(split=split)
+        images, labels = [], []
+        for start in range(0, len(source), _DECODE_CHUNK):
+            examples = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
+            images.extend(example[keys[0]] for example in examples)
+            labels.extend(example[keys[1]] for example in examples)
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1:
+            raise InputError("config.data.name", name, f"its images differ in shape ({sorted(shapes)[:3]}, ...)")
+        return Split(np.stack(images), np.asarray(labels, np.int32))
+
+    splits = builder.info.splits
+    held_out = next((split for split in ("test", "validation") if split in splits), None)
+    train = read("train")
+    train, test = (train, read(held_out)) if held_out else _hold_out(train)
+    return _Raw(train, test, tuple(features[keys[1]].names))
+
+
+def _only_present_classes(raw: _Raw) -> _Raw:
+    """Drops declared classes without a training example (emnist/letters declares 37 and has 26)."""
+    present = np.unique(raw.train.labels)
+    renumber = np.full(len(raw.label_names), -1, np.int32)
+    renumber[present] = np.arange(len(present), dtype=np.int32)
+
+    def keep(split: Split) -> Split:
+        labels = renumber[split.labels]
+        return Split(split.images[labels >= 0], labels[labels >= 0])
+
+    return _Raw(keep(raw.train), keep(raw.test), tuple(raw.label_names[i] for i in present))
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ncjax" / "data"
+
+
+def _cached(folder: Path, make: Callable[[], _Raw]) -> _Raw:
+    """Decodes once. The folder appears whole or not at all; where none can be written, each run decodes anew."""
+    try:
+        return _read(folder)
+    except (OSError, ValueError):
+        raw = make()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    except OSError:
+        return raw
+    try:
+        _write(scratch, raw)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError:  # disk full, or another process was first
+        shutil.rmtree(scratch, ignore_errors=True)
+    return raw
+
+
+_SPLITS = ("train", "test")
+
+
+def _write(folder: Path, raw: _Raw) -> None:
+    for split in _SPLITS:
+        for part, array in getattr(raw, split)._asdict().items():
+            np.save(folder / f"{split}_{part}.npy", array)
+    (folder / "label_names.json").write_text(json.dumps(raw.label_names))
+
+
+def _read(folder: Path) -> _Raw:
+    splits = [
+        Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in Split._fields)) for split in _SPLITS
+    ]
+    return _Raw(*splits, label_names=tuple(json.loads((folder / "label_names.json").read_text())))

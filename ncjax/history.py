@@ -1,0 +1,118 @@
+"""Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch, split and layer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from ncjax.config import Grid
+from ncjax.errors import InputError
+from ncjax.files import write_atomically
+
+
+class Variable(NamedTuple):
+    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times have no unit."""
+
+    dims: tuple[str, ...]
+    definition: str
+
+
+_SPLIT, _LAYER = ("split",), ("layer",)
+
+VOCABULARY: dict[str, Variable] = {
+    "finite": Variable((), "1 while parameters and training loss are finite; all else is NaN where it is 0"),
+    "loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2 + lambda/2 sum_k ||W_k||_F^2"),
+    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2"),
+    "accuracy": Variable(_SPLIT, "share of examples whose largest output is their class's"),
+    "flow_time": Variable((), "t = sum over steps of learning rate/(1 - momentum)"),
+    "relaxation_time": Variable((), "2 lambda t: e-folds by which squared layer norms have drawn together"),
+    "nc1": Variable(_SPLIT, "tr(Sigma_W Sigma_B^+)/C"),
+    "nc1_rank": Variable(_SPLIT, "rank of the centred class means"),
+    "nc1_trace_ratio": Variable(_SPLIT, "tr(Sigma_W)/tr(Sigma_B)"),
+    "nc1_row_space": Variable(_SPLIT, "tr(P_W Sigma_W)/tr(Sigma_W), P_W onto the row space of the head"),
+    "cdnv": Variable(_SPLIT, "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)"),
+    "nc2_equinorm_means": Variable(_SPLIT, "std/mean over classes of ||mu_c - mu_G||"),
+    "nc2_equinorm_head": Variable((), "std/mean over classes of ||W_L^c||"),
+    "nc2_equiangular_means": Variable(_SPLIT, "mean over pairs of |cos + 1/(C-1)|, centred class means"),
+    "nc2_equiangular_head": Variable((), "mean over pairs of |cos + 1/(C-1)|, rows of the head"),
+    "nc2_cosine_std_means": Variable(_SPLIT, "std over pairs of cos, centred class means"),
+    "nc2_cosine_std_head": Variable((), "std over pairs of cos, rows of the head"),
+    "etf_error": Variable(_SPLIT, "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means"),
+    "nc3": Variable(_SPLIT, "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2"),
+    "nc3_centered": Variable(_SPLIT, "nc3 with the rows of W_L centred"),
+    "nc4": Variable(_SPLIT, "share of examples whose largest output is not that of the nearest class mean"),
+    "epsilon": Variable(_SPLIT, "1 - mean output of an example's own class"),
+    "delta": Variable(_SPLIT, "mean output of the other classes"),
+    "sqi_gap": Variable(_SPLIT, "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation"),
+    "output_spread": Variable(_SPLIT, "sqrt(mean ||f - fbar_c||^2/C)"),
+    "output_asymmetry": Variable(_SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"),
+    "weight_norm_sq": Variable(_LAYER, "||W_k||_F^2"),
+    "norm_target": Variable((), "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium"),
+    "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||"),
+    "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
+}
+# Measured with the others, but only the newest is kept: C^2 numbers a run.
+COSINES = "class_mean_cosine"
+_COSINES_DEFINITION = "cos between centred class means of the training split, at the last epoch measured"
+
+_TIME_UNIT = {"flow_time": "learning rate x steps", "relaxation_time": "e-folds"}
+
+
+def one_epoch(
+    epoch: int,
+    metrics: dict[str, np.ndarray],
+    *,
+    grid: Grid,
+    layers: tuple[str, ...],
+    label_names: tuple[str, ...],
+    attrs: dict[str, str],
+) -> xr.Dataset:
+    """Labels the measurements of one epoch, each (R, ...) in the order of `grid`."""
+    coords = {
+        **{name: list(grid.axes[name]) for name in grid.dims},
+        "epoch": [epoch],
+        "split": ["train", "test"],
+        "layer": list(layers),
+        "label": list(label_names),
+        "other_label": list(label_names),
+    }
+    variables = {}
+    for name, (dims, definition) in VOCABULARY.items():
+        values = metrics[name].reshape(*grid.shape, 1, *metrics[name].shape[1:])
+        unit = _TIME_UNIT.get(name, "1")
+        variables[name] = ((*grid.dims, "epoch", *dims), values, {"definition": definition, "units": unit})
+    cosines = metrics[COSINES].reshape(*grid.shape, *metrics[COSINES].shape[1:])
+    cosine_attrs = {"definition": _COSINES_DEFINITION, "units": "1"}
+    variables[COSINES] = ((*grid.dims, "label", "other_label"), cosines, cosine_attrs)
+    history = xr.Dataset(variables, coords, attrs)
+    history["weight_decay"].attrs["definition"] = "lambda of the regularized loss, in the project's units"
+    return history
+
+
+def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
+    """`history` with one more epoch; what has no epoch is the newest's."""
+    if history is None:
+        return newest
+    by_epoch = [part.drop_vars(COSINES) for part in (history, newest)]
+    joined = xr.concat(by_epoch, "epoch", data_vars="minimal", coords="minimal", compat="override", join="exact")
+    return joined.assign({COSINES: newest[COSINES]})
+
+
+def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
+    """The epochs up to `epoch` (those after a checkpoint are measured again)."""
+    return history.isel(epoch=np.flatnonzero(history["epoch"].values <= epoch))
+
+
+def save(history: xr.Dataset, path: Path) -> None:
+    write_atomically(path, bytes(history.to_netcdf(engine="scipy")))
+
+
+def load(path: Path) -> xr.Dataset:
+    """Reads a history into memory, or raises InputError naming the file."""
+    try:
+        return xr.load_dataset(path, engine="scipy")
+    except FileNotFoundError as error:
+        raise InputError("history", str(path), "no such file; train first, or name a WORKDIR that holds one") from error
+    except Exception as error:  # scipy reports damaged bytes by many types
+        raise InputError("history", str(path), f"not readable as netCDF ({error})") from error

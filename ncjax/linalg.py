@@ -1,0 +1,56 @@
+"""A small singular value decomposition made of plain array operations.
+
+LAPACK is no choice inside the compiled program: JAX 0.10's batched calls wait for XLA's thread pool from inside that
+pool and deadlock when every device measures at once. On a GPU, cuSOLVER would take matrix after matrix.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+_MOST_SWEEPS = 30  # five to ten suffice up to a hundred rows
+# Convergence is quadratic: a sweep that meets no cosine above this leaves none above its square.
+_NEARLY_ORTHOGONAL = 1e-9
+
+
+def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
+    """Singular values, descending, and right singular vectors as rows, of a float64 matrix with few rows.
+
+    One-sided Jacobi (Hestenes 1958): plane rotations of pairs of rows until all rows are orthogonal; their norms are
+    then the singular values. No Gram matrix is formed, so a singular value keeps its digits down to eps times the
+    largest. Rows that belong to a zero singular value are zero or orthogonal noise at that level.
+
+    In a round, row i of the upper half meets row i of the lower, all pairs at once; then every row but the first moves
+    on by one place, and after rows - 1 rounds each pair has met (Brent & Luk 1985).
+    """
+    rows, columns = matrix.shape
+    half = -(-rows // 2)
+    padded = jnp.concatenate([matrix, jnp.zeros((2 * half - rows, columns), matrix.dtype)])
+    negligible = (rows * jnp.finfo(matrix.dtype).eps) ** 2 * jnp.sum(matrix**2)
+
+    def play_round(state, _):
+        x, y, oblique = state
+        alpha, beta, gamma = jnp.sum(x * x, 1), jnp.sum(y * y, 1), jnp.sum(x * y, 1)
+        meet = jnp.minimum(alpha, beta) > negligible
+        oblique |= jnp.any(meet & (gamma**2 > _NEARLY_ORTHOGONAL**2 * alpha * beta))
+        meet &= gamma != 0
+        zeta = (beta - alpha) / (2 * jnp.where(meet, gamma, 1))
+        tangent = jnp.where(meet, jnp.where(zeta < 0, -1, 1) / (jnp.abs(zeta) + jnp.sqrt(1 + zeta**2)), 0)[:, None]
+        cosine = 1 / jnp.sqrt(1 + tangent**2)
+        x, y = cosine * (x - tangent * y), cosine * (tangent * x + y)
+        if half > 1:
+            x, y = jnp.concatenate([x[:1], y[:1], x[1:-1]]), jnp.concatenate([y[1:], x[-1:]])
+        return (x, y, oblique), None
+
+    def sweep(state):
+        x, y, _, count = state
+        (x, y, oblique), _ = lax.scan(play_round, (x, y, jnp.bool(False)), length=2 * half - 1)
+        return x, y, oblique, count + 1
+
+    start = (padded[:half], padded[half:], jnp.bool(True), 0)
+    x, y, _, _ = lax.while_loop(lambda state: state[2] & (state[3] < _MOST_SWEEPS), sweep, start)
+    orthogonal = jnp.concatenate([x, y])
+    norms = jnp.sqrt(jnp.sum(orthogonal**2, axis=1))
+    descending = jnp.argsort(-norms)[:rows]
+    norms = norms[descending]
+    return norms, orthogonal[descending] / jnp.where(norms > 0, norms, 1)[:, None]
