@@ -24,7 +24,7 @@ from ncjax.linalg import row_space
 class ClassSums(NamedTuple):
     """First pass. Sums over examples: adding two batches' sums gives the sums of both."""
 
-    count: Float[Array, " C"]
+    examples: Float[Array, " C"]
     features: Float[Array, "C p"]
     outputs: Float[Array, "C C"]
 
@@ -40,7 +40,7 @@ class Scatter(NamedTuple):
     """Second pass, about the class means. Sums over examples.
 
     Attributes:
-      count: examples of each class.
+      examples: how many of each class.
       within: ||h - mu_c||^2 of each class.
       along_means: (u_j^T (h - mu_c))^2 for each left singular vector u_j of Mdot.
       in_row_space: ||P_W (h - mu_c)||^2, P_W the projector on the row space of W.
@@ -48,7 +48,7 @@ class Scatter(NamedTuple):
       disagreements: examples whose largest output is not at the nearest class mean.
     """
 
-    count: Float[Array, " C"]
+    examples: Float[Array, " C"]
     within: Float[Array, " C"]
     along_means: Float[Array, " C"]
     in_row_space: Float[Array, ""]
@@ -70,16 +70,14 @@ class Frame(NamedTuple):
     rank: Int[Array, ""]
 
 
-def class_sums(
-    features: Float[Array, "B p"], outputs: Float[Array, "B C"], labels: Int[Array, " B"]
-) -> ClassSums:
+def class_sums(features: Float[Array, "B p"], outputs: Float[Array, "B C"], labels: Int[Array, " B"]) -> ClassSums:
     """First pass over one batch. A label outside [0, C) leaves its example out (padding is -1)."""
     one_hot = jax.nn.one_hot(labels, outputs.shape[1], dtype=features.dtype)
     return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ outputs)
 
 
 def class_means(sums: ClassSums) -> ClassMeans:
-    return ClassMeans(sums.features / sums.count[:, None], sums.outputs / sums.count[:, None])
+    return ClassMeans(sums.features / sums.examples[:, None], sums.outputs / sums.examples[:, None])
 
 
 def class_scatter(
@@ -103,9 +101,9 @@ def class_scatter(
     # argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2, and h - mu_G is the deviation
     # plus the centred mean of h's class: a common offset costs no digits.
     gram = _gram(centred)
-    nearness = along_centred + gram[labels] - jnp.diagonal(gram) / 2
+    nearness = along_centred + gram[labels] - jnp.diagonal(gram)[None] / 2
     return Scatter(
-        count=one_hot.sum(0),
+        examples=one_hot.sum(0),
         within=one_hot.T @ jnp.sum(deviation**2, axis=1),
         along_means=jnp.sum(along_means**2, axis=0),
         in_row_space=jnp.sum(along_head**2),
@@ -120,7 +118,7 @@ def _float64(*arrays: Array) -> tuple[Array, ...]:
 
 def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
     """Mdot^T: row c is mu_c - mu_G. Call it in float64: the rows are differences of near numbers."""
-    return means - means.mean(0)
+    return means - means.mean(0, keepdims=True)
 
 
 def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Frame, ...]:
@@ -138,7 +136,7 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
         # One call for all: the decomposition is many small steps, each as cheap for three matrices as for one.
         singular_values, basis = jax.vmap(row_space)(jnp.stack([*centred, head.astype(jnp.float64)]))
         kept = singular_values > jnp.asarray(tolerances)[:, None] * singular_values[:, :1]
-        kept &= jnp.arange(num_classes) < jnp.asarray(ranks)[:, None]
+        kept &= jnp.arange(num_classes)[None] < jnp.asarray(ranks)[:, None]
         fields = (basis * kept[..., None]).astype(dtype), singular_values * kept, kept.sum(1)
     return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
 
@@ -197,7 +195,7 @@ def cosine_std(rows: Float[Array, "C p"]) -> Float[Array, ""]:
 
 
 def etf_error(centred: Float[Array, "C p"]) -> Float[Array, ""]:
-    """||K/||K||_F - (I - J/C)/sqrt(C-1)||_F with K = Mdot^T Mdot: distance to a simplex ETF up to scale and rotation."""
+    """||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up to scale and rotation."""
     num_classes = len(centred)
     gram = _gram(centred)
     simplex = (jnp.eye(num_classes) - 1 / num_classes) / jnp.sqrt(num_classes - 1)
@@ -251,7 +249,7 @@ def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array
     with jax.enable_x64(True):
         mu, mean_outputs, rows = _float64(means.features, means.outputs, head)
         scatter = Scatter(*_float64(*scatter))
-        total = scatter.count.sum()
+        total = scatter.examples.sum()
         centred = centred_means(mu)
         trace_within = scatter.within.sum() / total
         residual = residuals(mean_outputs)
@@ -261,13 +259,13 @@ def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array
             "nc1_rank": frame.rank.astype(jnp.float64),
             "nc1_trace_ratio": trace_within / (jnp.sum(centred**2) / num_classes),
             "nc1_row_space": scatter.in_row_space / total / trace_within,
-            "cdnv": cdnv(scatter.within / scatter.count, centred),
+            "cdnv": cdnv(scatter.within / scatter.examples, centred),
             "nc2_equinorm_means": equinorm(centred),
             "nc2_equiangular_means": equiangularity(centred),
             "nc2_cosine_std_means": cosine_std(centred),
             "etf_error": etf_error(centred),
             "nc3": self_duality(rows, centred),
-            "nc3_centered": self_duality(rows - rows.mean(0), centred),
+            "nc3_centered": self_duality(rows - rows.mean(0, keepdims=True), centred),
             "nc4": scatter.disagreements / total,
             "epsilon": residual.epsilon,
             "delta": residual.delta,

@@ -5,18 +5,21 @@ import json
 import math
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import config_dict
 
 from ncjax.errors import InputError
+
+# A ConfigDict with the fields of `SCHEMA`; which attributes it has is known only when it runs.
+Config: TypeAlias = Any
 
 
 class Field(NamedTuple):
     default: object
     meaning: str
     must: str
-    holds: Callable[[object], bool]
+    holds: Callable[[Any], bool]
 
 
 def _is_integer(value: object) -> bool:
@@ -24,7 +27,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))
 
 
 def _integer(default: int, meaning: str, least: int) -> Field:
@@ -36,7 +39,7 @@ def _choice(default: str, meaning: str, *others: str) -> Field:
     return Field(default, meaning, f"must be one of {', '.join(choices)}", lambda v: v in choices)
 
 
-def _each(default: tuple, meaning: str, must: str, holds: Callable[[object], bool], empty: bool = False) -> Field:
+def _each(default: tuple, meaning: str, must: str, holds: Callable[[Any], bool], empty: bool = False) -> Field:
     """A tuple whose elements are checked one by one (ml_collections does not check them)."""
     least = "zero or more" if empty else "one or more"
     return Field(
@@ -98,7 +101,7 @@ SCHEMA: dict[str, Field] = {
 SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
 
 
-def default_config() -> config_dict.ConfigDict:
+def default_config() -> Config:
     """Returns a locked ConfigDict with every field of `SCHEMA` at its default."""
     # Not type-safe: a scalar must be accepted where a tuple stands, and `validate` names the field better.
     nested: dict = {}
@@ -110,14 +113,16 @@ def default_config() -> config_dict.ConfigDict:
 
 def describe_fields() -> str:
     """One line per field, for `--help`."""
-    return "\n".join(f"  --config.{name}={_shown(field.default)}\n      {field.meaning}" for name, field in SCHEMA.items())
+    return "\n".join(
+        f"  --config.{name}={_shown(field.default)}\n      {field.meaning}" for name, field in SCHEMA.items()
+    )
 
 
 def _shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def validate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+def validate(config: Config) -> Config:
     """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
     flat = _flatten(config)
     for name in flat.keys() - SCHEMA.keys():
@@ -126,7 +131,7 @@ def validate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     for name, field in SCHEMA.items():
         if name not in flat:
             raise InputError(f"config.{name}", "nothing", "start from ncjax.config.default_config()")
-        value = flat[name]
+        value: Any = flat[name]
         if isinstance(field.default, tuple):
             value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         if not field.holds(value):
@@ -145,7 +150,7 @@ def validate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     return config
 
 
-def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
+def _flatten(config: Config, prefix: str = "") -> dict[str, object]:
     flat = {}
     for key, value in config.items():
         if isinstance(value, config_dict.ConfigDict):
@@ -155,7 +160,7 @@ def _flatten(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, obje
     return flat
 
 
-def differences(config: config_dict.ConfigDict, other: dict) -> list[str]:
+def differences(config: Config, other: dict) -> list[str]:
     """Lines `field: this value, other value` where `config` and a parsed config.json disagree."""
     mine, theirs = _flatten(from_json(to_json(config))), _flatten(config_dict.ConfigDict(other))
     fields = sorted(mine.keys() | theirs.keys())
@@ -166,11 +171,11 @@ def differences(config: config_dict.ConfigDict, other: dict) -> list[str]:
     ]
 
 
-def to_json(config: config_dict.ConfigDict) -> str:
+def to_json(config: Config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> config_dict.ConfigDict:
+def from_json(text: str) -> Config:
     return config_dict.ConfigDict(json.loads(text))
 
 
@@ -205,7 +210,7 @@ class Grid(NamedTuple):
         return {name: [row[i] for row in rows] for i, name in enumerate(SWEPT)}
 
 
-def make_grid(config: config_dict.ConfigDict, num_classes: int) -> Grid:
+def make_grid(config: Config, num_classes: int) -> Grid:
     """The grid of a validated config, in our units.
 
     PyTorch's `MSELoss` also averages over the C outputs, so its gradient is 2/C of ours: the same trajectory needs

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,8 @@ class Split(NamedTuple):
 class Dataset(NamedTuple):
     """Balanced splits and the statistics of the training split that normalize both.
 
-    The network's input is `(images - center) * scale`. center: the shape of one image; scale: a number or one per
-    channel; both float64.
+    The network's input is `(images - center) * scale`, float64: center has the shape of one image, scale too or it is
+    one number.
     """
 
     train: Split
@@ -72,7 +72,7 @@ def load(
       standardize: give each channel (last axis) mean 0 and variance 1 instead.
 
     Raises:
-      InputError: unknown or unprepared data set, per_class beyond the smallest class, num_classes where the set decides.
+      InputError: unknown or unprepared set, per_class beyond the smallest class, num_classes where the set decides.
     """
     if name in ("synthetic", "identity"):
         make = _synthetic if name == "synthetic" else _identity
@@ -83,17 +83,17 @@ def load(
         raw = _digits() if name == "digits" else _tfds(name, directory)
     train, test = _balance(raw, per_class)
     if name == "identity":
-        center, scale = np.zeros(train.images.shape[1:]), np.float64(1)
+        center, scale = np.zeros(train.images.shape[1:]), np.array(1.0)
     else:
         center, scale = _statistics(train.images, input_scale, standardize)
-    return Dataset(train, test, center, np.asarray(scale), raw.label_names)
+    return Dataset(train, test, center, scale, raw.label_names)
 
 
 def _digits() -> _Raw:
     """scikit-learn's 1,797 scans of 8x8 pixels; every sixth of each class is test."""
     from sklearn.datasets import load_digits  # slow to import
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     split = Split(bunch.images[..., None].astype(np.uint8), bunch.target.astype(np.int32))
     return _Raw(*_hold_out(split), label_names=tuple(map(str, bunch.target_names)))
 
@@ -149,15 +149,15 @@ def _first_of_each_class(split: Split, per_class: int) -> Split:
 def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
     """center and scale of `Dataset`, in float64 and in chunks (CIFAR-10 in float64 is 1.2 GB)."""
     chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
-    pixel_mean = sum(chunk.sum(0, dtype=np.float64) for chunk in chunks) / len(images)
+    pixel_mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(images)
     if standardize:
         axes = tuple(range(images.ndim - 1)) if images.ndim > 2 else (0,)
         center = np.broadcast_to(pixel_mean.mean(tuple(range(pixel_mean.ndim - 1))), pixel_mean.shape)
-        squares = sum(((chunk - center) ** 2).sum(axes) for chunk in chunks)
+        squares = np.sum([((chunk - center) ** 2).sum(axes) for chunk in chunks], axis=0)
         spread = np.sqrt(squares / (images.size / images.shape[-1]))
-        return np.array(center), 1 / np.where(spread > 0, spread, 1)
-    norms = sum(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum() for chunk in chunks)
-    return pixel_mean, np.float64(input_scale * len(images) / norms)
+        return np.array(center), np.array(np.broadcast_to(1 / np.where(spread > 0, spread, 1), center.shape))
+    norms = sum(float(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum()) for chunk in chunks)
+    return pixel_mean, np.array(input_scale * len(images) / norms)
 
 
 def _tfds(name: str, directory: str) -> _Raw:
@@ -197,7 +197,7 @@ def _is_plain(path: str) -> bool:
 def _decode(name: str, home: Path) -> _Raw:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(home))
+    builder: Any = tfds.builder_from_directory(str(home))
     keys = builder.info.supervised_keys
     features = builder.info.features
     if not keys or not isinstance(features[keys[0]], tfds.features.Image):
@@ -205,7 +205,9 @@ def _decode(name: str, home: Path) -> _Raw:
     if not isinstance(features[keys[1]], tfds.features.ClassLabel):
         raise InputError("config.data.name", name, "its targets are no class labels")
     if builder.info.file_format.value != "array_record":
-        raise InputError("config.data.name", name, f"{home} is not array_record; prepare it with file_format=array_record")
+        raise InputError(
+            "config.data.name", name, f"{home} is not array_record; prepare it with file_format=array_record"
+        )
 
     def read(split: str) -> Split:
         source = builder.as_data_source(split=split)

@@ -27,15 +27,16 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of `center`."""
+    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of `center`. scale: one number or one per pixel."""
 
     train: Split
     test: Split
     center: Float[Array, "*image"]
-    scale: Float[Array, "..."]
+    scale: Float[Array, "*scale"]
 
     def normalize(self, images: Shaped[Array, "B *image"]) -> Float[Array, "B *image"]:
-        return (images.astype(self.center.dtype) - self.center) * self.scale
+        scale = jnp.broadcast_to(self.scale, self.center.shape)
+        return (images.astype(self.center.dtype) - self.center[None]) * scale[None]
 
 
 class _FirstPass(NamedTuple):
@@ -96,19 +97,17 @@ def evaluate(
 
 
 def _forward(params: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
-    features = model.apply({"params": params}, x, method="features")
-    return features, model.apply({"params": params}, features, method="logits")
+    features = jnp.asarray(model.apply({"params": params}, x, method="features"))
+    return features, jnp.asarray(model.apply({"params": params}, features, method="logits"))
 
 
-def _first_pass(
-    params: dict, x: Array, labels: Array, *, model: nn.Module, bias: Array | None
-) -> tuple[Array, tuple]:
+def _first_pass(params: dict, x: Array, labels: Array, *, model: nn.Module, bias: Array | None) -> tuple[Array, tuple]:
     """Sum of the fit term over a batch, differentiable; then the sums that need no class means, and (h, f)."""
     features, outputs = _forward(params, x, model)
     targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
     valid = targets.sum(1)
     fit = jnp.sum(valid * objective.square_loss(outputs, targets))
-    logits = outputs if bias is None else outputs - bias
+    logits = outputs if bias is None else outputs - bias[None]
     sums = _FirstPass(
         collapse.class_sums(features, outputs, labels),
         fit,
@@ -151,7 +150,7 @@ def _equilibrium(
     decayed: dict,
 ) -> dict[str, Array]:
     """Per-layer and global equilibrium quantities from the full-batch gradient of the fit term."""
-    size = sums.classes.count.sum()
+    size = sums.classes.examples.sum()
     weights = [params[name]["kernel"] for name in names]
     slopes = [gradients[name]["kernel"] for name in names]
     norms_sq = jnp.stack([jnp.sum(weight**2) for weight in weights])

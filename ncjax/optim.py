@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 
 def schedule_shape(name: str, step: Int[Array, "..."], total_steps: int) -> Float[Array, "..."]:
-    """Learning rate at a step as a share of its initial value: `constant`, `cosine` to 0, or `step` (x0.1 at 1/3, 2/3)."""
-    progress = step / total_steps
+    """Learning rate as a share of its initial value: `constant`, `cosine` to 0, or `step` (x0.1 at 1/3 and 2/3)."""
+    progress = step.astype(jnp.result_type(float)) / total_steps
     if name == "cosine":
         return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
     if name == "step":
@@ -30,9 +31,9 @@ def sgd(
     make the transformation inside the step and carry only its state.
     """
 
-    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
-        # The shape is float64 where 64-bit types are on; parameters must keep their own type.
-        return learning_rate * schedule_shape(schedule, step, total_steps).astype(learning_rate.dtype)
+    def rate(step: ArrayLike) -> Float[Array, ""]:
+        # The shape has the widest type that is on; parameters must keep their own.
+        return learning_rate * schedule_shape(schedule, jnp.asarray(step), total_steps).astype(learning_rate.dtype)
 
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=decayed),

@@ -1,11 +1,11 @@
 """Where runs live: one mesh axis, `run`, over the devices; runs padded to fill it."""
 
+import contextlib
 import os
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
@@ -19,10 +19,8 @@ def use_every_core() -> None:
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started, with the devices it has
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    except RuntimeError:  # JAX has started with the devices it has
-        pass
 
 
 def run_mesh(num_runs: int) -> Mesh:

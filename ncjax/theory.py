@@ -5,6 +5,7 @@ Notation: r = y - f the residual, b the head bias, mean the mean over all NC exa
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -48,9 +49,9 @@ def lemma2_residual(
     return jnp.max(jnp.abs(loss - right)) / loss
 
 
-def relaxation_time(flow_time: Float[Array, "..."], weight_decay: Float[Array, "..."]) -> Float[Array, "..."]:
+def relaxation_time(flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]) -> np.ndarray:
     """2 lambda t: the number of e-folds by which squared layer norms have drawn together along gradient flow.
 
     d/dt (||W_k||^2 - ||W_l||^2) = -2 lambda (||W_k||^2 - ||W_l||^2). NaN at lambda = 0.
     """
-    return jnp.where(weight_decay > 0, 2 * weight_decay * flow_time, jnp.nan)
+    return np.where(weight_decay > 0, 2 * weight_decay * flow_time, np.nan)

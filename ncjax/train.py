@@ -1,7 +1,7 @@
 """The compiled program: every run of a grid, trained and measured at once."""
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from ncjax import models, objective, optim, parallel
-from ncjax.evaluate import Data, evaluate
-
-T = TypeVar("T")
+from ncjax.data import Dataset
+from ncjax.evaluate import Data, Split, evaluate
 
 
 class Hyper(NamedTuple):
@@ -93,7 +92,7 @@ def train_step(state: RunState, index: Int[Array, " B"], hyper: Hyper, data: Dat
     """One step of SGD on the examples `index`."""
 
     def fit(params: dict) -> Float[Array, ""]:
-        outputs = recipe.model.apply({"params": params}, data.normalize(data.train.images[index]))
+        outputs = jnp.asarray(recipe.model.apply({"params": params}, data.normalize(data.train.images[index])))
         targets = jax.nn.one_hot(data.train.labels[index], outputs.shape[1], dtype=outputs.dtype)
         return jnp.mean(objective.square_loss(outputs, targets))
 
@@ -122,19 +121,19 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
       measured.
     """
 
-    def train_run(state: RunState, key, hyper: Hyper, data: Data, n_epochs) -> RunState:
-        return lax.fori_loop(0, n_epochs, lambda _, state: train_epoch(state, key, hyper, data, recipe), state)
-
-    def measure_run(params: dict, hyper: Hyper, data: Data) -> dict[str, Array]:
-        decayed = models.is_decayed(params, recipe.head_bias)
-        return evaluate(params, hyper.weight_decay, data, model=recipe.model, decayed=decayed)
-
     def on_one_device(states, keys, hyper, data, n_epochs, measured):
+        def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
+            return lax.fori_loop(0, n_epochs, lambda _, state: train_epoch(state, key, hyper, data, recipe), state)
+
+        def measure_run(params: dict, hyper: Hyper) -> dict[str, Array]:
+            decayed = models.is_decayed(params, recipe.head_bias)
+            return evaluate(params, hyper.weight_decay, data, model=recipe.model, decayed=decayed)
+
         train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform)
-        states = _in_groups(lambda run: train_run(*run, data, n_epochs), (states, keys, hyper), train_group)
+        states = _in_groups(train_run, train_group, states, keys, hyper)
 
         def measure(params: dict) -> dict[str, Array]:
-            return _in_groups(lambda run: measure_run(*run, data), (params, hyper), measure_group)
+            return _in_groups(measure_run, measure_group, params, hyper)
 
         def skip(params: dict) -> dict[str, Array]:
             return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(measure, params))
@@ -161,14 +160,23 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
     return advance
 
 
-def _in_groups(f: Callable, runs: T, group: int):
+def _in_groups(f: Callable, group: int, *runs):
     """f over stacked runs: `group` of them side by side, group after group."""
     grouped = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), runs)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), lax.map(jax.vmap(f), grouped))
+    outputs = lax.map(lambda side_by_side: jax.vmap(f)(*side_by_side), grouped)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+
+def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
+    """A data set on every device of the mesh, to be normalized in `precision`."""
+    with jax.enable_x64(True):
+        train, test = (Split(jnp.asarray(s.images), jnp.asarray(s.labels)) for s in (dataset.train, dataset.test))
+        statistics = (jnp.asarray(a, precision) for a in (dataset.center, dataset.scale))
+        return parallel.replicate(Data(train, test, *statistics), mesh)
 
 
 def start(
-    recipe: Recipe, mesh: Mesh, columns: dict[str, list], data: Data
+    recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple[RunState, Key[Array, " R"], Hyper]:
     """Fresh states, keys and hyperparameters of a grid's runs (`Grid.columns`), padded and sharded over the mesh."""
     with jax.enable_x64(True):

@@ -1,0 +1,34 @@
+# make demo    install, then the main job on the embedded digits, into runs/digits
+# make test    install, then lint, types and tests
+# make slow    install, then the checks that take minutes
+# PYTHON=python3.13 chooses the interpreter; each has an environment of its own.
+
+PYTHON ?= python3
+VENV ?= .venv$(patsubst python3%,%,$(filter-out python3,$(notdir $(PYTHON))))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow lock
+
+demo: $(INSTALLED)
+	$(BIN)/python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Universal: one file for every Python from 3.11 on, by environment markers. Needs uv.
+lock:
+	uv pip compile --universal --python-version 3.11 --extra dev --no-header --no-annotate \
+		--quiet --output-file requirements.lock pyproject.toml

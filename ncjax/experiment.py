@@ -1,0 +1,233 @@
+"""The host loop: advance, record, checkpoint, report; resume. All files of a WORKDIR are written from here."""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from ncjax import checkpoint, history, models, parallel, plots, report, theory, train
+from ncjax import config as configuration
+from ncjax.files import write_atomically
+from ncjax.preflight import Plan
+
+# A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live progress line.
+_CHUNK_SECONDS = 2.0
+
+
+def run(plan: Plan) -> xr.Dataset:
+    """Trains and measures what is left of a plan, writes its WORKDIR, and returns the history.
+
+    WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement, checkpoints/ at
+    `checkpoint.every` and at the end, figures/ at the end. A WORKDIR that holds part of the run is continued.
+    """
+    parallel.use_every_core()
+    write_atomically(plan.workdir / "config.json", configuration.to_json(plan.config).encode())
+    saved = checkpoint.Checkpoints(plan.workdir / "checkpoints", plan.config.checkpoint.keep)
+    try:
+        sweep = _Sweep(plan)
+        recorded = _resume(sweep, saved)
+        if recorded is not None and sweep.epoch == plan.config.train.epochs:
+            print(f"{plan.workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
+        else:
+            recorded = _train(sweep, recorded, saved)
+    finally:
+        saved.close()
+    plots.draw_all(recorded, plan.workdir / "figures")
+    report.show_results(recorded, report.make_console())
+    print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+    return recorded
+
+
+class _Sweep:
+    """The compiled program of a plan and the states of its runs, on the devices."""
+
+    def __init__(self, plan: Plan):
+        config, dataset = plan.config, plan.dataset
+        self.plan, self.epoch = plan, 0
+        self.mesh = parallel.run_mesh(plan.grid.size)
+        self.data = train.place_data(dataset, self.mesh, config.train.precision)
+        model = models.HomogeneousMLP(
+            widths=tuple(config.model.widths),
+            num_classes=dataset.num_classes,
+            activation=config.model.activation,
+            use_head_bias=config.model.head_bias != "none",
+            dtype=jnp.dtype(config.train.precision),
+        )
+        self.recipe = train.Recipe(
+            model=model,
+            head_bias=config.model.head_bias,
+            schedule=config.train.schedule,
+            batch_size=config.train.batch_size,
+            epochs=config.train.epochs,
+            train_size=len(dataset.train.labels),
+        )
+        self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
+        self.states, self.keys, self.hyper = train.start(self.recipe, self.mesh, self.columns, self.data)
+        self._advance = train.make_advance(self.recipe, self.mesh)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Over all runs; padding does not count."""
+        batch = self.recipe.batch_size or self.recipe.train_size
+        return self.plan.grid.size * self.recipe.steps_per_epoch * batch
+
+    def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
+        """Trains, then measures; returns (R, ...) measurements (NaN if not measured) and the seconds it took."""
+        begin = time.perf_counter()
+        self.states, metrics = self._advance(self.states, self.keys, self.hyper, self.data, epochs, measured)
+        values = parallel.drop_padding(jax.device_get(metrics), self.plan.grid.size)
+        self.epoch += epochs
+        return values, time.perf_counter() - begin
+
+    def unpadded(self) -> train.RunState:
+        return parallel.drop_padding(self.states, self.plan.grid.size)
+
+
+def _resume(sweep: _Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
+    """Puts the sweep at the newest checkpoint with all its measurements on disk and returns those; None: at epoch 0."""
+    workdir = sweep.plan.workdir
+    if not (workdir / "history.nc").exists():
+        return None
+    recorded = history.load(workdir / "history.nc")
+    known = set(recorded["epoch"].values.tolist())
+    due = _measured_epochs(sweep.plan.config)
+    usable = [epoch for epoch in saved.epochs() if {m for m in due if m <= epoch} <= known]
+    if not usable:
+        return None
+    sweep.epoch = usable[-1]
+    with jax.enable_x64(True):
+        sweep.states = parallel.pad_runs(saved.load(sweep.epoch, sweep.unpadded()), sweep.mesh)
+    _keep_lines_up_to(workdir / "metrics.jsonl", sweep.epoch)
+    return history.up_to(recorded, sweep.epoch)
+
+
+def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints) -> xr.Dataset:
+    """The loop from where the sweep stands to its last epoch."""
+    config, workdir = sweep.plan.config, sweep.plan.workdir
+    last, every, due = config.train.epochs, config.checkpoint.every, _measured_epochs(config)
+    stops = sorted(due | {last} | set(range(every, last, every) if every else ()))
+    attrs = _provenance(sweep)
+    trained, measured, measurements = 0.0, 0.0, 0
+    first = sweep.epoch
+    with report.Progress(last, sweep.samples_per_epoch) as progress:
+        progress.say(_headline(sweep))
+        _, seconds = sweep.advance(0, measured=False)
+        progress.say(f"compiled in {seconds:.1f} s")
+        if recorded is not None:
+            progress.say(f"continuing from epoch {sweep.epoch}")
+        while True:
+            epoch = sweep.epoch
+            if epoch in due and (recorded is None or epoch > int(recorded["epoch"][-1])):
+                values, seconds = sweep.advance(0, measured=True)
+                measured, measurements = measured + seconds, measurements + 1
+                recorded = history.append(recorded, _label(sweep, values, attrs))
+                history.save(recorded, workdir / "history.nc")
+                times = {"train_seconds": trained, "measure_seconds": measured}
+                _append_line(workdir / "metrics.jsonl", {"epoch": epoch, **times, "metrics": values})
+                progress.measured(epoch, values["nc1"][:, 0])
+            if epoch == last or (epoch > first and every and epoch % every == 0):
+                saved.save(epoch, sweep.unpadded())
+            if epoch == last:
+                break
+            pace = trained / (epoch - first) if epoch > first else float("inf")
+            stop = min(stop for stop in stops if stop > epoch)
+            _, seconds = sweep.advance(min(stop - epoch, max(1, int(_CHUNK_SECONDS / pace))), measured=False)
+            trained += seconds
+            progress.trained(sweep.epoch, trained / (sweep.epoch - first))
+        progress.say(_cost(measured, measurements, trained, last - first))
+    assert recorded is not None  # some epoch up to the last is always measured
+    return recorded
+
+
+def _cost(measured: float, measurements: int, trained: float, epochs: int) -> str:
+    share = measured / (measured + trained)
+    line = f"trained {trained:.1f} s; {measurements} measurements took {measured:.1f} s, {share:.0%} of both"
+    if measurements and epochs:
+        line += f"; one costs {measured / measurements / (trained / epochs):.2f} training epochs"
+    return line
+
+
+def _measured_epochs(config) -> set[int]:
+    return set(config.log.epochs or configuration.log_spaced_epochs(config.train.epochs))
+
+
+def _headline(sweep: _Sweep) -> str:
+    grid, dataset = sweep.plan.grid, sweep.plan.dataset
+    shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
+    inputs = int(np.prod(dataset.train.images.shape[1:]))
+    widths = "-".join(map(str, (inputs, *sweep.recipe.model.widths, dataset.num_classes)))
+    return (
+        f"{grid.size} runs ({shape}) of {widths} on {sweep.plan.config.data.name}: {len(dataset.train.labels):,} "
+        f"training and {len(dataset.test.labels):,} test examples, {sweep.mesh.size} {_device()} devices"
+    )
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _label(sweep: _Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -> xr.Dataset:
+    """A measurement as one epoch of history, with the clocks, which no device needs to measure."""
+    columns = sweep.columns
+    flow_time = train.flow_time(sweep.recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch]))
+    values["flow_time"] = flow_time[:, 0]
+    values["relaxation_time"] = theory.relaxation_time(values["flow_time"], columns["weight_decay"])
+    newest = history.one_epoch(
+        sweep.epoch,
+        values,
+        grid=sweep.plan.grid,
+        layers=models.layer_names(sweep.states.params),
+        label_names=sweep.plan.dataset.label_names,
+        attrs=attrs,
+    )
+    if sweep.plan.config.units == "torch":
+        newest["weight_decay"].attrs["torch_weight_decay"] = list(sweep.plan.config.sweep.weight_decay)
+    return newest
+
+
+def _provenance(sweep: _Sweep) -> dict[str, str]:
+    packages = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "config": configuration.to_json(sweep.plan.config),
+        "versions": json.dumps({"python": platform.python_version()} | {p: metadata.version(p) for p in packages}),
+        "device": f"{sweep.mesh.size} x {_device()}",
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _append_line(path: Path, record: dict) -> None:
+    """One line of strict JSON: NaN and infinity, which JSON has not, become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, np.ndarray):
+            return plain(value.tolist())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with open(path, "a") as file:
+        file.write(json.dumps(plain(record)) + "\n")
+
+
+def _keep_lines_up_to(path: Path, epoch: int) -> None:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
+    write_atomically(path, "".join(kept).encode())

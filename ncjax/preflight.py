@@ -1,0 +1,70 @@
+"""Everything that can be wrong is found here, before JAX is imported and long before anything is compiled."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ncjax import config as configuration
+from ncjax import data
+from ncjax.errors import InputError
+
+
+class Plan(NamedTuple):
+    """A run that can start: a valid config, its WORKDIR, its data and its grid."""
+
+    config: configuration.Config
+    workdir: Path
+    dataset: data.Dataset
+    grid: configuration.Grid
+
+
+def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
+    """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
+    config = configuration.validate(config)
+    workdir = Path(workdir).expanduser()
+    _check_workdir(workdir, config)
+    dataset = data.load(
+        config.data.name,
+        directory=config.data.dir,
+        per_class=config.data.per_class,
+        num_classes=config.data.num_classes,
+        input_scale=config.data.input_scale,
+        standardize=config.data.standardize,
+    )
+    train_size = len(dataset.train.labels)
+    if config.train.batch_size > train_size:
+        raise InputError(
+            "config.train.batch_size",
+            config.train.batch_size,
+            f"the training split has {train_size} examples; take fewer, or 0 for full batch",
+        )
+    _make_workdir(workdir)
+    return Plan(config, workdir, dataset, configuration.make_grid(config, dataset.num_classes))
+
+
+def _check_workdir(workdir: Path, config: configuration.Config) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError("--workdir", str(workdir), "it is a file; name a folder")
+    try:
+        text = (workdir / "config.json").read_text()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError("--workdir", str(workdir), f"cannot be read ({error.strerror})") from error
+    try:
+        differences = configuration.differences(config, json.loads(text))
+    except ValueError as error:
+        raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
+    if differences:
+        way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        raise InputError("--workdir", str(workdir), way_out)
+
+
+def _make_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise InputError("--workdir", str(workdir), f"cannot be written ({error.strerror}); choose another") from error

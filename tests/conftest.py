@@ -1,0 +1,124 @@
+"""Strict numerics for every test, and the float64 NumPy oracles that several test files share.
+
+The oracles are written from the definitions in docs/theory.md, by explicit p x p matrices and loops over classes and
+pairs; they share no code and no algorithm with ncjax.
+"""
+
+import os
+
+# Before JAX is imported: sharding is tested on two simulated devices.
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
+
+from itertools import permutations
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Annotations are checked at run time. A test file must not import ncjax before this line runs, and none can: pytest
+# imports conftest first.
+install_import_hook("ncjax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """Decoded data sets are cached in a folder of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> str:
+    """Where MNIST and CIFAR-10 lie prepared by TFDS; skips where they do not."""
+    folder = Path(os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "data" / "tfds")
+    if not (folder / "mnist").is_dir() or not (folder / "cifar10").is_dir():
+        pytest.skip(f"no prepared MNIST and CIFAR-10 in {folder}; set TFDS_DATA_DIR")
+    return str(folder)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return a @ b / np.sqrt(a @ a * (b @ b))
+
+
+def oracle_geometry(rows: np.ndarray, suffix: str) -> dict[str, float]:
+    """NC2 of the rows of a matrix."""
+    rows = np.asarray(rows, np.float64)
+    norms = np.array([np.sqrt(row @ row) for row in rows])
+    cosines = np.array([_cosine(rows[a], rows[b]) for a, b in permutations(range(len(rows)), 2)])
+    return {
+        f"nc2_equinorm_{suffix}": np.sqrt(np.mean((norms - norms.mean()) ** 2)) / norms.mean(),
+        f"nc2_equiangular_{suffix}": np.mean(np.abs(cosines + 1 / (len(rows) - 1))),
+        f"nc2_cosine_std_{suffix}": np.sqrt(np.mean((cosines - cosines.mean()) ** 2)),
+    }
+
+
+def oracle_split(features, outputs, labels, head, rank_tolerance=1e-5) -> dict[str, float]:
+    """Every measurement of `collapse.measure` on one split. features (M, p), outputs (M, C), labels (M,), head (C, p)."""
+    h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
+    labels = np.asarray(labels)
+    (total, dim), num_classes = h.shape, len(head)
+    classes = range(num_classes)
+    mu = np.stack([h[labels == c].mean(0) for c in classes])
+    m_dot = np.stack([mu_c - mu.mean(0) for mu_c in mu], axis=1)
+
+    within = sum((np.outer(x - mu[c], x - mu[c]) for x, c in zip(h, labels, strict=True)), np.zeros((dim, dim))) / total
+    between = m_dot @ m_dot.T / num_classes
+    singular_values = np.linalg.svd(m_dot, compute_uv=False)
+    variances = [np.mean([(x - mu[c]) @ (x - mu[c]) for x in h[labels == c]]) for c in classes]
+    cdnv = [
+        (variances[a] + variances[b]) / (2 * (mu[a] - mu[b]) @ (mu[a] - mu[b])) for a, b in permutations(classes, 2)
+    ]
+    gram = m_dot.T @ m_dot
+    etf = (np.eye(num_classes) - np.ones((num_classes, num_classes)) / num_classes) / np.sqrt(num_classes - 1)
+
+    def distance(w: np.ndarray) -> float:
+        return np.sum((w.T / np.sqrt(np.sum(w**2)) - m_dot / np.sqrt(np.sum(m_dot**2))) ** 2)
+
+    nearest = [min(classes, key=lambda c: np.sum((x - mu[c]) ** 2)) for x in h]
+    winner = [max(classes, key=lambda c: out[c]) for out in f]
+
+    mean_outputs = np.stack([f[labels == c].mean(0) for c in classes])
+    residual = np.stack([np.eye(num_classes)[c] - mean_outputs[c] for c in classes], axis=1)
+    epsilon = np.mean([residual[c, c] for c in classes])
+    delta = -np.mean([residual[a, b] for a, b in permutations(classes, 2)])
+    ones = np.ones((num_classes, num_classes))
+    t = (np.trace(residual) - residual.sum() / num_classes) / (num_classes - 1)
+    q = residual.sum() / num_classes
+    asymmetry = residual - t * (np.eye(num_classes) - ones / num_classes) - q * ones / num_classes
+    return {
+        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=rank_tolerance**2, hermitian=True)) / num_classes,
+        "nc1_rank": min(num_classes - 1, dim, np.sum(singular_values > rank_tolerance * singular_values[0])),
+        "nc1_trace_ratio": np.trace(within) / np.trace(between),
+        "nc1_row_space": np.trace(np.linalg.pinv(head, rcond=1e-6) @ head @ within) / np.trace(within),
+        "cdnv": np.mean(cdnv),
+        **oracle_geometry(m_dot.T, "means"),
+        "etf_error": np.sqrt(np.sum((gram / np.sqrt(np.sum(gram**2)) - etf) ** 2)),
+        "nc3": distance(head),
+        "nc3_centered": distance(head - head.mean(0)),
+        "nc4": np.mean([a != b for a, b in zip(nearest, winner, strict=True)]),
+        "epsilon": epsilon,
+        "delta": delta,
+        "sqi_gap": abs(delta - epsilon / (num_classes - 1)),
+        "output_spread": np.sqrt(
+            np.mean([np.sum((out - mean_outputs[c]) ** 2) for out, c in zip(f, labels, strict=True)]) / num_classes
+        ),
+        "output_asymmetry": np.sqrt(np.sum(asymmetry**2)) / num_classes,
+        "class_mean_cosine": np.array([[_cosine(m_dot[:, a], m_dot[:, b]) for b in classes] for a in classes]),
+    }
+
+
+def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Rows of length 1 at equal angles, cos = -1/(C-1), in a random position in R^dim."""
+    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))[0][:num_classes]
+    return np.sqrt(num_classes / (num_classes - 1)) * (np.eye(num_classes) - 1 / num_classes) @ rotation

@@ -1,0 +1,89 @@
+"""linalg.row_space against LAPACK's singular value decomposition, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import simplex_etf
+
+from ncjax.linalg import row_space
+
+
+def decompose(matrix):
+    with jax.enable_x64(True):
+        return tuple(np.asarray(a) for a in jax.jit(row_space)(jnp.asarray(matrix, jnp.float64)))
+
+
+def random_matrix(rows, columns, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, columns))
+
+
+def with_singular_values(values, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.standard_normal((len(values), len(values))))[0]
+    right = np.linalg.qr(rng.standard_normal((columns, len(values))))[0]
+    return left * np.asarray(values) @ right.T
+
+
+MATRICES = {
+    "one_row": random_matrix(1, 5),
+    "two_rows": random_matrix(2, 5),
+    "odd": random_matrix(7, 20),
+    "even": random_matrix(10, 20),
+    "rows_exceed_columns": random_matrix(9, 4),
+    "centred_hence_rank_deficient": random_matrix(10, 20) - random_matrix(10, 20).mean(0),
+    "equal_singular_values_of_an_etf": simplex_etf(10, 20),
+    "orthogonal_rows": with_singular_values(np.ones(6), 12) * 3,
+    "duplicate_rows": np.repeat(random_matrix(3, 8), 2, axis=0),
+    "zero": np.zeros((4, 6)),
+    "one_to_1e-10": with_singular_values(np.logspace(0, -10, 10), 20),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES.keys())
+def test_row_space_equals_lapack_to_rounding_of_the_largest_singular_value(matrix):
+    values, basis = decompose(matrix)
+    _, expected, right = np.linalg.svd(matrix, full_matrices=False)
+    expected = np.pad(expected, (0, len(matrix) - len(expected)))
+    largest = expected[0]
+    np.testing.assert_allclose(values, expected, rtol=0, atol=5e-15 * largest)
+    assert (np.diff(values) <= 0).all()
+
+    kept = expected > 1e-12 * largest if largest else np.zeros(len(matrix), bool)
+    kept_basis, kept_right = basis[kept], right[kept[: len(right)]]
+    # Orthogonal to the cosine at which rotations stop, whatever the spread of singular values.
+    np.testing.assert_allclose(kept_basis @ kept_basis.T, np.eye(kept.sum()), atol=1e-5 if "e-10" in str(matrix) else 1e-9)
+    np.testing.assert_allclose(kept_basis.T @ kept_basis, kept_right.T @ kept_right, atol=1e-5)
+
+
+def test_small_singular_values_keep_their_digits_where_a_gram_matrix_would_lose_them():
+    expected = np.logspace(0, -10, 10)
+    matrix = with_singular_values(expected, 20)
+    values, _ = decompose(matrix)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    # The premise: squared in float64, the smallest drown.
+    from_gram = np.sqrt(np.abs(np.linalg.eigvalsh(matrix @ matrix.T))[::-1])
+    assert abs(from_gram[-1] / expected[-1] - 1) > 0.1
+
+
+def test_each_basis_row_reproduces_its_singular_value():
+    matrix = random_matrix(7, 20)
+    values, basis = decompose(matrix)
+    np.testing.assert_allclose(np.linalg.norm(matrix @ basis.T, axis=0), values, rtol=1e-13)
+
+
+def test_vmap_decomposes_each_matrix_of_a_batch():
+    batch = np.stack([random_matrix(5, 8, seed) * 10.0**seed for seed in range(4)])
+    with jax.enable_x64(True):
+        values, basis = jax.jit(jax.vmap(row_space))(jnp.asarray(batch))
+    for matrix, got, rows in zip(batch, values, basis, strict=True):
+        np.testing.assert_allclose(got, np.linalg.svd(matrix, compute_uv=False), rtol=1e-13)
+        np.testing.assert_allclose(rows @ rows.T, np.eye(5), atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_matrix_that_is_not_finite_terminates_and_gives_nan(bad):
+    matrix = random_matrix(5, 8)
+    matrix[1, 2] = bad
+    values, _ = decompose(matrix)
+    assert np.isnan(values).any()
