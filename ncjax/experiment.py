@@ -93,19 +93,16 @@ class _Sweep:
 
 def _resume(sweep: _Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
     """Puts the sweep at the newest checkpoint with all its measurements on disk and returns those; None: at epoch 0."""
-    workdir = sweep.plan.workdir
-    if not (workdir / "history.nc").exists():
-        return None
-    recorded = history.load(workdir / "history.nc")
-    known = set(recorded["epoch"].values.tolist())
-    due = _measured_epochs(sweep.plan.config)
+    workdir, due = sweep.plan.workdir, _measured_epochs(sweep.plan.config)
+    recorded = history.load(workdir / "history.nc") if (workdir / "history.nc").exists() else None
+    known = set() if recorded is None else set(recorded["epoch"].values.tolist())
     usable = [epoch for epoch in saved.epochs() if {m for m in due if m <= epoch} <= known]
-    if not usable:
+    _keep_lines_up_to(workdir / "metrics.jsonl", usable[-1] if usable else -1)
+    if recorded is None or not usable:
         return None
     sweep.epoch = usable[-1]
     with jax.enable_x64(True):
         sweep.states = parallel.pad_runs(saved.load(sweep.epoch, sweep.unpadded()), sweep.mesh)
-    _keep_lines_up_to(workdir / "metrics.jsonl", sweep.epoch)
     return history.up_to(recorded, sweep.epoch)
 
 

@@ -105,7 +105,10 @@ def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
 
 
 def save(history: xr.Dataset, path: Path) -> None:
-    write_atomically(path, bytes(history.to_netcdf(engine="scipy")))
+    # In a fixed order, so that the same numbers are the same bytes however the history was put together.
+    coords = {name: history.variables[name] for name in sorted(map(str, history.coords))}
+    variables = {name: history.variables[name] for name in sorted(map(str, history.data_vars))}
+    write_atomically(path, bytes(xr.Dataset(variables, coords, history.attrs).to_netcdf(engine="scipy")))
 
 
 def load(path: Path) -> xr.Dataset:

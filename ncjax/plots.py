@@ -9,10 +9,11 @@ once and no global state changes. A history given to a figure has one setting of
 import argparse
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -24,6 +25,7 @@ from ncjax.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -45,7 +47,7 @@ class _Panel(NamedTuple):
 class _Curve(NamedTuple):
     label: str
     colour: str
-    linestyle: str
+    linestyle: Literal["-", "--"]
     run: xr.Dataset  # `_training` of one weight decay, all seeds
 
 
@@ -82,9 +84,9 @@ def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
     curves = []
     for colour, (name, history) in zip(itertools.cycle(_COLOURS), histories.items(), strict=False):
         run = _training(history).isel(weight_decay=most_collapsed(history))
-        label = rf"{_plain(name)}, $\lambda$ = {_number(run['weight_decay'].item())}{_diverged(run)}"
+        label = rf"{name}, $\lambda$ = {_number(run['weight_decay'].item())}{_diverged(run)}"
         curves.append(_Curve(label, colour, "-", run))
-    return _against_epoch(curves, _PANELS, r"Every run at its $\lambda$ of least NC3")
+    return _against_epoch(curves, _PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
 
 
 def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
@@ -92,19 +94,27 @@ def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
     from matplotlib.lines import Line2D
 
     figure, panels = _frame(len(_PANELS), r"weight decay $\lambda$", "".join(histories) if len(histories) == 1 else "")
-    styles = [{"color": c, "marker": m} for c, m, _ in zip(_COLOURS * 6, _MARKERS * 7, histories, strict=False)]
+    styles: list[dict[str, Any]] = [
+        {"color": c, "marker": m} for c, m, _ in zip(_COLOURS * 6, _MARKERS * 7, histories, strict=False)
+    ]
     finals = [_training(history).isel(epoch=-1).sortby("weight_decay") for history in histories.values()]
     weight_decay = np.concatenate([final["weight_decay"].values for final in finals])
     for axes, panel in zip(panels, _PANELS, strict=True):
         _scale_x(axes, weight_decay, broken=True)
         pairs = list(itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False)))
         drawn = [
-            _draw_lambdas(axes, final, name, style | {"linestyle": line}, shift=3 * (i - (len(pairs) - 1) / 2))
+            _draw_lambdas(
+                axes,
+                final,
+                name,
+                style | {"linestyle": line},
+                shift=min(3, 8 / len(pairs)) * (i - (len(pairs) - 1) / 2),
+            )
             for i, ((final, style), (name, line)) in enumerate(pairs)
         ]
         _finish(axes, panel, np.concatenate(drawn))
     handles = [
-        Line2D([], [], label=_plain(name) + _diverged(history), markersize=3.5, **style)
+        Line2D([], [], label=name + _diverged(history), markersize=3.5, **style)
         for style, (name, history) in zip(styles, histories.items(), strict=True)
     ]
     shown = list(histories.values())
@@ -130,7 +140,7 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     figure.suptitle(", ".join(_setting(history)), size=_SIZE)
     panels = list(figure.subplots(1, len(off), squeeze=False).flat)
     for axes, run, matrix in zip(panels, shown, off, strict=True):
-        image = axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
+        axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
         title = rf"$\lambda$ = {_number(run['weight_decay'].item())}, seed {run['seed'].item()}{_diverged(run)}"
         axes.set_title(title, size=_SIZE)
         axes.set_facecolor("0.85")
@@ -138,7 +148,7 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
         places = range(len(names) if len(names) <= _MOST_LABELLED_CLASSES else 0)
         axes.set_xticks(places, names[: len(places)], rotation=90 if max(map(len, names)) > 2 else 0)
         axes.set_yticks(places, names[: len(places)])
-    bar = figure.colorbar(image, ax=panels, shrink=0.85, aspect=25)
+    bar = figure.colorbar(panels[0].images[0], ax=panels, shrink=0.85, aspect=25)
     bar.set_label("cosine between centred class means", size=_SIZE)
     ticks = etf + reach * np.linspace(-1, 1, 5)
     words = [f"{tick:.3f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
@@ -200,7 +210,7 @@ def _one_per_lambda(history: xr.Dataset) -> list[_Curve]:
     return curves
 
 
-def _against_epoch(curves: Sequence[_Curve], panels: Sequence[_Panel], title: str) -> "Figure":
+def _against_epoch(curves: Sequence[_Curve], panels: Sequence[_Panel], title: str, compared: bool = False) -> "Figure":
     from matplotlib.lines import Line2D
 
     figure, all_axes = _frame(len(panels), "epoch", title)
@@ -212,7 +222,8 @@ def _against_epoch(curves: Sequence[_Curve], panels: Sequence[_Panel], title: st
     caption = f"training split; {_caption(runs)}, band around solid and dashed lines: least to greatest"
     if any(terminal_epoch(run["accuracy"]).notnull() for run in runs):
         caption += "\n\N{WHITE DIAMOND}: training error first 0 in every seed"
-    if len(curves) > _MOST_IN_LEGEND:
+    # A run compared with others has one weight decay, and a name that no scale can show.
+    if len(curves) > _MOST_IN_LEGEND and not compared:
         _lambda_bar(figure, all_axes, curves)
         curves = []
     _legend(figure, [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves], caption)
@@ -221,7 +232,8 @@ def _against_epoch(curves: Sequence[_Curve], panels: Sequence[_Panel], title: st
 
 def _draw_epochs(axes: "Axes", curve: _Curve, panel: _Panel) -> np.ndarray:
     """Draws one curve and returns what must fit in the panel."""
-    epochs, look = curve.run["epoch"].values, {"color": curve.colour, "linewidth": 1, "markersize": 1.5}
+    epochs = curve.run["epoch"].values
+    look: dict[str, Any] = {"color": curve.colour, "linewidth": 1, "markersize": 1.5}
     values = _over_seeds(curve.run[panel.drawn[0]])
     axes.plot(epochs, values[0], linestyle=curve.linestyle, marker="o", **look)
     axes.fill_between(epochs, values[1], values[2], color=curve.colour, alpha=0.15, linewidth=0)
@@ -235,7 +247,7 @@ def _draw_epochs(axes: "Axes", curve: _Curve, panel: _Panel) -> np.ndarray:
     return np.concatenate([values.ravel(), *dotted])
 
 
-def _draw_lambdas(axes: "Axes", final: xr.Dataset, name: str, style: dict[str, str], shift: float) -> np.ndarray:
+def _draw_lambdas(axes: "Axes", final: xr.Dataset, name: str, style: dict[str, Any], shift: float) -> np.ndarray:
     """Draws one line, moved by `shift` points so that bars do not cover each other, and returns all its values."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -279,15 +291,16 @@ def _scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
         powers = 10.0 ** np.arange(np.ceil(round(np.log10(low), 9)), np.floor(round(np.log10(high), 9)) + 1)
         ticks += list(powers if powers.size > 1 else sorted({low, high}))
         if broken and (values == 0).any():
-            look = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}, "ha": "center", "va": "center"}
+            look: dict[str, Any] = {
+                "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+                "ha": "center",
+                "va": "center",
+            }
             axes.text(low / 2, 0, "//", size=_SMALL, transform=axes.get_xaxis_transform(), **look)
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    to_axis = axes.xaxis.get_transform()
-    ends = to_axis.transform(np.array([values.min(), values.max()], float))
-    pad = 0.05 * (ends[1] - ends[0]) or 0.1 * (abs(ends[0]) or 1)
-    axes.set_xlim(*to_axis.inverted().transform(ends + np.array([-pad, pad])))
+    axes.set_xlim(*_limits(axes.xaxis, values))
 
 
 def _finish(axes: "Axes", panel: _Panel, values: np.ndarray) -> None:
@@ -300,6 +313,18 @@ def _finish(axes: "Axes", panel: _Panel, values: np.ndarray) -> None:
         axes.set_yscale("symlog", linthresh=decade, linscale=0.7, subs=list(range(2, 10)))
     elif positive.size:
         axes.set_yscale("log")
+    axes.set_ylim(*_limits(axes.yaxis, values))
+
+
+def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
+    """Matplotlib's own limits are wrong for a scale set after drawing and for lines moved by points."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0, 1
+    ends = axis.get_transform().transform(np.array([finite.min(), finite.max()], float))
+    pad = 0.05 * float(ends[1] - ends[0]) or 0.1
+    low, high = axis.get_transform().inverted().transform(ends + np.array([-pad, pad]))
+    return float(low), float(high)
 
 
 def _number(value: float) -> str:
@@ -308,11 +333,6 @@ def _number(value: float) -> str:
     mantissa, exponent = f"{value:.2e}".split("e")
     factor = "" if float(mantissa) == 1 else rf"{float(mantissa):g}\times"
     return f"${factor}10^{{{int(exponent)}}}$"
-
-
-def _plain(name: str) -> str:
-    """A folder's name as it stands: matplotlib takes dollars for mathematics."""
-    return name.replace("$", r"\$")
 
 
 def _span(values: Sequence[int]) -> str:
@@ -331,10 +351,12 @@ def _caption(histories: Sequence[xr.Dataset]) -> str:
 
 
 def _legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
-    longest = max((len(str(handle.get_label()).replace(r"\times", "x")) for handle in handles), default=1)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 17 / (longest + 3))))
-    words = {"fontsize": _SMALL, "title": caption, "title_fontsize": _SMALL}
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words)
+    # Mathematics takes less room than its source; seven characters are the line and the gaps.
+    lengths = [len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() * 16 / max(lengths, default=1))))
+    words: dict[str, Any] = {"fontsize": _SMALL, "title": caption, "title_fontsize": _SMALL}
+    legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words)
+    legend.get_title().set_multialignment("center")
 
 
 def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[_Curve]) -> None:
@@ -366,7 +388,9 @@ def draw_all(history: xr.Dataset, folder: Path) -> list[Path]:
 
 def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path]:
     """Writes the figures that lay several runs over one another, every setting of each as one of them."""
-    shown = {", ".join([name, *_setting(one)]): one for name, history in histories.items() for one in settings(history)}
+    # Matplotlib takes dollars for mathematics.
+    named = [(name.replace("$", r"\$"), one) for name, history in histories.items() for one in settings(history)]
+    shown = {", ".join([name, *_setting(one)]): one for name, one in named}
     figures = {
         "collapse_against_lambda": collapse_against_lambda(shown),
         "compare_against_epoch": compare_against_epoch(shown),
@@ -402,15 +426,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdirs = list(dict.fromkeys(workdir.resolve() for workdir in arguments.workdirs))
     names = [workdir.name for workdir in workdirs]
     try:
-        loaded = {
-            name if names.count(name) == 1 else str(path): _load(path)
-            for name, path in zip(names, workdirs, strict=True)
-        }
-        written = []
-        for workdir, history in zip(workdirs, loaded.values(), strict=True):
-            written += draw_all(history, workdir / "figures")
+        histories = [_load(workdir) for workdir in workdirs]
+        written = [path for one, at in zip(histories, workdirs, strict=True) for path in draw_all(one, at / "figures")]
         if len(workdirs) > 1:
-            written += draw_comparison(loaded, arguments.out)
+            unique = [at.name if names.count(at.name) == 1 else str(at) for at in workdirs]
+            written += draw_comparison(dict(zip(unique, histories, strict=True)), arguments.out)
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

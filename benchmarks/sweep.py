@@ -1,0 +1,442 @@
+"""Samples per second of a compiled sweep, of the same runs one at a time, and of PyTorch; on this machine, in one process.
+
+    pip install -e ".[bench]"
+    python -m benchmarks.sweep            # a table, benchmarks/results/sweep.json and docs/benchmark_sweep.png
+    python -m benchmarks.sweep --quick    # half a minute, writes nothing: does it still work?
+
+Contenders, taking turns; every one trains on the same examples, with the same batch size and number of steps:
+    sweep            all runs in one call of `train.make_advance`
+    one at a time    the same step, compiled for a single run and called once per run
+    pytorch          an eager loop, one run at a time on all cores; the fastest of `VARIANTS`, tried first
+    pytorch x cores  that loop in one process per core, one thread each, the runs dealt out
+Whoever trains one run at a time goes on with the same weights for the next run, so pays for no fresh start.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ncjax import evaluate, models, parallel, train
+
+try:
+    import torch
+except ImportError:
+    print('benchmarks.sweep needs PyTorch: pip install -e ".[bench]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+REPO = Path(__file__).resolve().parents[1]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-3
+# Okabe & Ito's colours, safe for the colour-blind.
+COLORS = {"sweep": "#0072B2", "one at a time": "#56B4E9", "pytorch": "#D55E00", "pytorch x cores": "#E69F00"}
+MARKERS = {"sweep": "o", "one at a time": "s", "pytorch": "^", "pytorch x cores": "v"}
+VARIANTS = {
+    "eager, all cores": (CORES, False),
+    "eager, 1 thread": (1, False),
+    "torch.compile, all cores": (CORES, True),
+}
+
+
+class Network(NamedTuple):
+    """An MLP without biases. `samples`: how many a timed call trains on, over all runs; a second or two of work."""
+
+    sizes: tuple[int, ...]
+    batch: int
+    examples: int
+    samples: int
+
+    def epochs(self, runs: int) -> int:
+        return max(1, round(self.samples / (runs * self.samples_per_epoch)))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.examples // self.batch * self.batch
+
+    @property
+    def flops(self) -> int:
+        """Executed per sample: forward and both gradients, except that the input needs no gradient."""
+        weights = [a * b for a, b in zip(self.sizes[:-1], self.sizes[1:], strict=True)]
+        return 6 * sum(weights) - 2 * weights[0]
+
+
+NETWORKS = {
+    "64-128-128-128-10": Network((64, 128, 128, 128, 10), 64, 1450, 600_000),
+    "784-512-512-512-10": Network((784, 512, 512, 512, 10), 128, 1024, 65_536),
+    "784-2048-2048-10": Network((784, 2048, 2048, 10), 128, 1024, 16_384),
+}
+# A measurement is compared with an epoch of this many (runs, training, test examples): digits' default sweep, MNIST, a
+# fifth of MNIST.
+MEASURED = {
+    "64-128-128-128-10": (18, 1450, 347),
+    "784-512-512-512-10": (4, 60_000, 10_000),
+    "784-2048-2048-10": (2, 12_000, 2_000),
+}
+
+
+def make_data(network: Network, train_size: int, test_size: int) -> evaluate.Data:
+    """Noise of the right shape, normalized as `data.load` would: pixels centred, mean input norm 2."""
+    rng = np.random.default_rng(0)
+
+    def split(size: int) -> evaluate.Split:
+        images = rng.integers(0, 256, (size, network.sizes[0]), dtype=np.uint8)
+        return evaluate.Split(images, np.arange(size, dtype=np.int32) % network.sizes[-1])
+
+    train_split, test_split = split(train_size), split(test_size)
+    center = train_split.images.mean(0)
+    scale = 2 / np.linalg.norm(train_split.images - center, axis=1).mean()
+    return evaluate.Data(train_split, test_split, center.astype(np.float32), np.float32(scale))
+
+
+# The sweep, and one run at a time
+
+
+class Program(NamedTuple):
+    advance: Callable
+    start: Callable[[], tuple]
+    data: evaluate.Data
+
+
+@functools.cache
+def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Program:
+    """The sweep's program for `runs` runs, and its first states."""
+    mesh = parallel.run_mesh(runs)
+    model = models.HomogeneousMLP(network.sizes[1:-1], network.sizes[-1])
+    recipe = train.Recipe(model, "none", "constant", network.batch, 1, train_size)
+    data = parallel.replicate(make_data(network, train_size, test_size), mesh)
+    constant = {"weight_decay": WEIGHT_DECAY, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "init_scale": 1.0}
+    columns = {name: [value] * runs for name, value in constant.items()} | {"seed": list(range(runs))}
+    return Program(train.make_advance(recipe, mesh), lambda: train.start(recipe, mesh, columns, data), data)
+
+
+def jax_contender(network: Network, per_call: int, calls: int) -> Callable[[int], None]:
+    advance, start, data = compiled(network, per_call, network.examples, network.batch)
+    states, keys, hyper = start()
+
+    def run(epochs: int) -> None:
+        nonlocal states
+        for _ in range(calls):
+            states, _ = advance(states, keys, hyper, data, epochs, False)
+            jax.block_until_ready(states)
+
+    return run
+
+
+# PyTorch
+
+
+class TorchLoop:
+    """A tuned training loop: inputs normalized and targets one-hot beforehand, one shuffled copy per epoch, fused SGD."""
+
+    def __init__(self, network: Network, threads: int, compile_it: bool) -> None:
+        torch.manual_seed(0)
+        self.network, self.threads = network, threads
+        pairs = zip(network.sizes[:-1], network.sizes[1:], strict=True)
+        layers = [module for a, b in pairs for module in (torch.nn.Linear(a, b, bias=False), torch.nn.ReLU())][:-1]
+        self.net = torch.nn.Sequential(*layers)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        data = make_data(network, network.examples, network.batch)
+        self.inputs = (torch.from_numpy(data.train.images).float() - torch.from_numpy(data.center)) * float(data.scale)
+        self.targets = torch.eye(network.sizes[-1])[torch.from_numpy(data.train.labels).long()]
+        self.loss = torch.compile(self.square_loss) if compile_it else self.square_loss
+
+    def square_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        squares = torch.nn.functional.mse_loss(self.net(inputs), targets, reduction="sum")
+        return squares * (0.5 / len(inputs))
+
+    def __call__(self, epochs: int) -> None:
+        torch.set_num_threads(self.threads)
+        for _ in range(epochs):
+            order = torch.randperm(len(self.inputs))[: self.network.samples_per_epoch]
+            batches = (a.index_select(0, order).split(self.network.batch) for a in (self.inputs, self.targets))
+            for inputs, targets in zip(*batches, strict=True):
+                self.optimizer.zero_grad(set_to_none=True)
+                self.loss(inputs, targets).backward()
+                self.optimizer.step()
+
+
+def best_variant(network: Network, names: list[str]) -> tuple[str, dict[str, float]]:
+    """The fastest of the named `VARIANTS`, and the samples/s of each: the best of three short trials."""
+    epochs = max(1, network.epochs(1) // 4)
+    rates = {}
+    for name in names:
+        loop = TorchLoop(network, *VARIANTS[name])
+        loop(1)
+        rates[name] = epochs * network.samples_per_epoch / min(seconds(lambda: loop(epochs)) for _ in range(3))  # noqa: B023
+    return max(rates, key=rates.__getitem__), rates
+
+
+def _serve(pipe, network: Network) -> None:
+    loop = TorchLoop(network, 1, False)
+    while epochs := pipe.recv():
+        loop(epochs)
+        pipe.send(None)
+
+
+def torch_processes(network: Network, runs: int) -> Callable[[int], None]:
+    """A PyTorch process per core, each training its share of the runs one after another. run(0) ends them."""
+    context = multiprocessing.get_context("spawn")
+    shares = [len(range(i, runs, CORES)) for i in range(min(CORES, runs))]
+    pipes = []
+    for _ in shares:
+        here, there = context.Pipe()
+        context.Process(target=_serve, args=(there, network), daemon=True).start()
+        pipes.append(here)
+
+    def run(epochs: int) -> None:
+        for pipe, share in zip(pipes, shares, strict=True):
+            pipe.send(epochs * share)
+        if epochs:
+            for pipe in pipes:
+                pipe.recv()
+
+    return run
+
+
+def check_same_step() -> None:
+    """Asserts that JAX and PyTorch, from the same weights, reach the same regularized loss in three steps."""
+    network = Network((64, 32, 32, 10), 60, 60, 60)  # one batch is all examples, so that their order does not matter
+    advance, start, data = compiled(network, 1, 60, 60)
+    states, keys, hyper = start()
+    loop = TorchLoop(network, 1, False)
+    kernels = [np.array(states.params[name]["kernel"][0]) for name in ("layer_1", "layer_2", "head")]
+    with torch.no_grad():
+        for weight, kernel in zip(loop.net.parameters(), kernels, strict=True):
+            weight.copy_(torch.from_numpy(kernel.T))
+
+    def torch_loss() -> float:
+        penalty = sum(float((weight.detach() ** 2).sum()) for weight in loop.net.parameters())
+        return float(loop.square_loss(loop.inputs, loop.targets).detach()) + 0.5 * WEIGHT_DECAY * penalty
+
+    before = torch_loss()
+    _, metrics = advance(states, keys, hyper, data, 3, True)
+    loop(3)
+    ours, theirs = float(metrics["loss"][0, 0]), torch_loss()
+    assert abs(ours - theirs) < 1e-5 * abs(before - theirs) + 1e-6 * theirs, (ours, theirs)
+
+
+# Timing
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def matmul_rates(size: int = 2048, repeats: int = 10) -> dict[str, float]:
+    """GFLOP/s of a float32 square matmul on all cores, the best of `repeats`, by library."""
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    on_jax, on_torch, matmul = jnp.asarray(a), torch.from_numpy(a), jax.jit(jnp.matmul)
+    out = torch.empty(size, size)
+    torch.set_num_threads(CORES)
+    calls = {
+        "jax": lambda: matmul(on_jax, on_jax).block_until_ready(),
+        "torch": lambda: torch.matmul(on_torch, on_torch, out=out),
+    }
+    for call in calls.values():
+        call()
+    return {name: 2e-9 * size**3 / min(seconds(call) for _ in range(repeats)) for name, call in calls.items()}
+
+
+def time_contenders(network: Network, runs: int, variant: str, repeats: int) -> dict[str, list[float]]:
+    """Samples/s of every contender in every round; one untimed round first."""
+    loop, processes = TorchLoop(network, *VARIANTS[variant]), torch_processes(network, runs)
+    contenders = {
+        "sweep": jax_contender(network, runs, 1),
+        "one at a time": jax_contender(network, 1, runs),
+        "pytorch": lambda epochs: loop(epochs * runs),
+        "pytorch x cores": processes,
+    }
+    epochs = network.epochs(runs)
+    for contender in contenders.values():
+        contender(1)
+    rounds = [{name: seconds(lambda: run(epochs)) for name, run in contenders.items()} for _ in range(repeats)]  # noqa: B023
+    processes(0)
+    samples = runs * epochs * network.samples_per_epoch
+    return {name: [samples / times[name] for times in rounds] for name in contenders}
+
+
+def measurement_cost(network: Network, runs: int, train_size: int, test_size: int, repeats: int) -> dict:
+    """Seconds of a training epoch and of one measurement of `runs` runs, medians, and their ratio."""
+    advance, start, data = compiled(network, runs, train_size, test_size)
+    states, keys, hyper = start()
+
+    def step(epochs: int, measured: bool) -> None:
+        nonlocal states
+        states, metrics = advance(states, keys, hyper, data, epochs, measured)
+        jax.block_until_ready((states, metrics))
+
+    step(0, True)
+    rounds = [(seconds(lambda: step(1, False)), seconds(lambda: step(0, True))) for _ in range(repeats)]
+    epoch, measurement = (statistics.median(times) for times in zip(*rounds, strict=True))
+    ratio = statistics.median(measured / trained for trained, measured in rounds)
+    sizes = {"runs": runs, "train_examples": train_size, "test_examples": test_size}
+    return sizes | {"epoch_s": epoch, "measurement_s": measurement, "epochs_per_measurement": ratio}
+
+
+# Results
+
+
+def make_row(name: str, runs: int, contender: str, rates: dict[str, list[float]], matmul: dict[str, float]) -> dict:
+    median = statistics.median(rates[contender])
+    gflops = median * NETWORKS[name].flops / 1e9
+    return {
+        "network": name,
+        "runs": runs,
+        "contender": contender,
+        "samples_per_s": {"median": median, "min": min(rates[contender]), "max": max(rates[contender])},
+        "rounds": rates[contender],
+        "gflop_per_s": gflops,
+        "share_of_matmul": gflops / matmul["torch" if "pytorch" in contender else "jax"],
+        # Round by round: what disturbs the machine for longer than a round disturbs both.
+        "sweep_speedup": statistics.median(map(float.__truediv__, rates["sweep"], rates[contender])),
+    }
+
+
+def show(result: dict, console: Console) -> None:
+    """Prints the tables."""
+    matmul = result["matmul_gflop_per_s"]
+    title = f"float32 matmul of 2048: JAX {matmul['jax']:.0f}, PyTorch {matmul['torch']:.0f} GFLOP/s on {CORES} cores"
+    table = Table(title=title)
+    for column in ("network", "runs", "contender", "samples/s", "min-max", "GFLOP/s", "of matmul", "sweep is"):
+        table.add_column(column, justify="left" if column in ("network", "contender") else "right")
+    for row in result["rows"]:
+        rate, is_sweep = row["samples_per_s"], row["contender"] == "sweep"
+        table.add_row(
+            row["network"] if is_sweep else "",
+            str(row["runs"]) if is_sweep else "",
+            row["contender"],
+            f"{rate['median']:,.0f}",
+            f"{rate['min']:,.0f}-{rate['max']:,.0f}",
+            f"{row['gflop_per_s']:.0f}",
+            f"{row['share_of_matmul']:.0%}",
+            "" if is_sweep else f"{row['sweep_speedup']:.2f}x",
+            end_section=row["contender"] == "pytorch x cores",
+        )
+    console.print(table)
+    for name, trial in result["pytorch_variants"].items():
+        tried = "; ".join(f"{variant} {rate:,.0f}" for variant, rate in trial["samples_per_s"].items())
+        console.print(f"pytorch on {name}: {trial['chosen']} (samples/s of one run: {tried})", highlight=False)
+    for name, cost in result["measurement"].items():
+        console.print(
+            f"one measurement of {cost['runs']} runs of {name} on {cost['train_examples']:,} + "
+            f"{cost['test_examples']:,} examples: {cost['measurement_s'] * 1e3:.0f} ms = "
+            f"{cost['epochs_per_measurement']:.2f} training epochs",
+            highlight=False,
+        )
+
+
+def plot(result: dict, path: Path) -> None:
+    """GFLOP/s against the number of runs, a panel per network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    names = list(result["pytorch_variants"])
+    figure, axes = plt.subplots(1, len(names), figsize=(7, 2.7), sharey=True, squeeze=False, layout="constrained")
+    ceiling = max(result["matmul_gflop_per_s"].values())
+    for name, axis in zip(names, axes[0], strict=True):
+        for contender, color in COLORS.items():
+            rows = [row for row in result["rows"] if (row["network"], row["contender"]) == (name, contender)]
+            x, y = [row["runs"] for row in rows], [row["gflop_per_s"] for row in rows]
+            spread = [
+                [row["samples_per_s"][end] * NETWORKS[name].flops / 1e9 for row in rows] for end in ("min", "max")
+            ]
+            style = {"color": color, "marker": MARKERS[contender], "markersize": 4, "linewidth": 1.2}
+            axis.errorbar(x, y, np.abs(np.array(spread) - y), label=contender, elinewidth=0.8, **style)
+        axis.axhline(ceiling, color="0.4", linestyle=":", linewidth=1, label="2048 x 2048 matmul")
+        axis.set(title=name, xlabel="runs", xscale="log", ylim=(0, 1.08 * ceiling))
+        axis.set_xticks(x, map(str, x), minor=False)
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("GFLOP/s")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def machine() -> dict:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    versions = {name: metadata.version(name) for name in ("ncjax", "jax", "jaxlib", "torch", "numpy")}
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": CORES,
+        "load_average_before": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--runs", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--quick", action="store_true", help="first network, 1 and 2 runs; writes nothing without --out"
+    )
+    parser.add_argument("--out", type=Path, help="folder for sweep.json and benchmark_sweep.png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    parallel.use_every_core()
+    names, runs, repeats = args.networks, args.runs, args.repeats
+    networks, variants, measured, out = NETWORKS, list(VARIANTS), MEASURED, args.out
+    if args.quick:
+        names, runs, repeats, variants = names[:1], [1, 2], 2, variants[:1]
+        networks = {name: network._replace(samples=network.samples // 50) for name, network in NETWORKS.items()}
+        measured = {name: (2, network.examples, network.batch) for name, network in NETWORKS.items()}
+    check_same_step()
+    result = {"machine": machine(), "config": {"runs": runs, "repeats": repeats, "networks": {}}, "rows": []}
+    result |= {"pytorch_variants": {}, "measurement": {}}
+    matmuls = [matmul_rates()]
+    rates = {}
+    for name in names:
+        network = networks[name]
+        result["config"]["networks"][name] = network._asdict()
+        chosen, trials = best_variant(network, variants)
+        result["pytorch_variants"][name] = {"chosen": chosen, "samples_per_s": trials}
+        for count in runs:
+            print(f"{name}, {count} runs ...", file=sys.stderr)
+            rates[name, count] = time_contenders(network, count, chosen, repeats)
+        result["measurement"][name] = measurement_cost(network, *measured[name], repeats=min(repeats, 3))
+        matmuls.append(matmul_rates())
+    matmul = {library: max(each[library] for each in matmuls) for library in matmuls[0]}
+    result["matmul_gflop_per_s"] = matmul
+    for (name, count), by_contender in rates.items():
+        result["rows"] += [make_row(name, count, contender, by_contender, matmul) for contender in by_contender]
+    show(result, Console(width=110))
+    if args.quick and out is None:
+        return
+    json_path = (out or REPO / "benchmarks" / "results") / "sweep.json"
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    json_path.write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, (out or REPO / "docs") / "benchmark_sweep.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""collapse against explicit float64 NumPy (conftest.oracle_split), closed forms and invariances."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import oracle_geometry, oracle_split, simplex_etf
+
+from ncjax import collapse
+
+
+def two_passes(features, outputs, labels, head):
+    """The whole measurement of one batch, as `collapse`'s docstring prescribes it."""
+    means = collapse.class_means(collapse.class_sums(features, outputs, labels))
+    frame, frame_head = collapse.frames((means,), head)
+    scatter = collapse.class_scatter(features, outputs, labels, means, frame, frame_head)
+    return collapse.measure(means, scatter, frame, head)
+
+
+def measured(features, outputs, labels, head, dtype=np.float32, f=jax.jit(two_passes)):
+    context = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+    with context:
+        arrays = (jnp.asarray(a, dtype) for a in (features, outputs))
+        metrics = f(*arrays, jnp.asarray(labels, jnp.int32), jnp.asarray(head, dtype))
+        return {name: np.asarray(value) for name, value in metrics.items()}
+
+
+def assert_equal(got, expected, rtol, atol=0.0):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=rtol, atol=atol, err_msg=name)
+
+
+def random_split(num_classes=5, dim=8, per_class=12, seed=0, spread=1.0, dtype=np.float64):
+    """Features about random means, outputs about one-hot targets, a random head; examples shuffled."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(num_classes), per_class))
+    features = rng.standard_normal((num_classes, dim))[labels] + spread * rng.standard_normal((len(labels), dim))
+    outputs = np.eye(num_classes)[labels] + 0.5 * rng.standard_normal((len(labels), num_classes))
+    head = rng.standard_normal((num_classes, dim))
+    return features.astype(dtype), outputs.astype(dtype), labels, head.astype(dtype)
+
+
+SHAPES = {
+    "p_exceeds_C": {},
+    "C_exceeds_p": {"num_classes": 9, "dim": 4},
+    "two_classes": {"num_classes": 2, "dim": 3, "per_class": 20},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 2e-5), (np.float64, 1e-11)], ids=["float32", "float64"])
+def test_every_metric_equals_its_definition(shape, dtype, rtol):
+    split = random_split(**shape, dtype=dtype)
+    assert_equal(measured(*split, dtype=dtype), oracle_split(*split), rtol, atol=rtol / 10)
+
+
+def test_a_direct_call_outside_jit_and_x64_gives_float64_metrics():
+    split = random_split(dtype=np.float32)
+    assert not jax.config.jax_enable_x64
+    got = measured(*split, f=two_passes)
+    assert {value.dtype for value in got.values()} == {np.dtype(np.float64)}
+    assert_equal(got, oracle_split(*split), 2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x64_off", "x64_on"])
+def test_vmap_measures_each_run_of_a_stack(x64):
+    splits = [random_split(seed=seed, dtype=np.float32) for seed in range(3)]
+    with jax.enable_x64(x64):
+        features, outputs, labels, heads = (jnp.asarray(np.stack(a)) for a in zip(*splits, strict=True))
+        got = jax.jit(jax.vmap(two_passes))(features, outputs, labels.astype(jnp.int32), heads)
+        got = {name: np.asarray(values) for name, values in got.items()}
+    for run, split in enumerate(splits):
+        assert_equal({name: values[run] for name, values in got.items()}, oracle_split(*split), 2e-5, atol=2e-6)
+
+
+def test_sums_over_uneven_batches_with_padding_equal_the_whole_split():
+    features, outputs, labels, head = random_split()
+    padded = np.concatenate([labels, [-1, -1, -1]])
+    # Padding holds junk, which must not count.
+    features_padded = np.concatenate([features, np.full((3, 8), 1e6)])
+    outputs_padded = np.concatenate([outputs, np.full((3, 5), -1e6)])
+    edges = [0, 1, 8, 40, len(padded)]
+    with jax.enable_x64(True):
+        batches = [
+            tuple(jnp.asarray(a[i:j]) for a in (features_padded, outputs_padded, padded.astype(np.int32)))
+            for i, j in zip(edges, edges[1:], strict=False)
+        ]
+
+        def total(f):
+            return jax.tree.map(lambda *terms: sum(terms), *map(f, batches))
+
+        means = collapse.class_means(total(lambda batch: collapse.class_sums(*batch)))
+        frame, frame_head = collapse.frames((means,), jnp.asarray(head))
+        scatter = total(lambda batch: collapse.class_scatter(*batch, means, frame, frame_head))
+        got = {name: np.asarray(v) for name, v in collapse.measure(means, scatter, frame, jnp.asarray(head)).items()}
+    assert_equal(got, oracle_split(features, outputs, labels, head), 1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_float32_keeps_three_digits_at_within_class_spread_1e_3_about_means_of_norm_5(offset):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 50)
+    means = rng.standard_normal((10, 64))
+    means *= 5 / np.linalg.norm(means, axis=1, keepdims=True)
+    direction = rng.standard_normal(64)
+    features = means[labels] + 1e-3 * rng.standard_normal((500, 64)) + offset * direction / np.linalg.norm(direction)
+    outputs = np.eye(10)[labels] + 1e-3 * rng.standard_normal((500, 10))
+    split = features.astype(np.float32), outputs.astype(np.float32), labels, means.astype(np.float32)
+    got, expected = measured(*split), oracle_split(*split)
+    for name in ("nc1", "nc1_trace_ratio", "nc1_row_space", "cdnv", "output_spread", "nc4", "epsilon", "delta"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-7, err_msg=name)
+    for name in ("nc3", "etf_error", "nc2_equinorm_means", "nc2_equiangular_means"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def collapsed(means, per_class=4):
+    """Features at their class means, perfect outputs."""
+    labels = np.repeat(np.arange(len(means)), per_class)
+    return means[labels], np.eye(len(means))[labels], labels
+
+
+def test_a_perfect_simplex_etf_with_a_proportional_head_is_collapsed_in_every_respect():
+    etf = simplex_etf(6, 9)
+    got = measured(*collapsed(3 * etf + 2.0), 0.5 * etf, dtype=np.float64)
+    zero = ["nc1", "nc1_trace_ratio", "cdnv", "nc2_equinorm_means", "nc2_equiangular_means", "nc2_cosine_std_means"]
+    zero += ["etf_error", "nc3", "nc3_centered", "nc4", "epsilon", "delta", "output_spread", "output_asymmetry"]
+    assert {name: got[name] for name in zero} == pytest.approx(dict.fromkeys(zero, 0.0), abs=1e-7)
+    assert got["nc1_rank"] == 5
+
+
+def test_an_orthogonal_frame_head_stands_off_its_means_by_the_closed_form_of_nc3():
+    num_classes = 10
+    frame = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 16)))[0][:num_classes]
+    got = measured(*collapsed(4 * frame), 0.3 * frame, dtype=np.float64)
+    assert got["nc3"] == pytest.approx(2 - 2 * np.sqrt((num_classes - 1) / num_classes), rel=1e-12)
+    assert got["nc3"] == pytest.approx(0.1026, abs=5e-5)
+    assert got["nc3_centered"] == pytest.approx(0, abs=1e-14)
+
+
+def test_opposite_head_has_the_largest_nc3():
+    etf = simplex_etf(4, 6)
+    assert measured(*collapsed(etf), -etf, dtype=np.float64)["nc3"] == pytest.approx(4, rel=1e-12)
+
+
+def test_equal_class_means_have_rank_0_and_nc1_nan():
+    rng = np.random.default_rng(0)
+    deviation = rng.integers(-4, 5, (3, 6)).astype(np.float64)
+    features = np.tile(np.concatenate([1 + deviation, 1 - deviation]), (4, 1))  # every class has mean 1, exactly
+    labels = np.repeat(np.arange(4), 6)
+    got = measured(features, np.eye(4)[labels], labels, rng.standard_normal((4, 6)))
+    assert got["nc1_rank"] == 0
+    assert np.isnan(got["nc1"])
+    assert got["nc1_trace_ratio"] == np.inf
+
+
+def test_nc1_row_space_is_1_or_0_where_scatter_lies_in_the_row_space_or_in_the_null_space_of_the_head():
+    labels = np.repeat(np.arange(3), 4)
+    wiggle = np.tile([1.0, -1.0], 6)[:, None]
+    means, head = 5 * np.eye(3, 6)[labels], np.eye(3, 6)
+    for direction, share in ((np.eye(6)[1], 1.0), (np.eye(6)[5], 0.0), (np.eye(6)[1] + np.eye(6)[5], 0.5)):
+        got = measured(means + wiggle * direction, np.eye(3)[labels], labels, head)
+        assert got["nc1_row_space"] == pytest.approx(share, abs=1e-6)
+
+
+def test_frames_keep_means_above_1e_5_and_a_head_above_its_rounding():
+    stretch = np.diag([1.0, 1e-4, 1e-7, 0.0])
+    etf = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0][:4]
+    centring = np.linalg.qr(np.eye(4)[:, :3] - 0.25)[0]  # three orthonormal columns that sum to zero
+    means = collapse.ClassMeans(
+        jnp.asarray(centring @ stretch[:3, :3] @ etf[:3], jnp.float32), jnp.zeros((4, 4), jnp.float32)
+    )
+    (frame, head) = collapse.frames((means,), jnp.asarray(stretch @ etf, jnp.float32))
+    assert (int(frame.rank), int(head.rank)) == (2, 2)
+    np.testing.assert_allclose(np.asarray(frame.singular_values), [0.5, 0.5e-4, 0, 0], rtol=1e-2)
+    assert (np.asarray(frame.basis)[2:] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_geometry_ignores_rotation_translation_and_scale_of_features_and_scale_of_head(seed):
+    features, outputs, labels, head = random_split(seed=seed)
+    rotation = np.linalg.qr(np.random.default_rng(seed + 100).standard_normal((8, 8)))[0]
+    before = measured(features, outputs, labels, head, dtype=np.float64)
+    after = measured(3 * features @ rotation + 7.0, outputs, labels, 0.2 * head @ rotation, dtype=np.float64)
+    assert_equal(after, before, 1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_relabelling_the_classes_changes_no_metric(seed):
+    features, outputs, labels, head = random_split(seed=seed)
+    new_name = np.random.default_rng(seed + 100).permutation(5)
+    before = measured(features, outputs, labels, head, dtype=np.float64)
+    by_new_name = np.argsort(new_name)
+    after = measured(features, outputs[:, by_new_name], new_name[labels], head[by_new_name], dtype=np.float64)
+    cosine, cosine_after = before.pop("class_mean_cosine"), after.pop("class_mean_cosine")
+    assert_equal(after, before, 1e-9, atol=1e-11)
+    np.testing.assert_allclose(cosine_after, cosine[np.ix_(by_new_name, by_new_name)], rtol=1e-9)
+
+
+def test_scaling_the_within_class_deviations_scales_nc1_by_the_square():
+    features, outputs, labels, head = random_split()
+    means = np.stack([features[labels == c].mean(0) for c in range(5)])[labels]
+    before = measured(features, outputs, labels, head, dtype=np.float64)
+    after = measured(means + 3 * (features - means), outputs, labels, head, dtype=np.float64)
+    for name in ("nc1", "nc1_trace_ratio", "cdnv"):
+        assert after[name] == pytest.approx(9 * before[name], rel=1e-10), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_residuals_split_orthogonally_into_margin_mean_and_asymmetry(seed):
+    outputs = np.random.default_rng(seed).standard_normal((6, 6))  # mean outputs of class c in row c
+    with jax.enable_x64(True):
+        residual = collapse.residuals(jnp.asarray(outputs))
+        mean, epsilon, delta, asymmetry = (np.asarray(a) for a in residual)
+    identity, ones = np.eye(6), np.ones((6, 6))
+    np.testing.assert_allclose(mean, identity - outputs.T, atol=1e-15)
+    assert epsilon == pytest.approx(1 - np.mean(np.diagonal(outputs)), rel=1e-13)
+    assert delta == pytest.approx((outputs.sum() - np.trace(outputs)) / 30, rel=1e-13)
+    t, q = epsilon + delta, epsilon - 5 * delta
+    np.testing.assert_allclose(mean, t * (identity - ones / 6) + q * ones / 6 + asymmetry, atol=1e-14)
+    assert abs(np.sum(asymmetry * (identity - ones / 6))) < 1e-14
+    assert abs(np.sum(asymmetry * ones)) < 1e-14
+    assert np.linalg.norm(asymmetry) > 0.1
+
+
+def test_symmetric_quasi_interpolation_is_recognized():
+    labels = np.repeat(np.arange(5), 4)
+    epsilon = 0.2
+    outputs = np.full((20, 5), epsilon / 4)
+    outputs[np.arange(20), labels] = 1 - epsilon
+    features, _, _, head = random_split(per_class=4)
+    got = measured(features, outputs, labels, head, dtype=np.float64)
+    assert (got["epsilon"], got["delta"]) == (pytest.approx(0.2), pytest.approx(0.05))
+    assert [got[n] for n in ("sqi_gap", "output_spread", "output_asymmetry")] == pytest.approx([0, 0, 0], abs=1e-15)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_nc4_counts_disagreement_with_the_nearest_class_mean(offset):
+    features, _, labels, head = random_split(num_classes=4, dim=3, per_class=50, spread=1.5, dtype=np.float32)
+    features = features + np.float32(offset)
+    means = np.stack([features[labels == c].astype(np.float64).mean(0) for c in range(4)])
+    nearest = np.argmin([[np.sum((x - m) ** 2) for m in means] for x in features.astype(np.float64)], axis=1)
+    outputs = np.eye(4)[nearest]
+    assert measured(features, outputs, labels, head)["nc4"] == 0
+    wrong = np.arange(len(labels)) % 8 == 0
+    outputs[wrong] = np.roll(outputs[wrong], 1, axis=1)
+    assert measured(features, outputs, labels, head)["nc4"] == pytest.approx(1 / 8)
+    assert 0.1 < np.mean(nearest != labels) < 0.9  # so that accuracy could not pass for nc4
+
+
+def test_head_geometry_equals_its_definition():
+    head = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    got = collapse.measure_head(jnp.asarray(head))
+    assert_equal({name: np.asarray(value) for name, value in got.items()}, oracle_geometry(head, "head"), 1e-12)

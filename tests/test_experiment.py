@@ -1,0 +1,163 @@
+"""End to end: what a run leaves behind, and that an interrupted run continues to the same bits."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+from ncjax import experiment, main, plots, preflight, report
+from ncjax.checkpoint import Checkpoints
+from ncjax.config import default_config
+from ncjax.history import COSINES, VOCABULARY
+
+
+def small_config(**changes):
+    config = default_config()
+    config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
+    config.model.widths = (8, 8)
+    config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
+    config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(workdir, figures=False, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:  # most of a small run's time
+            patch.setattr(plots, "draw_all", lambda history, folder: [])
+        return experiment.run(preflight.prepare(small_config(**changes), workdir))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, run(workdir, figures=True)
+
+
+def test_workdir_holds_what_the_readme_promises(finished):
+    workdir, history = finished
+    assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 6
+    assert {figure.name for figure in (workdir / "figures").glob("*.png")} == {
+        "collapse_against_epoch.png",
+        "collapse_against_lambda.png",
+        "equilibrium_against_epoch.png",
+        "class_mean_cosines.png",
+    }
+    assert sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir()) == [4, 6]
+    stored = xr.load_dataset(workdir / "history.nc")
+    xr.testing.assert_identical(stored, xr.load_dataset(workdir / "history.nc", engine="scipy"))
+    assert set(map(str, stored.data_vars)) == {*VOCABULARY, COSINES}
+    assert stored["epoch"].values.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert stored["nc1"].dims == ("weight_decay", "seed", "epoch", "split")
+    assert stored["layer"].values.tolist() == ["layer_1", "layer_2", "head"]
+    assert all(stored[name].attrs["definition"] for name in map(str, stored.data_vars))
+    assert {"config", "versions", "device", "git_revision"} <= set(stored.attrs)
+    assert not [path for path in workdir.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_metrics_are_strict_json_with_one_line_per_measured_epoch(finished):
+    workdir, history = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == history["epoch"].values.tolist()
+    assert "NaN" not in (workdir / "metrics.jsonl").read_text()
+    nc3 = np.array(lines[-1]["metrics"]["nc3"], float).reshape(2, 2, 2)
+    np.testing.assert_array_equal(nc3, history["nc3"].isel(epoch=-1).values)
+
+
+def test_clocks_count_flow_time(finished):
+    _, history = finished
+    # Three steps an epoch at a cosine rate from 0.1, momentum 0.9.
+    expected = 0.1 / (1 - 0.9) * sum(0.5 * (1 + np.cos(np.pi * step / 18)) for step in range(18))
+    np.testing.assert_allclose(history["flow_time"].isel(epoch=-1).values, expected)
+    np.testing.assert_allclose(history["relaxation_time"].isel(epoch=-1, weight_decay=1).values, 0.02 * expected)
+    assert np.isnan(history["relaxation_time"].isel(weight_decay=0).values).all()
+
+
+def test_training_reduces_the_loss_and_seeds_differ(finished):
+    _, history = finished
+    loss = history["fit_loss"].sel(split="train")
+    assert (loss.isel(epoch=-1) < 0.5 * loss.isel(epoch=0)).all()
+    assert len(np.unique(loss.isel(epoch=-1).values)) == 4
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(finished, capsys):
+    workdir, history = finished
+    before = (workdir / "history.nc").read_bytes()
+    xr.testing.assert_identical(run(workdir), history)
+    assert "complete" in capsys.readouterr().out
+    assert (workdir / "history.nc").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 6])
+def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch, stop_at, capsys):
+    workdir, _ = finished
+    measured = report.Progress.measured
+
+    def interrupt(self, epoch, nc1):
+        measured(self, epoch, nc1)
+        if epoch == stop_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Progress, "measured", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    run(tmp_path)
+    assert (tmp_path / "history.nc").read_bytes() == (workdir / "history.nc").read_bytes()
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(7))
+    for a, b in zip(final_leaves(tmp_path), final_leaves(workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def final_leaves(workdir):
+    plan = preflight.prepare(small_config(), workdir)
+    sweep = experiment._Sweep(plan)
+    saved = Checkpoints(workdir / "checkpoints", keep=2)
+    try:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(saved.load(6, sweep.unpadded()))]
+    finally:
+        saved.close()
+
+
+def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}"]) == 130
+    assert "same command continues" in capsys.readouterr().err
+
+
+def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, capsys):
+    history = run(
+        tmp_path,
+        **{
+            "sweep.weight_decay": (1e-3,),
+            "sweep.learning_rate": (0.05, 0.1, 0.2),
+            "sweep.seed": 3,
+            "train.epochs": 1,
+            "units": "torch",
+        },
+    )
+    assert dict(history["finite"].sizes) == {"weight_decay": 1, "learning_rate": 3, "seed": 1, "epoch": 2}
+    np.testing.assert_allclose(history["weight_decay"].values, [1.5e-3])
+    np.testing.assert_allclose(history["learning_rate"].values, np.array([0.05, 0.1, 0.2]) * 2 / 3)
+    assert history["weight_decay"].attrs["torch_weight_decay"] == [1e-3]
+    assert "learning_rate" in capsys.readouterr().out
+
+
+def test_a_diverged_run_is_counted_in_the_table(tmp_path, capsys):
+    history = run(tmp_path, **{"sweep.learning_rate": (0.1, 1e8), "sweep.weight_decay": (1e-3,), "train.epochs": 3})
+    assert history["finite"].isel(epoch=-1).values.ravel().tolist() == [1, 1, 0, 0]
+    out = capsys.readouterr().out
+    assert "2 of 2" in out
+    assert "0 of 2" in out
+
+
+def test_float64_and_full_batch_train(tmp_path):
+    history = run(tmp_path, **{"train.precision": "float64", "train.batch_size": 0, "train.epochs": 2})
+    assert history["nc1"].dtype == np.float64
+    assert float(history["lemma2_residual"].max()) < 1e-12

@@ -1,0 +1,91 @@
+"""The command line: every kind of bad input ends in one line that names the field, exit code 2, and no WORKDIR."""
+
+import pytest
+
+from ncjax import main
+
+BAD = [
+    (["--config.sweep.weight_decy=1"], "config.sweep.weight_decy", "did you mean config.sweep.weight_decay?"),
+    (["--config.train.epochs=ten"], "config.train.epochs", "'ten'"),
+    (["--config.train.epochs=1.5"], "config.train.epochs", "1.5"),
+    (["--config.train.epochs=0"], "config.train.epochs", "got 0"),
+    (["--config.sweep.weight_decay=-1"], "config.sweep.weight_decay", "-1"),
+    (["--config.sweep.weight_decay=nan"], "config.sweep.weight_decay", "nan"),
+    (["--config.sweep.weight_decay=1e999"], "config.sweep.weight_decay", "inf"),
+    (["--config.sweep.weight_decay=a,b"], "config.sweep.weight_decay", "a"),
+    (["--config.sweep.weight_decay=()"], "config.sweep.weight_decay", "one or more"),
+    (["--config.sweep.seed=0,1,0"], "config.sweep.seed", "once"),
+    (["--config.sweep.seed=0.5"], "config.sweep.seed", "0.5"),
+    (["--config.sweep.momentum=1"], "config.sweep.momentum", "[0, 1)"),
+    (["--config.sweep.learning_rate=0"], "config.sweep.learning_rate", "> 0"),
+    (["--config.model.widths=0"], "config.model.widths", ">= 1"),
+    (["--config.model.activation=tanh"], "config.model.activation", "relu, linear"),
+    (["--config.log.epochs=999"], "config.log.epochs", "300"),
+    (["--config.data.input_scale=inf"], "config.data.input_scale", "inf"),
+    (["--config.data.per_class=1000"], "config.data.per_class", "145"),
+    (["--config.data.per_class=-1"], "config.data.per_class", ">= 0"),
+    (["--config.data.num_classes=3"], "config.data.num_classes", "digits"),
+    (["--config.data.name=no_such_set"], "config.data.name", "download_and_prepare"),
+    (["--config.train.batch_size=5000"], "config.train.batch_size", "1450"),
+    (["--config=no/such/file.py"], "no/such/file.py", "No such file"),
+    (["--config=configs/digits.py:large"], "'large'", "smoke"),
+    (["--colour=red"], "colour", ""),
+    (["surplus"], "surplus", "--workdir"),
+]
+
+
+@pytest.mark.parametrize(("flags", "field", "hint"), BAD, ids=[" ".join(flags) for flags, _, _ in BAD])
+def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.main(["ncjax", f"--workdir={workdir}", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert field in message
+    assert hint in message
+    assert not workdir.exists()
+
+
+def test_missing_workdir_is_named(capsys):
+    assert main.main(["ncjax"]) == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+def test_workdir_that_is_a_file_or_cannot_be_made_is_named(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for workdir in (file, file / "below"):
+        assert main.main(["ncjax", f"--workdir={workdir}"]) == 2
+        assert str(workdir) in capsys.readouterr().err
+
+
+def test_workdir_of_another_config_names_field_and_both_values(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"units": "torch"}')
+    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    message = capsys.readouterr().err
+    assert "config.units is 'ours' here and 'torch' there" in message
+    assert message.count("\n") == 1
+
+
+def test_damaged_config_of_a_workdir_is_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_an_error_in_the_users_config_is_one_line(tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text("def get_config():\n    return 1 / 0\n")
+    assert main.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
+    message = capsys.readouterr().err
+    assert "division by zero" in message
+    assert message.count("\n") == 1
+
+
+def test_help_lists_every_field(capsys):
+    from ncjax.config import SCHEMA
+
+    assert main.main(["ncjax", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--config.{name}=" in text for name in SCHEMA)
+    assert "--workdir" in text
