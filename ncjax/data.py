@@ -249,7 +249,7 @@ def _cached(folder: Path, make: Callable[[], _Raw]) -> _Raw:
     """Decodes once. The folder appears whole or not at all; where none can be written, each run decodes anew."""
     try:
         return _read(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # not there, or damaged in one of NumPy's ways to say so
         raw = make()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

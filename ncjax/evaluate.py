@@ -27,7 +27,10 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of `center`. scale: one number or one per pixel."""
+    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of `center`.
+
+    scale: one number, or one per pixel.
+    """
 
     train: Split
     test: Split

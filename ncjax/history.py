@@ -1,5 +1,6 @@
 """Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch, split and layer."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,8 +115,11 @@ def save(history: xr.Dataset, path: Path) -> None:
 def load(path: Path) -> xr.Dataset:
     """Reads a history into memory, or raises InputError naming the file."""
     try:
-        return xr.load_dataset(path, engine="scipy")
+        # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
+        return xr.load_dataset(io.BytesIO(path.read_bytes()), engine="scipy")
     except FileNotFoundError as error:
         raise InputError("history", str(path), "no such file; train first, or name a WORKDIR that holds one") from error
     except Exception as error:  # scipy reports damaged bytes by many types
-        raise InputError("history", str(path), f"not readable as netCDF ({error})") from error
+        raise InputError(
+            "history", str(path), "not readable as netCDF; remove it, and the same command trains anew"
+        ) from error

@@ -63,8 +63,9 @@ def oracle_geometry(rows: np.ndarray, suffix: str) -> dict[str, float]:
     }
 
 
-def oracle_split(features, outputs, labels, head, rank_tolerance=1e-5) -> dict[str, float]:
-    """Every measurement of `collapse.measure` on one split. features (M, p), outputs (M, C), labels (M,), head (C, p)."""
+def oracle_split(features, outputs, labels, head) -> dict[str, float]:
+    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head (C, p)."""
+    rank_tolerance = 1e-5
     h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
     labels = np.asarray(labels)
     (total, dim), num_classes = h.shape, len(head)

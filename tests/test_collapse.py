@@ -1,6 +1,7 @@
 """collapse against explicit float64 NumPy (conftest.oracle_split), closed forms and invariances."""
 
 import contextlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ def two_passes(features, outputs, labels, head):
     return collapse.measure(means, scatter, frame, head)
 
 
-def measured(features, outputs, labels, head, dtype=np.float32, f=jax.jit(two_passes)):
+two_passes_in_jit = jax.jit(two_passes)
+
+
+def measured(features, outputs, labels, head, dtype=np.float32, f=two_passes_in_jit):
     context = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
     with context:
         arrays = (jnp.asarray(a, dtype) for a in (features, outputs))
@@ -83,19 +87,20 @@ def test_sums_over_uneven_batches_with_padding_equal_the_whole_split():
     features_padded = np.concatenate([features, np.full((3, 8), 1e6)])
     outputs_padded = np.concatenate([outputs, np.full((3, 5), -1e6)])
     edges = [0, 1, 8, 40, len(padded)]
-    with jax.enable_x64(True):
-        batches = [
-            tuple(jnp.asarray(a[i:j]) for a in (features_padded, outputs_padded, padded.astype(np.int32)))
-            for i, j in zip(edges, edges[1:], strict=False)
-        ]
+
+    @jax.jit
+    def in_batches(features, outputs, labels, head):
+        batches = [tuple(a[i:j] for a in (features, outputs, labels)) for i, j in itertools.pairwise(edges)]
 
         def total(f):
-            return jax.tree.map(lambda *terms: sum(terms), *map(f, batches))
+            return jax.tree.map(lambda *terms: sum(terms), *(f(*batch) for batch in batches))
 
-        means = collapse.class_means(total(lambda batch: collapse.class_sums(*batch)))
-        frame, frame_head = collapse.frames((means,), jnp.asarray(head))
-        scatter = total(lambda batch: collapse.class_scatter(*batch, means, frame, frame_head))
-        got = {name: np.asarray(v) for name, v in collapse.measure(means, scatter, frame, jnp.asarray(head)).items()}
+        means = collapse.class_means(total(collapse.class_sums))
+        frame, frame_head = collapse.frames((means,), head)
+        scatter = total(lambda *batch: collapse.class_scatter(*batch, means, frame, frame_head))
+        return collapse.measure(means, scatter, frame, head)
+
+    got = measured(features_padded, outputs_padded, padded, head, dtype=np.float64, f=in_batches)
     assert_equal(got, oracle_split(features, outputs, labels, head), 1e-11, atol=1e-12)
 
 
@@ -165,17 +170,20 @@ def test_nc1_row_space_is_1_or_0_where_scatter_lies_in_the_row_space_or_in_the_n
         assert got["nc1_row_space"] == pytest.approx(share, abs=1e-6)
 
 
-def test_frames_keep_means_above_1e_5_and_a_head_above_its_rounding():
-    stretch = np.diag([1.0, 1e-4, 1e-7, 0.0])
-    etf = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0][:4]
-    centring = np.linalg.qr(np.eye(4)[:, :3] - 0.25)[0]  # three orthonormal columns that sum to zero
-    means = collapse.ClassMeans(
-        jnp.asarray(centring @ stretch[:3, :3] @ etf[:3], jnp.float32), jnp.zeros((4, 4), jnp.float32)
-    )
-    (frame, head) = collapse.frames((means,), jnp.asarray(stretch @ etf, jnp.float32))
-    assert (int(frame.rank), int(head.rank)) == (2, 2)
-    np.testing.assert_allclose(np.asarray(frame.singular_values), [0.5, 0.5e-4, 0, 0], rtol=1e-2)
-    assert (np.asarray(frame.basis)[2:] == 0).all()
+@pytest.mark.parametrize(("dtype", "ranks"), [(np.float32, (2, 2)), (np.float64, (3, 3))], ids=["float32", "float64"])
+def test_frames_keep_what_stands_above_the_rounding_of_the_features(dtype, ranks):
+    """Relative singular values 1, 1e-4, 1e-7 and 0: float32 means keep those above 1e-5, float64 means above 1e-12."""
+    strengths = np.array([1.0, 1e-4, 1e-7, 0.0])
+    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0][:4]
+    sum_to_zero = np.linalg.qr(np.eye(4)[:, :3] - 0.25)[0]  # three orthonormal columns that do
+    with jax.enable_x64(dtype == np.float64):
+        centred = jnp.asarray(sum_to_zero @ (strengths[:3, None] * directions[:3]), dtype)
+        means = collapse.ClassMeans(centred, jnp.zeros((4, 4), dtype))
+        frame, frame_head = collapse.frames((means,), jnp.asarray(strengths[:, None] * directions, dtype))
+    assert (int(frame.rank), int(frame_head.rank)) == ranks
+    expected = np.where(np.arange(4) < ranks[0], strengths / 2, 0)  # Mdot/sqrt(C)
+    np.testing.assert_allclose(np.asarray(frame.singular_values), expected, rtol=1e-2)
+    assert (np.asarray(frame.basis)[ranks[0] :] == 0).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

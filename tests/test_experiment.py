@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 
 
 def test_workdir_holds_what_the_readme_promises(finished):
-    workdir, history = finished
+    workdir, _ = finished
     assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 6
     assert {figure.name for figure in (workdir / "figures").glob("*.png")} == {
         "collapse_against_epoch.png",

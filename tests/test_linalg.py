@@ -82,6 +82,14 @@ def test_vmap_decomposes_each_matrix_of_a_batch():
         np.testing.assert_allclose(rows @ rows.T, np.eye(5), atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_the_scale_of_a_matrix_costs_no_digits(scale):
+    """A net that decays to zero has features whose squares, but not they themselves, underflow."""
+    matrix = random_matrix(5, 8) * scale
+    values, _ = decompose(matrix)
+    np.testing.assert_allclose(values, np.linalg.svd(matrix, compute_uv=False), rtol=1e-13)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_matrix_that_is_not_finite_terminates_and_gives_nan(bad):
     matrix = random_matrix(5, 8)

@@ -24,7 +24,9 @@ def test_forward_pass_equals_numpy(activation):
         h = np.maximum(h, 0) if activation == "relu" else h
     expected = h @ np.asarray(params["head"]["kernel"], np.float64) + [1, -2, 3]
     np.testing.assert_allclose(np.asarray(model.apply({"params": params}, x)), expected, rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(model.apply({"params": params}, x, method="features")), h, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(model.apply({"params": params}, x, method="features")), h, rtol=2e-5, atol=1e-6
+    )
 
 
 def test_logits_of_features_are_the_outputs():
@@ -62,7 +64,9 @@ def test_weights_are_drawn_with_variance_2_over_fan_in():
 
 def test_the_head_alone_may_have_a_bias_and_it_starts_at_0():
     without, with_bias = network()[1], network(use_head_bias=True)[1]
-    assert {name: set(leaves) for name, leaves in without.items()} == {n: {"kernel"} for n in ("layer_1", "layer_2", "head")}
+    assert {name: set(leaves) for name, leaves in without.items()} == {
+        n: {"kernel"} for n in ("layer_1", "layer_2", "head")
+    }
     assert [name for name, leaves in with_bias.items() if "bias" in leaves] == ["head"]
     np.testing.assert_array_equal(np.asarray(with_bias["head"]["bias"]), np.zeros(3))
 

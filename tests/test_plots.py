@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from ncjax import figures, plots
 from ncjax import history as histories
-from ncjax import plots
 from ncjax.config import SWEPT, Grid
 
 LAYERS = ("layer_1", "head")
@@ -25,6 +25,18 @@ EVERY_FIGURE = {
     "class_mean_cosines.png",
     "equilibrium_against_epoch.png",
 }
+
+
+@pytest.fixture
+def without_layout(monkeypatch):
+    """Measuring every text to place the panels takes most of the time of a figure."""
+    write = plots._write
+
+    def write_plainly(figure, path):
+        figure.set_layout_engine("none")
+        return write(figure, path)
+
+    monkeypatch.setattr(plots, "_write", write_plainly)
 
 
 def make_history(epochs=(0, 1, 10), classes=3, **axes):
@@ -71,7 +83,8 @@ def assert_drawn(paths, names):
     assert {path.name for path in paths} == names
     for path in paths:
         content = path.read_bytes()
-        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 2_000
     assert not [path for path in paths[0].parent.iterdir() if path.suffix != ".png"]
 
 
@@ -89,14 +102,14 @@ def test_terminal_phase_begins_where_every_seed_is_right_on_the_training_split()
         {"epoch": [0, 1, 10, 100]},
         ("weight_decay", "seed", "epoch"),
     )
-    np.testing.assert_array_equal(plots.terminal_epoch(accuracy), [10, np.nan, 100, np.nan])
+    np.testing.assert_array_equal(figures.terminal_epoch(accuracy), [10, np.nan, 100, np.nan])
 
 
 def test_terminal_phase_is_marked_at_its_epoch_and_explained_only_if_it_begins():
     history = make_history(weight_decay=(1e-3,))
-    assert "training error" not in "".join(words(plots.collapse_against_epoch(history)))
+    assert "training error" not in "".join(words(figures.collapse_against_epoch(history)))
     history["accuracy"].loc[{"split": "train", "epoch": [1, 10]}] = 1
-    figure = plots.collapse_against_epoch(history)
+    figure = figures.collapse_against_epoch(history)
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
     np.testing.assert_array_equal([line.get_xdata() for line in marks], [[1]])
     assert "training error" in "".join(words(figure))
@@ -104,7 +117,7 @@ def test_terminal_phase_is_marked_at_its_epoch_and_explained_only_if_it_begins()
 
 def test_curves_are_means_over_seeds_and_bands_reach_the_extremes():
     history = make_history(weight_decay=(1e-3,), seed=(0, 1, 2))
-    axes = plots.collapse_against_epoch(history).axes[0]
+    axes = figures.collapse_against_epoch(history).axes[0]
     nc1 = history["nc1"].sel(split="train").values[0].astype(np.float64)
     np.testing.assert_allclose(axes.lines[0].get_ydata(), nc1.mean(0))
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
@@ -114,17 +127,15 @@ def test_curves_are_means_over_seeds_and_bands_reach_the_extremes():
 def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
     history = make_history(weight_decay=(0.0, 1e-3, 1e-2))
     history["nc3"].loc[{"split": "train", "epoch": 10}] = [[0.1, 0.9], [0.3, 0.4], [np.nan, np.nan]]
-    assert plots.most_collapsed(history) == 1
+    assert figures.most_collapsed(history) == 1
 
 
+@pytest.mark.usefixtures("without_layout")
 @pytest.mark.parametrize(
     "history",
     [
-        pytest.param(make_history(weight_decay=(1e-3,), seed=(0,)), id="one run"),
-        pytest.param(make_history(epochs=(0,)), id="only epoch 0"),
-        pytest.param(make_history(epochs=(1,)), id="only epoch 1"),
-        pytest.param(make_history(classes=2), id="two classes"),
-        pytest.param(make_history() * 0, id="all zero"),
+        pytest.param(make_history(epochs=(1,), classes=2, weight_decay=(1e-3,), seed=(0,)), id="one run, two classes"),
+        pytest.param(make_history(epochs=(0,)) * 0, id="only epoch 0, all zero"),
         pytest.param(diverge(make_history()), id="all diverged"),
     ],
 )
@@ -132,6 +143,7 @@ def test_unusual_histories_are_drawn(history, tmp_path):
     assert_drawn(plots.draw_all(history, tmp_path), EVERY_FIGURE)
 
 
+@pytest.mark.usefixtures("without_layout")
 def test_without_weight_decay_there_is_no_equilibrium_to_draw(tmp_path):
     history = make_history(weight_decay=(0.0,))
     assert_drawn(plots.draw_all(history, tmp_path), EVERY_FIGURE - {"equilibrium_against_epoch.png"})
@@ -139,7 +151,7 @@ def test_without_weight_decay_there_is_no_equilibrium_to_draw(tmp_path):
 
 def test_diverged_runs_are_counted_and_the_others_drawn():
     history = diverge(make_history(), weight_decay=1, seed=0)
-    figure = plots.collapse_against_epoch(history)
+    figure = figures.collapse_against_epoch(history)
     assert "(1 of 4 diverged)" in words(figure)[0]
     assert words(figure)[2].endswith("(1 of 2 diverged)")
     survivor = history["nc1"].sel(split="train", seed=1).values[1]
@@ -149,32 +161,45 @@ def test_diverged_runs_are_counted_and_the_others_drawn():
 
 def test_many_weight_decays_share_a_colour_bar():
     history = make_history(weight_decay=(0.0, *np.logspace(-5, -2, 11)))
-    figure = plots.collapse_against_epoch(history)
-    assert len(figure.axes) == 7 and not figure.legends[0].get_texts()
+    figure = figures.collapse_against_epoch(history)
+    assert len(figure.axes) == 7
+    assert not figure.legends[0].get_texts()
     figure.draw_without_rendering()
 
 
 def test_many_classes_are_not_labelled():
-    few, many = (plots.class_mean_cosines(make_history(epochs=(1,), classes=c)).axes[0] for c in (4, 31))
+    few, many = (figures.class_mean_cosines(make_history(epochs=(1,), classes=c)).axes[0] for c in (4, 31))
     assert (len(few.get_xticklabels()), len(many.get_xticklabels())) == (4, 0)
 
 
+@pytest.mark.usefixtures("without_layout")
 def test_every_setting_of_another_axis_has_its_own_figures(tmp_path):
-    paths = plots.draw_all(make_history(epochs=(1, 2), learning_rate=(0.1, 0.25)), tmp_path)
-    assert_drawn(paths, {n.replace(".png", f"-learning_rate={lr}.png") for n in EVERY_FIGURE for lr in (0.1, 0.25)})
+    paths = plots.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
+    assert_drawn(
+        paths,
+        {
+            n.replace(".png", f"-learning_rate={lr}.png")
+            for n in EVERY_FIGURE - {"equilibrium_against_epoch.png"}
+            for lr in (0.1, 0.25)
+        },
+    )
 
 
+@pytest.mark.usefixtures("without_layout")
 def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
-    odd, plain = save(make_history(), tmp_path / "a$1$"), save(make_history(seed=(3,)), tmp_path / "b")
+    odd, plain = (
+        save(make_history(weight_decay=(0.0,)), tmp_path / "a$1$"),
+        save(make_history(epochs=(1,)), tmp_path / "b"),
+    )
     assert plots.main([odd, plain, "--out", str(tmp_path / "both")]) == 0
     compared = list((tmp_path / "both").iterdir())
     assert_drawn(compared, {"collapse_against_lambda.png", "compare_against_epoch.png"})
     assert {path.name for path in (tmp_path / "b" / "figures").iterdir()} == EVERY_FIGURE
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 4 + 2
 
 
 def test_compared_histories_are_named():
-    figure = plots.collapse_against_lambda({"wide": make_history(), "narrow": make_history(seed=(0,))})
+    figure = figures.collapse_against_lambda({"wide": make_history(), "narrow": make_history(seed=(0,))})
     assert words(figure)[1:] == ["wide", "narrow"]
     assert "n = 1 to 2 seeds" in words(figure)[0]
 
@@ -185,7 +210,8 @@ def test_bad_input_is_one_line_that_names_the_file(content, tmp_path, capsys):
         (tmp_path / "history.nc").write_bytes(content)
     assert plots.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert str(tmp_path / "history.nc") in error and error.count("\n") == 1
+    assert str(tmp_path / "history.nc") in error
+    assert error.count("\n") == 1
 
 
 def test_another_netcdf_file_is_not_taken_for_a_history(tmp_path, capsys):

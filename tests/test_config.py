@@ -1,0 +1,188 @@
+"""config: what is accepted, what is refused and in which words, and the grid."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ncjax import config as configuration
+from ncjax.errors import InputError
+
+
+def with_value(name, value):
+    config = configuration.default_config()
+    section, _, leaf = name.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("train.epochs", 0, "0"),
+        ("train.epochs", -3, "-3"),
+        ("train.epochs", 2.5, "2.5"),
+        ("train.epochs", True, "True"),
+        ("train.epochs", "ten", "'ten'"),
+        ("train.batch_size", -1, "-1"),
+        ("train.schedule", "linear", "'linear'"),
+        ("train.precision", "bfloat16", "'bfloat16'"),
+        ("model.activation", "tanh", "'tanh'"),
+        ("model.head_bias", None, "None"),
+        ("model.widths", (), "()"),
+        ("model.widths", (64, 0), "(64, 0)"),
+        ("model.widths", (64, 1.5), "1.5"),
+        ("data.name", "", "''"),
+        ("data.input_scale", 0.0, "0.0"),
+        ("data.input_scale", math.inf, "inf"),
+        ("data.per_class", -1, "-1"),
+        ("data.standardize", 1, "1"),
+        ("sweep.weight_decay", -1e-3, "-0.001"),
+        ("sweep.weight_decay", (1e-3, math.nan), "nan"),
+        ("sweep.weight_decay", (math.inf,), "inf"),
+        ("sweep.weight_decay", (), "()"),
+        ("sweep.weight_decay", ("1e-3",), "'1e-3'"),
+        ("sweep.weight_decay", "1e-3", "'1e-3'"),
+        ("sweep.weight_decay", (0.0, 1e-3, 0.0), "0.0"),
+        ("sweep.learning_rate", (0.1, 0.0), "0.0"),
+        ("sweep.momentum", (0.9, 1), "1"),
+        ("sweep.momentum", -0.1, "-0.1"),
+        ("sweep.init_scale", 0, "0"),
+        ("sweep.seed", (0, 1, 1), "1"),
+        ("sweep.seed", -1, "-1"),
+        ("sweep.seed", 2**31, str(2**31)),
+        ("sweep.seed", (), "()"),
+        ("log.epochs", (0, 301), "301"),
+        ("log.epochs", (-1,), "-1"),
+        ("units", "pytorch", "'pytorch'"),
+        ("checkpoint.keep", 0, "0"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field_and_value(name, value, shown):
+    with pytest.raises(InputError) as caught:
+        configuration.validate(with_value(name, value))
+    field, _, rest = str(caught.value).partition(": got ")
+    got, _, way_out = rest.partition("; ")
+    assert field == f"config.{name}"
+    assert shown in got
+    assert way_out
+
+
+@pytest.mark.parametrize(("name", "value"), [("train.lr", 0.1), ("sweep.wd", (1e-3,)), ("momentum", 0.9)])
+def test_an_unknown_field_is_refused_by_name(name, value):
+    config = configuration.default_config()
+    config.unlock()
+    section, _, leaf = name.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+    with pytest.raises(InputError, match=rf"^config\.{name}: got .*no such field"):
+        configuration.validate(config)
+
+
+def test_a_missing_field_is_refused_by_name():
+    config = configuration.default_config()
+    config.unlock()
+    del config.train["epochs"]
+    with pytest.raises(InputError, match=r"^config\.train\.epochs: got 'nothing'"):
+        configuration.validate(config)
+
+
+def test_defaults_are_valid_and_validation_leaves_its_argument_alone():
+    config = configuration.default_config()
+    before = config.to_json()
+    valid = configuration.validate(config)
+    assert valid.to_json() == before == config.to_json()
+    config.sweep.seed = 3
+    configuration.validate(config)
+    assert config.sweep.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("sweep.weight_decay", 1e-4, (1e-4,)),
+        ("sweep.weight_decay", 0, (0,)),
+        ("sweep.weight_decay", [0.0, 1e-4], (0.0, 1e-4)),
+        ("sweep.weight_decay", tuple(np.logspace(-4, -2, 3)), (1e-4, 1e-3, 1e-2)),
+        ("sweep.seed", 7, (7,)),
+        ("model.widths", 64, (64,)),
+        ("log.epochs", 300, (300,)),
+        ("data.input_scale", 3, 3.0),
+    ],
+)
+def test_scalars_and_lists_become_tuples_and_whole_numbers_floats(name, value, expected):
+    valid = configuration.validate(with_value(name, value))
+    section, leaf = name.split(".")
+    assert valid[section][leaf] == pytest.approx(expected)
+    assert isinstance(valid[section][leaf], type(expected))
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 12, 60, 300, 5000])
+def test_log_spaced_epochs_reach_from_0_to_the_last_in_at_most_12_rising_steps(epochs):
+    points = configuration.log_spaced_epochs(epochs)
+    assert (points[0], points[-1]) == (0, epochs)
+    assert all(a < b for a, b in itertools.pairwise(points))
+    assert len(points) == min(12, len(points))
+    assert 1 in points
+
+
+def test_log_spaced_epochs_by_hand():
+    # 10^(0, 0.3, ..., 3) rounded, and 0.
+    assert configuration.log_spaced_epochs(1000) == (0, 1, 2, 4, 8, 16, 32, 63, 126, 251, 501, 1000)
+
+
+def grid(num_classes=10, **sweep):
+    config = configuration.default_config()
+    config.units = sweep.pop("units", "ours")
+    for name, values in sweep.items():
+        config.sweep[name] = values
+    return configuration.make_grid(configuration.validate(config), num_classes)
+
+
+def test_column_r_is_the_grid_point_of_unravel_index_r():
+    sweep = {"weight_decay": (0.0, 1e-3, 1e-2), "learning_rate": (0.1, 0.2), "seed": (5, 6, 7, 8)}
+    swept = grid(**sweep)
+    assert swept.dims == ("weight_decay", "learning_rate", "seed")
+    assert (swept.shape, swept.size) == ((3, 2, 4), 24)
+    columns = swept.columns()
+    for r in range(swept.size):
+        for name, i in zip(swept.dims, np.unravel_index(r, swept.shape), strict=True):
+            assert columns[name][r] == sweep[name][i]
+    assert columns["momentum"] == [0.9] * 24
+    assert columns["init_scale"] == [1.0] * 24
+
+
+def test_weight_decay_and_seed_are_dimensions_even_of_one_run():
+    assert grid(weight_decay=1e-3, seed=0).dims == ("weight_decay", "seed")
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "weight_decay", "learning_rate"), [(10, 2.5e-3, 0.0134), (2, 5e-4, 0.067), (100, 2.5e-2, 0.00134)]
+)
+def test_torch_units_become_ours(num_classes, weight_decay, learning_rate):
+    swept = grid(num_classes, units="torch", weight_decay=(0.0, 5e-4), learning_rate=0.067, momentum=0.9)
+    assert swept.axes["weight_decay"] == pytest.approx((0.0, weight_decay), rel=1e-14)
+    assert swept.axes["learning_rate"] == pytest.approx((learning_rate,), rel=1e-14)
+    assert swept.axes["momentum"] == (0.9,)
+
+
+def test_differences_name_field_and_both_values():
+    config = configuration.validate(configuration.default_config())
+    stored = json.loads(configuration.to_json(config))
+    assert configuration.differences(config, stored) == []
+    stored["train"]["epochs"] = 7
+    stored["sweep"]["seed"] = [0, 1]
+    del stored["units"]
+    seeds, epochs, units = configuration.differences(config, stored)
+    assert seeds.startswith("config.sweep.seed is ")
+    assert seeds.endswith("there")
+    assert epochs == "config.train.epochs is 300 here and 7 there"
+    assert units == "config.units is 'ours' here and None there"
+
+
+def test_every_field_is_described():
+    text = configuration.describe_fields()
+    for name, field in configuration.SCHEMA.items():
+        assert f"--config.{name}=" in text
+        assert field.meaning in text

@@ -1,0 +1,286 @@
+"""data: balance, statistics, determinism, caching and, where prepared, real TFDS sets."""
+
+import numpy as np
+import pytest
+
+from ncjax import data
+from ncjax.errors import InputError
+
+
+def split_of(counts, start=0):
+    """counts[c] examples of class c, classes interleaved; each image holds its own number."""
+    labels = np.concatenate([np.full(n, c) for c, n in enumerate(counts)]).astype(np.int32)
+    labels = np.random.default_rng(0).permutation(labels)
+    return data.Split(np.arange(start, start + len(labels), dtype=np.float32)[:, None], labels)
+
+
+def rows(split):
+    return {image.tobytes() for image in split.images}
+
+
+def test_digits_has_145_training_and_29_test_scans_of_each_class():
+    digits = data.load("digits")
+    assert digits.train.images.shape == (1450, 8, 8, 1)
+    assert digits.test.images.shape == (290, 8, 8, 1)
+    assert digits.train.images.dtype == np.uint8
+    assert digits.train.labels.dtype == np.int32
+    np.testing.assert_array_equal(digits.train.labels, np.repeat(np.arange(10), 145))
+    np.testing.assert_array_equal(digits.test.labels, np.repeat(np.arange(10), 29))
+    assert digits.label_names == tuple("0123456789")
+    assert digits.num_classes == 10
+
+
+def test_digits_splits_are_disjoint_and_hold_the_scans_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    all_scans = {
+        (image.astype(np.uint8).tobytes(), label) for image, label in zip(bunch.images, bunch.target, strict=True)
+    }
+    digits = data.load("digits")
+    train, test = (
+        {(image.tobytes(), label) for image, label in zip(s.images, s.labels, strict=True)}
+        for s in (digits.train, digits.test)
+    )
+    assert len(all_scans) == 1797  # no scan occurs twice, so that sets tell them apart
+    assert train <= all_scans
+    assert test <= all_scans
+    assert not train & test
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic", "identity"])
+def test_loading_twice_gives_the_same_bits(name):
+    first, second = data.load(name), data.load(name)
+    for a, b in zip(
+        (*first.train, *first.test, first.center), (*second.train, *second.test, second.center), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_smaller_per_class_is_a_subset_and_shrinks_the_test_split_alike():
+    whole, part = data.load("digits"), data.load("digits", per_class=50)
+    assert np.bincount(part.train.labels).tolist() == [50] * 10
+    assert np.bincount(part.test.labels).tolist() == [10] * 10  # 29 * 50/145
+    first_50 = whole.train.images.reshape(10, 145, 8, 8, 1)[:, :50].reshape(500, 8, 8, 1)
+    np.testing.assert_array_equal(part.train.images, first_50)
+
+
+def test_every_class_shrinks_to_the_smallest_keeping_the_order_of_the_set():
+    train, test = split_of([7, 4, 9]), split_of([6, 3, 5], start=100)
+    balanced, balanced_test = data._balance(data._Raw(train, test, ("a", "b", "c")), 0)
+    np.testing.assert_array_equal(balanced.labels, np.repeat([0, 1, 2], 4))
+    np.testing.assert_array_equal(balanced_test.labels, np.repeat([0, 1, 2], 3))
+    for c in range(3):
+        np.testing.assert_array_equal(balanced.images[balanced.labels == c], train.images[train.labels == c][:4])
+
+
+@pytest.mark.parametrize("per_class", [146, 10**6])
+def test_too_large_per_class_names_field_value_and_most(per_class):
+    with pytest.raises(InputError, match=rf"^config\.data\.per_class: got {per_class};.* 145 "):
+        data.load("digits", per_class=per_class)
+
+
+def test_a_test_split_without_some_class_is_refused():
+    with pytest.raises(InputError, match=r"^config\.data\.name: "):
+        data._balance(data._Raw(split_of([3, 3]), split_of([3]), ("a", "b")), 0)
+
+
+def test_num_classes_of_a_set_that_decides_itself_is_refused():
+    with pytest.raises(InputError, match=r"^config\.data\.num_classes: got 3; .*digits"):
+        data.load("digits", num_classes=3)
+
+
+def normalized(dataset):
+    return (dataset.train.images.astype(np.float64) - dataset.center) * dataset.scale
+
+
+@pytest.mark.parametrize("input_scale", [2.0, 0.5])
+def test_centred_training_inputs_have_the_mean_norm_asked_for(input_scale):
+    x = normalized(data.load("digits", input_scale=input_scale)).reshape(1450, 64)
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-13)
+    assert np.mean([np.sqrt(row @ row) for row in x]) == pytest.approx(input_scale, rel=1e-12)
+
+
+def test_standardized_channels_have_mean_0_and_variance_1_over_images_and_pixels():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(np.uint8)  # more than one chunk of the statistics
+    images[..., 1] //= 3
+    center, scale = data._statistics(images, 2.0, True)
+    x = (images - center) * scale
+    np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-12)
+    np.testing.assert_allclose((x**2).mean((0, 1, 2)), 1, rtol=1e-12)
+    assert np.ptp(center, axis=(0, 1)).max() == 0  # one mean per channel, not per pixel
+
+
+def test_standardized_vectors_have_mean_0_and_variance_1_per_coordinate():
+    x = normalized(data.load("synthetic", num_classes=3, per_class=20, standardize=True))
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(x.var(0), 1, rtol=1e-12)
+
+
+def test_a_constant_channel_is_centred_and_left():
+    center, scale = data._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, True)
+    np.testing.assert_array_equal((np.full((2, 2, 1), 7) - center) * scale, np.zeros((2, 2, 1)))
+
+
+def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_splits():
+    drawn = data.load("synthetic", num_classes=4, per_class=500)
+    assert np.bincount(drawn.train.labels).tolist() == np.bincount(drawn.test.labels).tolist() == [500] * 4
+    for c in range(4):
+        train, test = (s.images[s.labels == c].astype(np.float64) for s in (drawn.train, drawn.test))
+        # Means of 500 standard normals: standard deviation 0.045, of their difference 0.063.
+        np.testing.assert_allclose(train.mean(0), test.mean(0), atol=0.35)
+        assert train.var(0).mean() == pytest.approx(1, abs=0.05)
+    assert np.std([drawn.train.images[drawn.train.labels == c].mean(0) for c in range(4)], axis=0).mean() > 0.3
+    assert not rows(drawn.train) & rows(drawn.test)
+
+
+def test_identity_gives_one_coordinate_to_each_example_and_does_not_center_it():
+    unit = data.load("identity", num_classes=3, per_class=2)
+    np.testing.assert_array_equal(normalized(unit), np.eye(6))
+    np.testing.assert_array_equal(unit.train.labels, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(unit.test.images, unit.train.images)
+
+
+def test_every_sixth_example_of_each_class_is_held_out():
+    whole = split_of([13, 6, 5])
+    train, test = data._hold_out(whole)
+    assert np.bincount(test.labels, minlength=3).tolist() == [2, 1, 0]
+    assert len(train.labels) + len(test.labels) == 24
+    assert not rows(train) & rows(test)
+    np.testing.assert_array_equal(test.images[test.labels == 0], whole.images[whole.labels == 0][[5, 11]])
+
+
+def test_declared_classes_without_a_training_example_are_dropped_and_the_others_renumbered():
+    train = data.Split(np.arange(4.0)[:, None], np.array([3, 1, 3, 1], np.int32))
+    test = data.Split(np.arange(3.0)[:, None], np.array([0, 1, 3], np.int32))
+    raw = data._only_present_classes(data._Raw(train, test, ("a", "b", "c", "d")))
+    assert raw.label_names == ("b", "d")
+    assert raw.train.labels.tolist() == [1, 0, 1, 0]
+    assert (raw.test.labels.tolist(), raw.test.images.ravel().tolist()) == ([0, 1], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "../mnist", "/etc"])
+def test_a_set_that_is_not_prepared_names_field_place_and_command(name, tmp_path):
+    with pytest.raises(InputError) as caught:
+        data.load(name, directory=str(tmp_path))
+    message = str(caught.value)
+    assert message.startswith(f"config.data.name: got {name!r}; ")
+    assert str(tmp_path) in message
+    assert 'pip install -e ".[prepare]"' in message
+    assert f"tfds.builder({name!r}, data_dir={str(tmp_path)!r}" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("name", "version"), [("toy", "10.0.0"), ("toy:9.1.0", "9.1.0")])
+def test_the_newest_prepared_version_is_taken_unless_one_is_named(name, version, tmp_path):
+    for folder in ("9.1.0", "10.0.0", "2.0.0"):
+        (tmp_path / "toy" / folder).mkdir(parents=True)
+        (tmp_path / "toy" / folder / "dataset_info.json").write_text("{}")
+    assert data._prepared(name, tmp_path).name == version
+
+
+class Maker:
+    """A decoder that counts how often it is asked."""
+
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return data._Raw(split_of([4, 3]), split_of([2, 2]), ("a", "b"))
+
+
+def assert_is_made(raw):
+    for got, expected in zip((*raw.train, *raw.test), (*split_of([4, 3]), *split_of([2, 2])), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert raw.label_names == ("a", "b")
+
+
+def test_a_set_is_decoded_once_and_its_cache_appears_whole(tmp_path):
+    make, folder = Maker(), tmp_path / "data" / "toy"
+    assert_is_made(data._cached(folder, make))
+    assert_is_made(data._cached(folder, make))
+    assert make.calls == 1
+    assert [path.name for path in folder.parent.iterdir()] == ["toy"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "not numpy"])
+@pytest.mark.parametrize("part", ["train_images.npy", "test_labels.npy", "label_names.json"])
+def test_a_damaged_cache_is_decoded_again_and_mended(damage, part, tmp_path):
+    make, folder = Maker(), tmp_path / "toy"
+    data._cached(folder, make)
+    content = (folder / part).read_bytes()
+    if damage == "missing":
+        (folder / part).unlink()
+    else:
+        # New bytes by rename: arrays that are mapped into memory must not shrink under their reader.
+        (folder / "new").write_bytes(
+            {"empty": b"", "truncated": content[: len(content) - 3], "not numpy": b"junk"}[damage]
+        )
+        (folder / "new").rename(folder / part)
+    assert_is_made(data._cached(folder, make))
+    assert make.calls == 2
+    assert_is_made(data._cached(folder, make))
+    assert make.calls == 2
+
+
+def test_a_decoder_that_fails_leaves_no_cache(tmp_path):
+    def fail():
+        raise RuntimeError("decoder")
+
+    with pytest.raises(RuntimeError, match="decoder"):
+        data._cached(tmp_path / "toy", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_cache_can_be_written_each_run_decodes_anew(tmp_path):
+    (tmp_path / "file").write_text("")
+    make = Maker()
+    for _ in range(2):
+        assert_is_made(data._cached(tmp_path / "file" / "toy", make))
+    assert make.calls == 2
+
+
+TFDS = {
+    "mnist": {
+        "train": [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],
+        "train_mean": [0.13066],
+        "test_mean": [0.13252],
+        "shape": (28, 28, 1),
+        "test": 10000,
+    },
+    "cifar10": {
+        "train": [5000] * 10,
+        "train_mean": [0.49140, 0.48216, 0.44653],
+        "test_mean": [0.49421, 0.48513, 0.45041],
+        "shape": (32, 32, 3),
+        "test": 10000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TFDS)
+def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir, cache_home):
+    known, raw = TFDS[name], data._tfds(name, tfds_dir)
+    assert np.bincount(raw.train.labels).tolist() == known["train"]
+    assert len(raw.test.labels) == known["test"]
+    for split, mean in ((raw.train, known["train_mean"]), (raw.test, known["test_mean"])):
+        assert split.images.shape[1:] == known["shape"]
+        assert split.images.dtype == np.uint8
+        pixels = sum(chunk.sum((0, 1, 2), dtype=np.int64) for chunk in np.array_split(split.images, 8))
+        got = pixels / (split.images.size / known["shape"][-1]) / 255
+        np.testing.assert_allclose(got, mean, atol=6e-6)
+    assert any(folder.name.startswith(f"{name}-") for folder in (cache_home / "ncjax" / "data").iterdir())
+
+    part = data.load(name, directory=tfds_dir, per_class=30)
+    assert np.bincount(part.train.labels).tolist() == [30] * 10
+    assert len(set(np.bincount(part.test.labels))) == 1
+    for c in range(10):
+        np.testing.assert_array_equal(
+            part.train.images[part.train.labels == c], raw.train.images[raw.train.labels == c][:30]
+        )
+
+
+def test_mnist_may_have_at_most_the_size_of_its_smallest_class(tfds_dir):
+    with pytest.raises(InputError, match=r"^config\.data\.per_class: got 5422;.* 5421 "):
+        data.load("mnist", directory=tfds_dir, per_class=5422)

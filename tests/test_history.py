@@ -1,0 +1,141 @@
+"""history: labels, growth by epochs, and the file."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from ncjax import config as configuration
+from ncjax import history
+from ncjax.errors import InputError
+
+LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
+SIZES = {"split": 2, "layer": len(LAYERS)}
+
+
+@pytest.fixture
+def grid():
+    config = configuration.default_config()
+    config.sweep.weight_decay = (0.0, 1e-3)
+    config.sweep.learning_rate = (0.1, 0.2)
+    config.sweep.seed = (4, 5, 6)
+    return configuration.make_grid(configuration.validate(config), 3)
+
+
+def metrics(epoch):
+    """Every float32 number of an epoch is another, and some are NaN."""
+    rng = np.random.default_rng(epoch)
+    made = {
+        name: rng.standard_normal((12, *(SIZES[dim] for dim in variable.dims))).astype(np.float32)
+        for name, variable in history.VOCABULARY.items()
+    }
+    made["norm_target"][:6] = np.nan
+    return made | {history.COSINES: rng.standard_normal((12, 3, 3)).astype(np.float32)}
+
+
+def labelled(epoch, grid):
+    attrs = {"device": "cpu", "config": "{}"}
+    return history.one_epoch(epoch, metrics(epoch), grid=grid, layers=LAYERS, label_names=LABELS, attrs=attrs)
+
+
+def grown(epochs, grid):
+    grown = None
+    for epoch in epochs:
+        grown = history.append(grown, labelled(epoch, grid))
+    return grown
+
+
+def assert_same_bits(a, b):
+    assert a.variables.keys() == b.variables.keys()
+    for name in a.variables:
+        assert a[name].dims == b[name].dims, name
+        assert a[name].dtype == b[name].dtype, name
+        if a[name].dtype == object:  # strings
+            assert a[name].values.tolist() == b[name].values.tolist(), name
+        else:
+            assert a[name].values.tobytes() == b[name].values.tobytes(), name
+
+
+def test_each_run_stands_at_its_own_coordinates(grid):
+    dataset, columns = labelled(7, grid), grid.columns()
+    for r in range(grid.size):
+        here = dataset.sel({"epoch": 7} | {name: columns[name][r] for name in grid.dims})
+        np.testing.assert_array_equal(here["nc1"].sel(split="test"), metrics(7)["nc1"][r, 1])
+        np.testing.assert_array_equal(here["weight_norm_sq"].sel(layer="head"), metrics(7)["weight_norm_sq"][r, 1])
+        np.testing.assert_array_equal(here["finite"], metrics(7)["finite"][r])
+        cosine = here[history.COSINES].sel(label="eel", other_label="cat")
+        np.testing.assert_array_equal(cosine, metrics(7)[history.COSINES][r, 2, 0])
+
+
+def test_dimensions_run_from_the_grid_over_epochs_to_what_was_measured(grid):
+    dataset = labelled(0, grid)
+    assert dataset["nc1"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "split")
+    assert dataset["weight_norm_sq"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "layer")
+    assert dataset["flow_time"].dims == ("weight_decay", "learning_rate", "seed", "epoch")
+    assert dataset["split"].values.tolist() == ["train", "test"]
+    assert dataset["layer"].values.tolist() == list(LAYERS)
+    assert dataset["seed"].values.tolist() == [4, 5, 6]
+
+
+def test_every_variable_has_a_definition_and_a_unit(grid):
+    for name, variable in grown([0, 3], grid).data_vars.items():
+        assert variable.attrs["definition"], name
+        assert variable.attrs["units"], name
+
+
+def test_growing_keeps_earlier_epochs_bitwise_and_only_the_newest_cosines(grid):
+    dataset = grown([0, 3, 10], grid)
+    assert dataset["epoch"].values.tolist() == [0, 3, 10]
+    for epoch in (0, 3, 10):
+        for name in history.VOCABULARY:
+            expected = metrics(epoch)[name].reshape(2, 2, 3, *metrics(epoch)[name].shape[1:])
+            np.testing.assert_array_equal(dataset[name].sel(epoch=epoch).values, expected, err_msg=name)
+    assert "epoch" not in dataset[history.COSINES].dims
+    np.testing.assert_array_equal(dataset[history.COSINES].values.reshape(12, 3, 3), metrics(10)[history.COSINES])
+    assert dataset.attrs == {"device": "cpu", "config": "{}"}
+
+
+@pytest.mark.parametrize(("epoch", "kept"), [(10, [0, 3, 10]), (9, [0, 3]), (3, [0, 3]), (0, [0])])
+def test_up_to_cuts_the_epochs_after(epoch, kept, grid):
+    assert history.up_to(grown([0, 3, 10], grid), epoch)["epoch"].values.tolist() == kept
+
+
+def test_saving_and_loading_return_every_bit_and_attribute(grid, tmp_path):
+    dataset, path = grown([0, 3], grid), tmp_path / "history.nc"
+    history.save(dataset, path)
+    loaded = history.load(path)
+    xr.testing.assert_identical(loaded, dataset)  # names, attributes, values; not bits of NaN, nor types
+    for name in dataset.data_vars:
+        assert loaded[name].dtype == dataset[name].dtype == np.float32
+        assert loaded[name].values.tobytes() == dataset[name].values.tobytes(), name
+
+
+def test_a_loaded_history_grows_as_one_that_stayed_in_memory(grid, tmp_path):
+    straight, resumed, path = tmp_path / "straight.nc", tmp_path / "resumed.nc", tmp_path / "history.nc"
+    history.save(grown([0, 3, 10], grid), straight)
+    history.save(grown([0, 3], grid), path)
+    history.save(history.append(history.load(path), labelled(10, grid)), resumed)
+    assert_same_bits(history.load(resumed), history.load(straight))
+    assert resumed.read_bytes() == straight.read_bytes()
+
+
+def test_saving_replaces_the_file_and_leaves_no_other(grid, tmp_path):
+    path = tmp_path / "history.nc"
+    path.write_bytes(b"older")
+    history.save(grown([0], grid), path)
+    assert history.load(path)["epoch"].values.tolist() == [0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_history_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"^history: got '.*/absent\.nc'; no such file"):
+        history.load(tmp_path / "absent.nc")
+
+
+@pytest.mark.parametrize("damage", ["empty", "junk", "truncated"])
+def test_a_damaged_history_is_named(damage, grid, tmp_path):
+    path = tmp_path / "history.nc"
+    history.save(grown([0], grid), path)
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "junk": b"no netCDF at all", "truncated": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(InputError, match=r"^history: got '.*/history\.nc'; not readable"):
+        history.load(path)
