@@ -117,7 +117,7 @@ def _float64(*arrays: Array) -> tuple[Array, ...]:
 
 
 def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
-    """Mdot^T: row c is mu_c - mu_G. Call it in float64: the rows are differences of near numbers."""
+    """Mdot^T: row c is mu_c - mu_G. For what is reported, of float64: the rows are differences of near numbers."""
     return means - means.mean(0, keepdims=True)
 
 

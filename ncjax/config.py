@@ -27,7 +27,12 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _integer(default: int, meaning: str, least: int) -> Field:
@@ -36,7 +41,9 @@ def _integer(default: int, meaning: str, least: int) -> Field:
 
 def _choice(default: str, meaning: str, *others: str) -> Field:
     choices = (default, *others)
-    return Field(default, meaning, f"must be one of {', '.join(choices)}", lambda v: v in choices)
+    return Field(
+        default, meaning, f"must be one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices
+    )
 
 
 def _each(default: tuple, meaning: str, must: str, holds: Callable[[Any], bool], empty: bool = False) -> Field:
@@ -68,7 +75,12 @@ SCHEMA: dict[str, Field] = {
         lambda v: isinstance(v, str),
     ),
     "data.per_class": _integer(0, "training examples per class (0: the most that keeps classes balanced)", 0),
-    "data.num_classes": _integer(0, "classes of synthetic and identity (0: 10); of other sets the set decides", 0),
+    "data.num_classes": Field(
+        0,
+        "classes of synthetic and identity (0: 10); of other sets the set decides",
+        "must be 0 or an integer >= 2",
+        lambda v: _is_integer(v) and (v == 0 or v >= 2),
+    ),
     "data.input_scale": Field(
         2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]
     ),
@@ -125,7 +137,7 @@ def _shown(value: object) -> str:
 def validate(config: Config) -> Config:
     """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
     flat = _flatten(config)
-    for name in flat.keys() - SCHEMA.keys():
+    for name in sorted(flat.keys() - SCHEMA.keys()):
         raise InputError(f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them")
     config = config.copy_and_resolve_references()
     for name, field in SCHEMA.items():
@@ -136,18 +148,27 @@ def validate(config: Config) -> Config:
             value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         if not field.holds(value):
             raise InputError(f"config.{name}", value, field.must)
-        if isinstance(field.default, float):
-            value = float(value)
-        config.update_from_flattened_dict({name: value})
+        config.update_from_flattened_dict({name: _plain(value, field.default)})
     for name in SWEPT:
         values = config.sweep[name]
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
             raise InputError(f"config.sweep.{name}", repeated[0], "each value may stand once; remove the repetition")
+    config.log.epochs = tuple(sorted(set(config.log.epochs)))
     late = [epoch for epoch in config.log.epochs if epoch > config.train.epochs]
     if late:
         raise InputError("config.log.epochs", late[0], f"must be at most config.train.epochs = {config.train.epochs}")
     return config
+
+
+def _plain(value: Any, default: object) -> Any:
+    """A valid value in Python's own types, which JSON can hold: floats where floats are meant."""
+    if isinstance(default, tuple):
+        # Every tuple whose default is empty or integral holds integers.
+        is_float = bool(default) and isinstance(default[0], float)
+        return tuple(float(v) if is_float else int(v) for v in value)
+    python_type: Any = type(default)
+    return python_type(value)
 
 
 def _flatten(config: Config, prefix: str = "") -> dict[str, object]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ def load(
     Args:
       name: `digits`, `synthetic`, `identity` or a TFDS name (`mnist`, `emnist/letters`, `mnist:3.0.1`).
       directory: where TFDS data sets lie; default `$TFDS_DATA_DIR`, then `~/tensorflow_datasets`.
-      per_class: training examples per class, the first ones in the set's order; 0: the size of the smallest class.
+      per_class: training examples per class, the first in the set's order (synthetic and identity: made anew); 0: the
+        size of the smallest class.
         The test split shrinks by the same factor, so that measuring it stays cheap beside the training split.
       num_classes: classes of `synthetic` and `identity`; 0: ten.
       input_scale: mean norm of a training input after centring each pixel.
@@ -80,7 +82,7 @@ def load(
     else:
         if num_classes:
             raise InputError("config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes")
-        raw = _digits() if name == "digits" else _tfds(name, directory)
+        raw = _embedded_digits() if name == "digits" else _tfds(name, directory)
     train, test = _balance(raw, per_class)
     if name == "identity":
         center, scale = np.zeros(train.images.shape[1:]), np.array(1.0)
@@ -89,9 +91,14 @@ def load(
     return Dataset(train, test, center, scale, raw.label_names)
 
 
+def _embedded_digits() -> _Raw:
+    # Cached like the others: importing scikit-learn takes a second.
+    return _cached(_cache_root() / f"digits-{metadata.version('scikit-learn')}", _digits)
+
+
 def _digits() -> _Raw:
     """scikit-learn's 1,797 scans of 8x8 pixels; every sixth of each class is test."""
-    from sklearn.datasets import load_digits  # slow to import
+    from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
     split = Split(bunch.images[..., None].astype(np.uint8), bunch.target.astype(np.int32))
@@ -235,7 +242,7 @@ def _only_present_classes(raw: _Raw) -> _Raw:
     renumber[present] = np.arange(len(present), dtype=np.int32)
 
     def keep(split: Split) -> Split:
-        labels = renumber[split.labels]
+        labels = np.where(split.labels >= 0, renumber[split.labels], -1)  # TFDS marks unlabelled examples by -1
         return Split(split.images[labels >= 0], labels[labels >= 0])
 
     return _Raw(keep(raw.train), keep(raw.test), tuple(raw.label_names[i] for i in present))
@@ -249,7 +256,7 @@ def _cached(folder: Path, make: Callable[[], _Raw]) -> _Raw:
     """Decodes once. The folder appears whole or not at all; where none can be written, each run decodes anew."""
     try:
         return _read(folder)
-    except (OSError, ValueError, EOFError):  # not there, or damaged in one of NumPy's ways to say so
+    except (OSError, ValueError, TypeError, EOFError):  # not there, or damaged in one of NumPy's ways to say so
         raw = make()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

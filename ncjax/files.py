@@ -7,8 +7,11 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces `path` by `content`; a reader, or a crash, sees the old file or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # left over only where writing failed

@@ -24,6 +24,9 @@ def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Ar
     on by one place, and after rows - 1 rounds each pair has met (Brent & Luk 1985).
     """
     rows, columns = matrix.shape
+    # The rotations compare fourth powers of entries, which must neither underflow nor overflow.
+    largest = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(largest > 0, largest, 1)
     half = -(-rows // 2)
     padded = jnp.concatenate([matrix, jnp.zeros((2 * half - rows, columns), matrix.dtype)])
     negligible = (rows * jnp.finfo(matrix.dtype).eps) ** 2 * jnp.sum(matrix**2)
@@ -53,4 +56,4 @@ def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Ar
     norms = jnp.sqrt(jnp.sum(orthogonal**2, axis=1))
     descending = jnp.argsort(-norms)[:rows]
     norms = norms[descending]
-    return norms, orthogonal[descending] / jnp.where(norms > 0, norms, 1)[:, None]
+    return norms * largest, orthogonal[descending] / jnp.where(norms > 0, norms, 1)[:, None]

@@ -121,52 +121,50 @@ def test_float32_keeps_three_digits_at_within_class_spread_1e_3_about_means_of_n
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-def collapsed(means, per_class=4):
+def collapsed(means, per_class=12):
     """Features at their class means, perfect outputs."""
     labels = np.repeat(np.arange(len(means)), per_class)
     return means[labels], np.eye(len(means))[labels], labels
 
 
 def test_a_perfect_simplex_etf_with_a_proportional_head_is_collapsed_in_every_respect():
-    etf = simplex_etf(6, 9)
+    etf = simplex_etf(5, 8)
     got = measured(*collapsed(3 * etf + 2.0), 0.5 * etf, dtype=np.float64)
     zero = ["nc1", "nc1_trace_ratio", "cdnv", "nc2_equinorm_means", "nc2_equiangular_means", "nc2_cosine_std_means"]
     zero += ["etf_error", "nc3", "nc3_centered", "nc4", "epsilon", "delta", "output_spread", "output_asymmetry"]
     assert {name: got[name] for name in zero} == pytest.approx(dict.fromkeys(zero, 0.0), abs=1e-7)
-    assert got["nc1_rank"] == 5
+    assert got["nc1_rank"] == 4
 
 
 def test_an_orthogonal_frame_head_stands_off_its_means_by_the_closed_form_of_nc3():
-    num_classes = 10
-    frame = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 16)))[0][:num_classes]
+    frame = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0][:5]
     got = measured(*collapsed(4 * frame), 0.3 * frame, dtype=np.float64)
-    assert got["nc3"] == pytest.approx(2 - 2 * np.sqrt((num_classes - 1) / num_classes), rel=1e-12)
-    assert got["nc3"] == pytest.approx(0.1026, abs=5e-5)
+    assert got["nc3"] == pytest.approx(2 - 2 * np.sqrt(4 / 5), rel=1e-12)
     assert got["nc3_centered"] == pytest.approx(0, abs=1e-14)
 
 
 def test_opposite_head_has_the_largest_nc3():
-    etf = simplex_etf(4, 6)
+    etf = simplex_etf(5, 8)
     assert measured(*collapsed(etf), -etf, dtype=np.float64)["nc3"] == pytest.approx(4, rel=1e-12)
 
 
 def test_equal_class_means_have_rank_0_and_nc1_nan():
     rng = np.random.default_rng(0)
-    deviation = rng.integers(-4, 5, (3, 6)).astype(np.float64)
-    features = np.tile(np.concatenate([1 + deviation, 1 - deviation]), (4, 1))  # every class has mean 1, exactly
-    labels = np.repeat(np.arange(4), 6)
-    got = measured(features, np.eye(4)[labels], labels, rng.standard_normal((4, 6)))
+    deviation = rng.integers(-4, 5, (6, 8)).astype(np.float64)
+    features = np.tile(np.concatenate([1 + deviation, 1 - deviation]), (5, 1))  # every class has mean 1, exactly
+    labels = np.repeat(np.arange(5), 12)
+    got = measured(features, np.eye(5)[labels], labels, rng.standard_normal((5, 8)))
     assert got["nc1_rank"] == 0
     assert np.isnan(got["nc1"])
     assert got["nc1_trace_ratio"] == np.inf
 
 
 def test_nc1_row_space_is_1_or_0_where_scatter_lies_in_the_row_space_or_in_the_null_space_of_the_head():
-    labels = np.repeat(np.arange(3), 4)
-    wiggle = np.tile([1.0, -1.0], 6)[:, None]
-    means, head = 5 * np.eye(3, 6)[labels], np.eye(3, 6)
-    for direction, share in ((np.eye(6)[1], 1.0), (np.eye(6)[5], 0.0), (np.eye(6)[1] + np.eye(6)[5], 0.5)):
-        got = measured(means + wiggle * direction, np.eye(3)[labels], labels, head)
+    labels = np.repeat(np.arange(5), 12)
+    wiggle = np.tile([1.0, -1.0], 30)[:, None]
+    head, axis = np.eye(5, 8), np.eye(8)
+    for direction, share in ((axis[1], 1.0), (axis[7], 0.0), (axis[1] + axis[7], 0.5)):
+        got = measured(5 * head[labels] + wiggle * direction, np.eye(5)[labels], labels, head)
         assert got["nc1_row_space"] == pytest.approx(share, abs=1e-6)
 
 
@@ -234,11 +232,11 @@ def test_residuals_split_orthogonally_into_margin_mean_and_asymmetry(seed):
 
 
 def test_symmetric_quasi_interpolation_is_recognized():
-    labels = np.repeat(np.arange(5), 4)
+    labels = np.repeat(np.arange(5), 12)
     epsilon = 0.2
-    outputs = np.full((20, 5), epsilon / 4)
-    outputs[np.arange(20), labels] = 1 - epsilon
-    features, _, _, head = random_split(per_class=4)
+    outputs = np.full((60, 5), epsilon / 4)
+    outputs[np.arange(60), labels] = 1 - epsilon
+    features, _, _, head = random_split()
     got = measured(features, outputs, labels, head, dtype=np.float64)
     assert (got["epsilon"], got["delta"]) == (pytest.approx(0.2), pytest.approx(0.05))
     assert [got[n] for n in ("sqi_gap", "output_spread", "output_asymmetry")] == pytest.approx([0, 0, 0], abs=1e-15)
@@ -246,15 +244,15 @@ def test_symmetric_quasi_interpolation_is_recognized():
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_nc4_counts_disagreement_with_the_nearest_class_mean(offset):
-    features, _, labels, head = random_split(num_classes=4, dim=3, per_class=50, spread=1.5, dtype=np.float32)
+    features, _, labels, head = random_split(spread=2.0, dtype=np.float32)
     features = features + np.float32(offset)
-    means = np.stack([features[labels == c].astype(np.float64).mean(0) for c in range(4)])
+    means = np.stack([features[labels == c].astype(np.float64).mean(0) for c in range(5)])
     nearest = np.argmin([[np.sum((x - m) ** 2) for m in means] for x in features.astype(np.float64)], axis=1)
-    outputs = np.eye(4)[nearest]
+    outputs = np.eye(5)[nearest]
     assert measured(features, outputs, labels, head)["nc4"] == 0
-    wrong = np.arange(len(labels)) % 8 == 0
+    wrong = np.arange(len(labels)) % 6 == 0
     outputs[wrong] = np.roll(outputs[wrong], 1, axis=1)
-    assert measured(features, outputs, labels, head)["nc4"] == pytest.approx(1 / 8)
+    assert measured(features, outputs, labels, head)["nc4"] == pytest.approx(1 / 6)
     assert 0.1 < np.mean(nearest != labels) < 0.9  # so that accuracy could not pass for nc4
 
 

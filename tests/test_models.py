@@ -1,5 +1,7 @@
 """models: homogeneity, initialization, names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,16 +10,17 @@ import pytest
 from ncjax import models
 
 
+@functools.cache
 def network(widths=(6, 5), num_classes=3, **options):
     model = models.HomogeneousMLP(widths=widths, num_classes=num_classes, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 4)), jnp.float32)
-    return model, model.init(jax.random.key(1), x)["params"], x
+    return model, jax.jit(model.init)(jax.random.key(1), x)["params"], x
 
 
 @pytest.mark.parametrize("activation", ["relu", "linear"])
 def test_forward_pass_equals_numpy(activation):
     model, params, x = network(activation=activation, use_head_bias=True)
-    params["head"]["bias"] = jnp.asarray([1.0, -2.0, 3.0])
+    params = params | {"head": params["head"] | {"bias": jnp.asarray([1.0, -2.0, 3.0])}}
     h = np.asarray(x, np.float64).reshape(4, 8)
     for name in ("layer_1", "layer_2"):
         h = h @ np.asarray(params[name]["kernel"], np.float64)
@@ -51,7 +54,7 @@ def test_degree_1_in_every_layer_and_in_the_input(scaled):
 
 def test_weights_are_drawn_with_variance_2_over_fan_in():
     model = models.HomogeneousMLP(widths=(400, 100), num_classes=200)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 150)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 150)))["params"]
     for name, fan_in in (("layer_1", 150), ("layer_2", 400), ("head", 100)):
         kernel = np.asarray(params[name]["kernel"])
         assert kernel.shape[0] == fan_in
@@ -74,7 +77,7 @@ def test_the_head_alone_may_have_a_bias_and_it_starts_at_0():
 def test_float64_is_float64_throughout():
     with jax.enable_x64(True):
         model = models.HomogeneousMLP(widths=(3,), num_classes=2, dtype=jnp.float64)
-        params = model.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4)))["params"]
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float64)}
         assert model.apply({"params": params}, jnp.ones((2, 4))).dtype == jnp.float64
 

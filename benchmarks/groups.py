@@ -1,0 +1,83 @@
+"""How runs are best spread over CPU cores: devices x runs side by side, for training and for measuring.
+
+    python -m benchmarks.groups
+
+Prints the median of five epochs, and of five measurements, for every choice; docs/performance.md quotes it.
+"""
+
+import statistics
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ncjax import data, models, parallel, train
+
+# widths, runs, batch size, examples per class of ten
+CASES = {
+    "64-128-128-128-10": ((128, 128, 128), 64, 18, 64, 145),
+    "784-512-512-512-10": ((512, 512, 512), 784, 16, 128, 200),
+    "784-2048-2048-10": ((2048, 2048), 784, 4, 128, 100),
+}
+
+
+def noise(inputs: int, per_class: int) -> data.Dataset:
+    """uint8 noise in ten balanced classes; a fifth as many test examples."""
+    rng = np.random.default_rng(0)
+
+    def split(size: int) -> data.Split:
+        labels = np.repeat(np.arange(10, dtype=np.int32), size)
+        return data.Split(rng.integers(0, 256, (10 * size, inputs), dtype=np.uint8), labels)
+
+    scale = np.array(2 / (73.9 * np.sqrt(inputs)))  # mean norm 2: uniform bytes have standard deviation 73.9
+    return data.Dataset(split(per_class), split(per_class // 5), np.full(inputs, 127.5), scale, tuple("0123456789"))
+
+
+def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tuple[float, float]:
+    """Median seconds of (an epoch, a measurement) of all runs."""
+    widths, inputs, runs, batch_size, per_class = CASES[name]
+    dataset = noise(inputs, per_class)
+    mesh = jax.make_mesh(
+        (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    recipe = train.Recipe(
+        models.HomogeneousMLP(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels)
+    )
+    columns = {"weight_decay": [1e-3], "learning_rate": [0.05], "momentum": [0.9], "init_scale": [1.0]}
+    columns = {key: values * runs for key, values in columns.items()} | {"seed": list(range(runs))}
+    arrays = train.place_data(dataset, mesh, "float32")
+    states, keys, hyper = train.start(recipe, mesh, columns, arrays)
+    advance = train.make_advance(recipe, mesh)
+    medians = []
+    with mock.patch.object(parallel, "group_sizes", return_value=(train_group, measure_group)):
+        for epochs, measured in ((1, False), (0, True)):
+            times = []
+            for _ in range(6):  # the first compiles
+                begin = time.perf_counter()
+                states, metrics = advance(states, keys, hyper, arrays, epochs, measured)
+                jax.block_until_ready((states, metrics))
+                times.append(time.perf_counter() - begin)
+            medians.append(statistics.median(times[1:]))
+    return medians[0], medians[1]
+
+
+def main() -> None:
+    parallel.use_every_core()
+    table = Table(title="milliseconds for all runs, median of 5")
+    for heading in ("network", "runs", "devices", "side by side", "epoch", "measurement"):
+        table.add_column(heading, justify="right")
+    for name, (_, _, runs, _, _) in CASES.items():
+        for devices in sorted({1, min(jax.device_count(), runs)}):
+            local = runs // devices
+            for group in sorted({1, *(g for g in (2, 3, 4) if local % g == 0), local}):
+                epoch, measurement = seconds(name, devices, group, group)
+                cells = (name, runs, devices, group, f"{1e3 * epoch:.1f}", f"{1e3 * measurement:.1f}")
+                table.add_row(*map(str, cells))
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
