@@ -10,36 +10,24 @@ import time
 from unittest import mock
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ncjax import data, models, parallel, train
+from benchmarks.noise import noise
+from ncjax import models, parallel, train
 
-# widths, runs, batch size, examples per class of ten
+# widths, inputs, runs, batch size, training examples
 CASES = {
-    "64-128-128-128-10": ((128, 128, 128), 64, 18, 64, 145),
-    "784-512-512-512-10": ((512, 512, 512), 784, 16, 128, 200),
-    "784-2048-2048-10": ((2048, 2048), 784, 4, 128, 100),
+    "64-128-128-128-10": ((128, 128, 128), 64, 18, 64, 1450),
+    "784-512-512-512-10": ((512, 512, 512), 784, 16, 128, 2048),
+    "784-2048-2048-10": ((2048, 2048), 784, 4, 128, 1024),
 }
-
-
-def noise(inputs: int, per_class: int) -> data.Dataset:
-    """uint8 noise in ten balanced classes; a fifth as many test examples."""
-    rng = np.random.default_rng(0)
-
-    def split(size: int) -> data.Split:
-        labels = np.repeat(np.arange(10, dtype=np.int32), size)
-        return data.Split(rng.integers(0, 256, (10 * size, inputs), dtype=np.uint8), labels)
-
-    scale = np.array(2 / (73.9 * np.sqrt(inputs)))  # mean norm 2: uniform bytes have standard deviation 73.9
-    return data.Dataset(split(per_class), split(per_class // 5), np.full(inputs, 127.5), scale, tuple("0123456789"))
 
 
 def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tuple[float, float]:
     """Median seconds of (an epoch, a measurement) of all runs."""
-    widths, inputs, runs, batch_size, per_class = CASES[name]
-    dataset = noise(inputs, per_class)
+    widths, inputs, runs, batch_size, examples = CASES[name]
+    dataset = noise(inputs, examples, examples // 5)
     mesh = jax.make_mesh(
         (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
     )

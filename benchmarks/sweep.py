@@ -1,4 +1,4 @@
-"""Samples per second of a compiled sweep, of the same runs one at a time, and of PyTorch; on this machine, in one process.
+"""Samples per second of a compiled sweep, of the same runs one at a time, and of PyTorch, in one process.
 
     pip install -e ".[bench]"
     python -m benchmarks.sweep            # a table, benchmarks/results/sweep.json and docs/benchmark_sweep.png
@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.noise import noise
 from ncjax import evaluate, models, parallel, train
 
 try:
@@ -89,20 +90,6 @@ MEASURED = {
 }
 
 
-def make_data(network: Network, train_size: int, test_size: int) -> evaluate.Data:
-    """Noise of the right shape, normalized as `data.load` would: pixels centred, mean input norm 2."""
-    rng = np.random.default_rng(0)
-
-    def split(size: int) -> evaluate.Split:
-        images = rng.integers(0, 256, (size, network.sizes[0]), dtype=np.uint8)
-        return evaluate.Split(images, np.arange(size, dtype=np.int32) % network.sizes[-1])
-
-    train_split, test_split = split(train_size), split(test_size)
-    center = train_split.images.mean(0)
-    scale = 2 / np.linalg.norm(train_split.images - center, axis=1).mean()
-    return evaluate.Data(train_split, test_split, center.astype(np.float32), np.float32(scale))
-
-
 # The sweep, and one run at a time
 
 
@@ -118,7 +105,7 @@ def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Pr
     mesh = parallel.run_mesh(runs)
     model = models.HomogeneousMLP(network.sizes[1:-1], network.sizes[-1])
     recipe = train.Recipe(model, "none", "constant", network.batch, 1, train_size)
-    data = parallel.replicate(make_data(network, train_size, test_size), mesh)
+    data = train.place_data(noise(network.sizes[0], train_size, test_size), mesh, "float32")
     constant = {"weight_decay": WEIGHT_DECAY, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "init_scale": 1.0}
     columns = {name: [value] * runs for name, value in constant.items()} | {"seed": list(range(runs))}
     return Program(train.make_advance(recipe, mesh), lambda: train.start(recipe, mesh, columns, data), data)
@@ -141,7 +128,7 @@ def jax_contender(network: Network, per_call: int, calls: int) -> Callable[[int]
 
 
 class TorchLoop:
-    """A tuned training loop: inputs normalized and targets one-hot beforehand, one shuffled copy per epoch, fused SGD."""
+    """A tuned loop: inputs normalized and targets one-hot beforehand, one shuffled copy per epoch, fused SGD."""
 
     def __init__(self, network: Network, threads: int, compile_it: bool) -> None:
         torch.manual_seed(0)
@@ -152,8 +139,9 @@ class TorchLoop:
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )
-        data = make_data(network, network.examples, network.batch)
-        self.inputs = (torch.from_numpy(data.train.images).float() - torch.from_numpy(data.center)) * float(data.scale)
+        data = noise(network.sizes[0], network.examples, network.batch)
+        inputs = (data.train.images - data.center) * data.scale
+        self.inputs = torch.from_numpy(inputs.astype(np.float32))
         self.targets = torch.eye(network.sizes[-1])[torch.from_numpy(data.train.labels).long()]
         self.loss = torch.compile(self.square_loss) if compile_it else self.square_loss
 
@@ -179,7 +167,7 @@ def best_variant(network: Network, names: list[str]) -> tuple[str, dict[str, flo
     for name in names:
         loop = TorchLoop(network, *VARIANTS[name])
         loop(1)
-        rates[name] = epochs * network.samples_per_epoch / min(seconds(lambda: loop(epochs)) for _ in range(3))  # noqa: B023
+        rates[name] = epochs * network.samples_per_epoch / min(seconds(loop, epochs) for _ in range(3))
     return max(rates, key=rates.__getitem__), rates
 
 
@@ -235,9 +223,9 @@ def check_same_step() -> None:
 # Timing
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[..., object], *args: object) -> float:
     begin = time.perf_counter()
-    call()
+    call(*args)
     return time.perf_counter() - begin
 
 
@@ -268,7 +256,7 @@ def time_contenders(network: Network, runs: int, variant: str, repeats: int) -> 
     epochs = network.epochs(runs)
     for contender in contenders.values():
         contender(1)
-    rounds = [{name: seconds(lambda: run(epochs)) for name, run in contenders.items()} for _ in range(repeats)]  # noqa: B023
+    rounds = [{name: seconds(run, epochs) for name, run in contenders.items()} for _ in range(repeats)]
     processes(0)
     samples = runs * epochs * network.samples_per_epoch
     return {name: [samples / times[name] for times in rounds] for name in contenders}
@@ -285,7 +273,7 @@ def measurement_cost(network: Network, runs: int, train_size: int, test_size: in
         jax.block_until_ready((states, metrics))
 
     step(0, True)
-    rounds = [(seconds(lambda: step(1, False)), seconds(lambda: step(0, True))) for _ in range(repeats)]
+    rounds = [(seconds(step, 1, False), seconds(step, 0, True)) for _ in range(repeats)]
     epoch, measurement = (statistics.median(times) for times in zip(*rounds, strict=True))
     ratio = statistics.median(measured / trained for trained, measured in rounds)
     sizes = {"runs": runs, "train_examples": train_size, "test_examples": test_size}
@@ -306,8 +294,7 @@ def make_row(name: str, runs: int, contender: str, rates: dict[str, list[float]]
         "rounds": rates[contender],
         "gflop_per_s": gflops,
         "share_of_matmul": gflops / matmul["torch" if "pytorch" in contender else "jax"],
-        # Round by round: what disturbs the machine for longer than a round disturbs both.
-        "sweep_speedup": statistics.median(map(float.__truediv__, rates["sweep"], rates[contender])),
+        "sweep_speedup": statistics.median(rates["sweep"]) / median,
     }
 
 
@@ -356,19 +343,25 @@ def plot(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(7, 2.7), sharey=True, squeeze=False, layout="constrained")
     ceiling = max(result["matmul_gflop_per_s"].values())
     for name, axis in zip(names, axes[0], strict=True):
+        x = []
         for contender, color in COLORS.items():
             rows = [row for row in result["rows"] if (row["network"], row["contender"]) == (name, contender)]
             x, y = [row["runs"] for row in rows], [row["gflop_per_s"] for row in rows]
             spread = [
                 [row["samples_per_s"][end] * NETWORKS[name].flops / 1e9 for row in rows] for end in ("min", "max")
             ]
-            style = {"color": color, "marker": MARKERS[contender], "markersize": 4, "linewidth": 1.2}
-            axis.errorbar(x, y, np.abs(np.array(spread) - y), label=contender, elinewidth=0.8, **style)
+            style = {"color": color, "marker": MARKERS[contender], "markersize": 4, "linewidth": 1.3, "elinewidth": 0.8}
+            # The sweep and one run at a time coincide at one run: the sweep lies on top.
+            style |= {"zorder": 4 if contender == "sweep" else 3, "capsize": 2}
+            axis.errorbar(x, y, np.abs(np.array(spread) - y), label=contender, **style)
         axis.axhline(ceiling, color="0.4", linestyle=":", linewidth=1, label="2048 x 2048 matmul")
         axis.set(title=name, xlabel="runs", xscale="log", ylim=(0, 1.08 * ceiling))
         axis.set_xticks(x, map(str, x), minor=False)
         axis.minorticks_off()
     axes[0, 0].set_ylabel("GFLOP/s")
+    rounds, hardware = result["config"]["repeats"], result["machine"]
+    caption = f"Median and range of {rounds} rounds; {hardware['cpu']}, {hardware['cores']} cores, float32"
+    figure.suptitle(caption, fontsize=7, color="0.3")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -404,6 +397,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     parallel.use_every_core()
+    if os.getloadavg()[0] > 0.3 * CORES:
+        print("This machine is busy: numbers will be too low, and PyTorch's lowest of all.", file=sys.stderr)
     names, runs, repeats = args.networks, args.runs, args.repeats
     networks, variants, measured, out = NETWORKS, list(VARIANTS), MEASURED, args.out
     if args.quick:

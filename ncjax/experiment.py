@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import statistics
 import subprocess
 import time
 from importlib import metadata
@@ -112,7 +113,7 @@ def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpo
     last, every, due = config.train.epochs, config.checkpoint.every, _measured_epochs(config)
     stops = sorted(due | {last} | set(range(every, last, every) if every else ()))
     attrs = _provenance(sweep)
-    trained, measured, measurements = 0.0, 0.0, 0
+    trained, costs = 0.0, []
     first = sweep.epoch
     with report.Progress(last, sweep.samples_per_epoch) as progress:
         progress.say(_headline(sweep))
@@ -124,10 +125,10 @@ def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpo
             epoch = sweep.epoch
             if epoch in due and (recorded is None or epoch > int(recorded["epoch"][-1])):
                 values, seconds = sweep.advance(0, measured=True)
-                measured, measurements = measured + seconds, measurements + 1
+                costs.append(seconds)
                 recorded = history.append(recorded, _label(sweep, values, attrs))
                 history.save(recorded, workdir / "history.nc")
-                times = {"train_seconds": trained, "measure_seconds": measured}
+                times = {"train_seconds": trained, "measure_seconds": sum(costs)}
                 _append_line(workdir / "metrics.jsonl", {"epoch": epoch, **times, "metrics": values})
                 progress.measured(epoch, values["nc1"][:, 0])
             if epoch == last or (epoch > first and every and epoch % every == 0):
@@ -139,16 +140,17 @@ def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpo
             _, seconds = sweep.advance(min(stop - epoch, max(1, int(_CHUNK_SECONDS / pace))), measured=False)
             trained += seconds
             progress.trained(sweep.epoch, trained / (sweep.epoch - first))
-        progress.say(_cost(measured, measurements, trained, last - first))
+        progress.say(_cost(trained, last - first, costs))
     assert recorded is not None  # some epoch up to the last is always measured
     return recorded
 
 
-def _cost(measured: float, measurements: int, trained: float, epochs: int) -> str:
-    share = measured / (measured + trained)
-    line = f"trained {trained:.1f} s; {measurements} measurements took {measured:.1f} s, {share:.0%} of both"
-    if measurements and epochs:
-        line += f"; one costs {measured / measurements / (trained / epochs):.2f} training epochs"
+def _cost(trained: float, epochs: int, costs: list[float]) -> str:
+    """Seconds of training and of each measurement -> what measuring cost."""
+    share = sum(costs) / (sum(costs) + trained)
+    line = f"trained {trained:.1f} s; {len(costs)} measurements took {sum(costs):.1f} s, {share:.0%} of both"
+    if costs and epochs:
+        line += f"; the median one costs {statistics.median(costs) / (trained / epochs):.2f} training epochs"
     return line
 
 

@@ -73,7 +73,7 @@ class Progress:
 def make_console() -> Console:
     """Standard output; wide where nobody looks at it, so that a log holds whole tables."""
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(width=220)
 
 
 def _duration(seconds: float) -> str:
