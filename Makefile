@@ -1,5 +1,6 @@
 # make demo    install, then the main job on the embedded digits, into runs/digits
 # make test    install, then lint, types and tests
+# make suite   install, then tests alone
 # make slow    install, then the checks that take minutes
 # PYTHON=python3.13 chooses the interpreter; each has an environment of its own.
 
@@ -8,7 +9,7 @@ VENV ?= .venv$(patsubst python3%,%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lock
+.PHONY: demo test suite slow lock
 
 demo: $(INSTALLED)
 	$(BIN)/python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
@@ -17,6 +18,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest
+
+suite: $(INSTALLED)
 	$(BIN)/pytest
 
 slow: $(INSTALLED)
