@@ -5,11 +5,11 @@
         --config.train.epochs=60 --workdir=runs/mnist
     TFDS_DATA_DIR=... python -m ncjax.main --config=configs/mnist.py:smoke --workdir=runs/mnist_smoke
 
-The whole balanced training split, 54,210 images, wants an accelerator: an epoch of four runs takes 3.9 s on two CPU
-cores. There, take per_class=1000 and 60 epochs as above: 12 runs in 3 to 5.5 minutes (48,000 samples/s on an idle
-machine). nc3 is 0.121 +- 0.006 at lambda = 2.5e-3 against 1.06 +- 0.03 at 0, nc1 0.0166 +- 0.0003 at 5e-4 against 0.082
-+- 0.008 at 0 (mean +- sd over three seeds). Any other TFDS image-classification set takes MNIST's place by
---config.data.name.
+The whole balanced training split, 54,210 images, wants an accelerator. Where there are two CPU cores, take
+per_class=1000 and 60 epochs as above: the 12 runs took 5.5 minutes on a machine shared with another job (48,000
+samples/s together while it was idle).
+nc3 is 0.121 +- 0.006 at lambda = 2.5e-3 against 1.06 +- 0.03 at 0, nc1 0.0166 +- 0.0003 at 5e-4 against 0.082 +- 0.008
+at 0 (mean +- sd over three seeds). Any other TFDS image-classification set takes MNIST's place by --config.data.name.
 """
 
 from ncjax.config import Config, default_config

@@ -54,7 +54,7 @@ def _check_workdir(workdir: Path, config: configuration.Config) -> None:
         raise InputError("--workdir", str(workdir), f"cannot be read ({error.strerror})") from error
     try:
         differences = configuration.differences(config, json.loads(text))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or JSON that is no config
         raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
     if differences:
         way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"

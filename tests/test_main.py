@@ -67,8 +67,9 @@ def test_workdir_of_another_config_names_field_and_both_values(tmp_path, capsys)
     assert message.count("\n") == 1
 
 
-def test_damaged_config_of_a_workdir_is_named(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null"])
+def test_damaged_config_of_a_workdir_is_named(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
     assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
     assert "config.json" in capsys.readouterr().err
 
