@@ -1,4 +1,4 @@
-"""NC1-NC4 and quasi-interpolation from features, labels, outputs and head: pure arrays, float32-safe, vmappable.
+"""NC1-NC4 and quasi-interpolation from features, labels, residuals and head: pure arrays, float32-safe, vmappable.
 
 Two passes over batches, so that no N x p feature matrix is ever held:
 
@@ -6,9 +6,10 @@ Two passes over batches, so that no N x p feature matrix is ever held:
     scatter = add up `class_scatter(..., means, ...)`;  metrics = measure(means, scatter, head)
 
 Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G], Sigma_W = mean
-(h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head. Class means are stored as rows, (C, p). The second
-pass centres before it squares: E[h^2] - mu^2 in float32 can come out negative. What is small, (C, p) at most, is summed
-and factored in float64 whatever the features' type. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani &
+(h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head, r = y - f an example's residual. Class means are
+stored as rows, (C, p). The second pass centres before it squares: E[h^2] - mu^2 in float32 can come out negative. What
+is small, (C, p) at most, is summed and factored in float64 whatever the features' type. Residuals are summed rather
+than outputs, whose last digits they may be. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani &
 Banburski (ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
 """
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ncjax.linalg import row_space
+from ncjax.linalg import row_space, symmetric_part
 
 
 class ClassSums(NamedTuple):
@@ -26,14 +27,14 @@ class ClassSums(NamedTuple):
 
     examples: Float[Array, " C"]
     features: Float[Array, "C p"]
-    outputs: Float[Array, "C C"]
+    residuals: Float[Array, "C C"]
 
 
 class ClassMeans(NamedTuple):
-    """mu_c in row c of `features`; the mean outputs of class c in row c of `outputs`."""
+    """mu_c in row c of `features`; rbar_c, the mean residual of class c, in row c of `residuals`."""
 
     features: Float[Array, "C p"]
-    outputs: Float[Array, "C C"]
+    residuals: Float[Array, "C C"]
 
 
 class Scatter(NamedTuple):
@@ -44,7 +45,8 @@ class Scatter(NamedTuple):
       within: ||h - mu_c||^2 of each class.
       along_means: (u_j^T (h - mu_c))^2 for each left singular vector u_j of Mdot.
       in_row_space: ||P_W (h - mu_c)||^2, P_W the projector on the row space of W.
-      outputs: ||f - fbar_c||^2.
+      residuals: ||r - rbar_c||^2, which is ||f - fbar_c||^2.
+      covariance: (r - rbar_c)(h - mu_c)^T, within classes.
       disagreements: examples whose largest output is not at the nearest class mean.
     """
 
@@ -52,7 +54,8 @@ class Scatter(NamedTuple):
     within: Float[Array, " C"]
     along_means: Float[Array, " C"]
     in_row_space: Float[Array, ""]
-    outputs: Float[Array, ""]
+    residuals: Float[Array, ""]
+    covariance: Float[Array, "C p"]
     disagreements: Float[Array, ""]
 
 
@@ -70,30 +73,31 @@ class Frame(NamedTuple):
     rank: Int[Array, ""]
 
 
-def class_sums(features: Float[Array, "B p"], outputs: Float[Array, "B C"], labels: Int[Array, " B"]) -> ClassSums:
+def class_sums(features: Float[Array, "B p"], residuals: Float[Array, "B C"], labels: Int[Array, " B"]) -> ClassSums:
     """First pass over one batch. A label outside [0, C) leaves its example out (padding is -1)."""
-    one_hot = jax.nn.one_hot(labels, outputs.shape[1], dtype=features.dtype)
-    return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ outputs)
+    one_hot = jax.nn.one_hot(labels, residuals.shape[1], dtype=features.dtype)
+    return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ residuals)
 
 
 def class_means(sums: ClassSums) -> ClassMeans:
-    return ClassMeans(sums.features / sums.examples[:, None], sums.outputs / sums.examples[:, None])
+    return ClassMeans(sums.features / sums.examples[:, None], sums.residuals / sums.examples[:, None])
 
 
 def class_scatter(
     features: Float[Array, "B p"],
-    outputs: Float[Array, "B C"],
+    residuals: Float[Array, "B C"],
+    winners: Int[Array, " B"],
     labels: Int[Array, " B"],
     means: ClassMeans,
     frame_means: Frame,
     frame_head: Frame,
 ) -> Scatter:
-    """Second pass over one batch; labels as in `class_sums`."""
-    num_classes = outputs.shape[1]
+    """Second pass over one batch: `winners` have the largest output of each example; labels as in `class_sums`."""
+    num_classes = residuals.shape[1]
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
     valid = one_hot.sum(1)
     deviation = (features - means.features[labels]) * valid[:, None]
-    output_deviation = (outputs - means.outputs[labels]) * valid[:, None]
+    residual_deviation = (residuals - means.residuals[labels]) * valid[:, None]
     # One matmul, 3C wide, for all three projections.
     centred = centred_means(means.features)
     along = deviation @ jnp.concatenate([frame_means.basis, frame_head.basis, centred]).T
@@ -107,8 +111,9 @@ def class_scatter(
         within=one_hot.T @ jnp.sum(deviation**2, axis=1),
         along_means=jnp.sum(along_means**2, axis=0),
         in_row_space=jnp.sum(along_head**2),
-        outputs=jnp.sum(output_deviation**2),
-        disagreements=jnp.sum(valid * (jnp.argmax(outputs, axis=1) != jnp.argmax(nearness, axis=1))),
+        residuals=jnp.sum(residual_deviation**2),
+        covariance=residual_deviation.T @ deviation,
+        disagreements=jnp.sum(valid * (winners != jnp.argmax(nearness, axis=1))),
     )
 
 
@@ -207,30 +212,19 @@ def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Flo
     return jnp.sum((head / jnp.linalg.norm(head) - centred / jnp.linalg.norm(centred)) ** 2)
 
 
-class Residuals(NamedTuple):
-    """Class-mean residuals of one-hot targets and their symmetric part: Rbar = t (I - J/C) + q J/C + E.
+def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]:
+    """epsilon and delta, and how far `ClassMeans.residuals` are from the symmetric quasi-interpolation of theory.
 
-    Attributes:
-      mean: Rbar (C, C); column c is the mean residual y - f of class c.
-      epsilon: tr(Rbar)/C, so f^{(c)} = 1 - epsilon on average.
-      delta: minus the mean off-diagonal entry, so f^{(c')} = delta on average.
-      asymmetry: E, Frobenius-orthogonal to the symmetric part.
+    epsilon: by how much an example's own output falls short of its target on average; delta: the others exceed theirs.
     """
-
-    mean: Float[Array, "C C"]
-    epsilon: Float[Array, ""]
-    delta: Float[Array, ""]
-    asymmetry: Float[Array, "C C"]
-
-
-def residuals(mean_outputs: Float[Array, "C C"]) -> Residuals:
-    """From `ClassMeans.outputs`. t = epsilon + delta and q = epsilon - (C-1) delta in `Residuals`."""
-    num_classes = len(mean_outputs)
-    identity = jnp.eye(num_classes, dtype=mean_outputs.dtype)
-    mean = identity - mean_outputs.T
-    epsilon, delta = jnp.trace(mean) / num_classes, -_mean_over_pairs(mean)
-    # t (I - J/C) + q J/C has diagonal epsilon and off-diagonal entries -delta.
-    return Residuals(mean, epsilon, delta, mean - (epsilon + delta) * identity + delta)
+    num_classes = len(mean_residuals)
+    epsilon, delta = jnp.trace(mean_residuals) / num_classes, -_mean_over_pairs(mean_residuals)
+    return {
+        "epsilon": epsilon,
+        "delta": delta,
+        "sqi_gap": jnp.abs(delta - epsilon / (num_classes - 1)),
+        "output_asymmetry": jnp.linalg.norm(symmetric_part(mean_residuals).rest) / num_classes,
+    }
 
 
 def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
@@ -247,12 +241,11 @@ def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
 def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]) -> dict[str, Array]:
     """Every measurement on one split, as float64 scalars (`class_mean_cosine` is (C, C)); `frame` spans the means."""
     with jax.enable_x64(True):
-        mu, mean_outputs, rows = _float64(means.features, means.outputs, head)
+        mu, mean_residuals, rows = _float64(means.features, means.residuals, head)
         scatter = Scatter(*_float64(*scatter))
         total = scatter.examples.sum()
         centred = centred_means(mu)
         trace_within = scatter.within.sum() / total
-        residual = residuals(mean_outputs)
         num_classes = len(mu)
         return {
             "nc1": nc1(scatter.along_means / total, frame, num_classes),
@@ -267,10 +260,7 @@ def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array
             "nc3": self_duality(rows, centred),
             "nc3_centered": self_duality(rows - rows.mean(0, keepdims=True), centred),
             "nc4": scatter.disagreements / total,
-            "epsilon": residual.epsilon,
-            "delta": residual.delta,
-            "sqi_gap": jnp.abs(residual.delta - residual.epsilon / (num_classes - 1)),
-            "output_spread": jnp.sqrt(scatter.outputs / total / num_classes),
-            "output_asymmetry": jnp.linalg.norm(residual.asymmetry) / num_classes,
+            **quasi_interpolation(mean_residuals),
+            "output_spread": jnp.sqrt(scatter.residuals / total / num_classes),
             "class_mean_cosine": cosines(centred),
         }

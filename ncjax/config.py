@@ -93,17 +93,24 @@ SCHEMA: dict[str, Field] = {
     "model.kind": _choice("mlp", "architecture"),
     "model.widths": _each((128, 128, 128), "width of each hidden layer", *_WIDTHS),
     "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
+    "model.linear_head_depth": _integer(1, "layers after the last activation, the head among them", 1),
     "model.head_bias": _choice("none", "bias of the head; free: trained but not decayed", "free", "decayed"),
+    "loss": _choice("square", "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast", "cross_entropy"),
+    "targets": _choice("one_hot", "of the square loss; centered: one-hot less 1/C", "centered"),
     "train.epochs": _integer(300, "passes over the training split", 1),
     "train.batch_size": _integer(64, "examples per step (0: full batch)", 0),
+    "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
+    "train.decay": _choice(
+        "coupled", "lambda w joins the gradient, or (decoupled) the step after momentum", "decoupled"
+    ),
     "train.schedule": _choice("cosine", "learning rate over the run; step: x0.1 at 1/3 and 2/3", "constant", "step"),
     "train.precision": _choice("float32", "arithmetic of training and measurement", "float64"),
     "sweep.weight_decay": _each((1e-3,), "lambda, in the units of `units`", *_NON_NEGATIVE),
     "sweep.learning_rate": _each((0.1,), "initial learning rate, in the units of `units`", *_POSITIVE),
-    "sweep.momentum": _each((0.9,), "momentum of SGD", *_MOMENTA),
+    "sweep.momentum": _each((0.9,), "momentum of SGD, beta_1 of Adam", *_MOMENTA),
     "sweep.init_scale": _each((1.0,), "factor on the He initialization of every weight", *_POSITIVE),
     "sweep.seed": _each((0,), "initialization and order of batches", *_SEEDS),
-    "units": _choice("ours", "torch: lambda = wd C/2 and lr = 2 lr/C, as for PyTorch's MSELoss", "torch"),
+    "units": _choice("ours", "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss", "torch"),
     "log.epochs": _each((), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True),
     "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
     "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
@@ -154,11 +161,28 @@ def validate(config: Config) -> Config:
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
             raise InputError(f"config.sweep.{name}", repeated[0], "each value may stand once; remove the repetition")
+    _check_combinations(config)
     config.log.epochs = tuple(sorted(set(config.log.epochs)))
     late = [epoch for epoch in config.log.epochs if epoch > config.train.epochs]
     if late:
         raise InputError("config.log.epochs", late[0], f"must be at most config.train.epochs = {config.train.epochs}")
     return config
+
+
+def _check_combinations(config: Config) -> None:
+    """Choices that exclude each other; AdamW is decoupled by definition, and the config then says so."""
+    if config.train.optimizer == "adam" and config.train.decay == "decoupled":
+        raise InputError("config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw")
+    if config.train.optimizer == "adamw":
+        config.train.decay = "decoupled"
+    if config.loss == "cross_entropy" and config.targets == "centered":
+        raise InputError("config.targets", "centered", "cross-entropy needs one_hot")
+    depth, hidden = config.model.linear_head_depth, len(config.model.widths)
+    if depth > 1 and config.model.activation == "linear":
+        raise InputError("config.model.linear_head_depth", depth, "every layer is linear already; leave it 1")
+    if depth > hidden:
+        way_out = f"config.model.widths has {hidden} hidden layers, of which one must keep its activation"
+        raise InputError("config.model.linear_head_depth", depth, way_out)
 
 
 def _plain(value: Any, default: object) -> Any:
@@ -232,14 +256,35 @@ class Grid(NamedTuple):
 
 
 def make_grid(config: Config, num_classes: int) -> Grid:
-    """The grid of a validated config, in our units.
-
-    PyTorch's `MSELoss` also averages over the C outputs, so its gradient is 2/C of ours: the same trajectory needs
-    lambda = wd C/2 and lr = 2 lr/C (momentum unchanged).
-    """
+    """The grid of a validated config, in our units."""
     axes = {name: tuple(config.sweep[name]) for name in SWEPT}
-    if config.units == "torch":
-        axes["weight_decay"] = tuple(wd * num_classes / 2 for wd in axes["weight_decay"])
-        axes["learning_rate"] = tuple(2 * lr / num_classes for lr in axes["learning_rate"])
+    units = unit_factors(config, num_classes)
+    axes["weight_decay"] = tuple(wd * units.weight_decay for wd in axes["weight_decay"])
+    axes["learning_rate"] = tuple(lr * units.learning_rate for lr in axes["learning_rate"])
     dims = tuple(name for name in SWEPT if name in ("weight_decay", "seed") or len(axes[name]) > 1)
     return Grid(axes, dims)
+
+
+class UnitFactors(NamedTuple):
+    """What takes a config's numbers to ours, and PyTorch's default eps of Adam, 1e-8, with them."""
+
+    weight_decay: float
+    learning_rate: float
+    adam_eps: float
+
+
+def unit_factors(config: Config, num_classes: int) -> UnitFactors:
+    """Factors of equal trajectories.
+
+    PyTorch's `MSELoss` also averages over the C outputs: its gradient is 2/C of ours, so lambda = wd C/2 wherever decay
+    joins the gradient. SGD's step then needs lr = 2 lr/C; Adam's does not change, but for eps C/2. AdamW's decay is no
+    part of the gradient: lambda = wd. Cross-entropy is the same in both.
+    """
+    if config.units == "ours" or config.loss == "cross_entropy":
+        return UnitFactors(1.0, 1.0, 1.0)
+    half = num_classes / 2
+    return {
+        "sgd": UnitFactors(half, 1 / half, 1.0),
+        "adam": UnitFactors(half, 1.0, half),
+        "adamw": UnitFactors(1.0, 1.0, half),
+    }[config.train.optimizer]

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from ncjax import collapse, models, objective, theory
+from ncjax import collapse, models, theory
+from ncjax.linalg import symmetric_part
+from ncjax.objective import Objective, decay_penalty
 
 # Most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in a core's cache.
 _ROWS = 256
@@ -43,7 +45,7 @@ class Data(NamedTuple):
 
 
 class _FirstPass(NamedTuple):
-    """Sums over examples; r = y - f."""
+    """Sums over examples."""
 
     classes: collapse.ClassSums
     fit: Float[Array, ""]
@@ -52,21 +54,30 @@ class _FirstPass(NamedTuple):
 
 
 def evaluate(
-    params: dict, weight_decay: Float[Array, ""], data: Data, *, model: nn.Module, decayed: dict
+    params: dict,
+    weight_decay: Float[Array, ""],
+    data: Data,
+    *,
+    model: nn.Module,
+    decayed: dict,
+    objective: Objective = Objective(),  # noqa: B008 (immutable)
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
 
+    Args:
+      weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
+
     Returns:
-      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C) for `class_mean_cosine`
-      (of the training split), in the type of the parameters. NaN throughout, but for `finite`, where parameters or
-      training loss are not finite.
+      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
+      `class_mean_logits` (row c is W mu_c) of the training split. All in the type of the parameters. NaN throughout,
+      but for `finite`, where parameters or training loss are not finite.
     """
     with jax.default_matmul_precision("highest"):
         names = models.layer_names(params)
-        head, bias = params["head"]["kernel"].T, params["head"].get("bias")
+        head = params["head"]["kernel"].T
 
         def first_pass(params: dict, images: Array, labels: Array) -> tuple[Array, tuple]:
-            return _first_pass(params, data.normalize(images), labels, model=model, bias=bias)
+            return _first_pass(params, data.normalize(images), labels, model=model, objective=objective)
 
         def with_gradient(images: Array, labels: Array) -> tuple:
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
@@ -77,25 +88,31 @@ def evaluate(
         train_means, test_means = (collapse.class_means(sums.classes) for sums in (train_sums, test_sums))
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
 
-        def split_metrics(split, first, means, frame, held) -> dict[str, Array]:
+        def split_metrics(split, first, means, frame, held) -> tuple[dict[str, Array], collapse.Scatter]:
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 h, f = held if held else _forward(params, data.normalize(images), model)
-                return collapse.class_scatter(h, f, labels, means, frame, frame_head), ()
+                residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
+                return collapse.class_scatter(h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head), ()
 
             scatter, _ = _sum_over_batches(second_pass, split, held)
-            fit, penalty = first.fit / len(split.labels), objective.decay_penalty(params, decayed, weight_decay)
+            fit, penalty = first.fit / len(split.labels), decay_penalty(params, decayed, weight_decay)
             metrics = {"loss": fit + penalty, "fit_loss": fit, "accuracy": first.correct / len(split.labels)}
-            return metrics | collapse.measure(means, scatter, frame, head)
+            return metrics | collapse.measure(means, scatter, frame, head), scatter
 
-        train = split_metrics(data.train, train_sums, train_means, frame_train, train_held)
-        test = split_metrics(data.test, test_sums, test_means, frame_test, test_held)
+        train, scatter = split_metrics(data.train, train_sums, train_means, frame_train, train_held)
+        test, _ = split_metrics(data.test, test_sums, test_means, frame_test, test_held)
         class_mean_cosine = train.pop("class_mean_cosine")
         del test["class_mean_cosine"]
         metrics = jax.tree.map(lambda *values: jnp.stack(values), train, test)
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
-        metrics |= collapse.measure_head(head) | {"class_mean_cosine": class_mean_cosine}
-        metrics |= _equilibrium(params, gradients, train_sums, train["loss"], weight_decay, names, decayed)
+        norms_sq = jnp.stack([jnp.sum(params[name]["kernel"] ** 2) for name in names])
+        metrics |= collapse.measure_head(head) | {"class_mean_cosine": class_mean_cosine, "weight_norm_sq": norms_sq}
+        metrics |= _equilibrium(params, gradients, train_sums, weight_decay, names)
+        metrics |= _predictions(train_means, scatter, gradients["head"]["kernel"].T, head, norms_sq, weight_decay)
+        lemma2 = _lemma2(params, gradients, train_sums, train["loss"], weight_decay, names, decayed)
+        # An identity of the square loss alone.
+        metrics["lemma2_residual"] = lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
         return _masked(metrics, params, train["loss"], head.dtype)
 
 
@@ -104,17 +121,20 @@ def _forward(params: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
     return features, jnp.asarray(model.apply({"params": params}, features, method="logits"))
 
 
-def _first_pass(params: dict, x: Array, labels: Array, *, model: nn.Module, bias: Array | None) -> tuple[Array, tuple]:
+def _first_pass(
+    params: dict, x: Array, labels: Array, *, model: nn.Module, objective: Objective
+) -> tuple[Array, tuple]:
     """Sum of the fit term over a batch, differentiable; then the sums that need no class means, and (h, f)."""
     features, outputs = _forward(params, x, model)
-    targets = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
-    valid = targets.sum(1)
-    fit = jnp.sum(valid * objective.square_loss(outputs, targets))
+    y = objective.target(labels, outputs.shape[1], outputs.dtype)
+    residuals, valid = objective.residual(outputs, y), labels >= 0
+    fit = jnp.sum(valid * objective.fit(outputs, y))
+    bias = params["head"].get("bias")
     logits = outputs if bias is None else outputs - bias[None]
     sums = _FirstPass(
-        collapse.class_sums(features, outputs, labels),
+        collapse.class_sums(features, residuals, labels),
         fit,
-        jnp.sum(valid * jnp.sum((targets - outputs) * logits, axis=1)),
+        jnp.sum(valid * jnp.sum(residuals * logits, axis=1)),
         jnp.sum(valid * (jnp.argmax(outputs, axis=1) == labels)),
     )
     return fit, (sums, (features, outputs))
@@ -144,6 +164,49 @@ def _sum_over_batches(f: Callable[..., tuple[T, tuple]], split: Split, held: tup
 
 
 def _equilibrium(
+    params: dict, gradients: dict, sums: _FirstPass, weight_decay: Array, names: tuple[str, ...]
+) -> dict[str, Array]:
+    """How far each layer is from a critical point, and the norm they would all have there."""
+    pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
+    return {
+        "equilibrium_residual": jnp.stack([theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]),
+        "norm_target": theory.norm_target(sums.residual_dot_logit / sums.classes.examples.sum(), weight_decay),
+    }
+
+
+def _predictions(
+    means: collapse.ClassMeans,
+    scatter: collapse.Scatter,
+    head_gradient: Array,
+    head: Array,
+    norms_sq: Array,
+    weight_decay: Array,
+) -> dict[str, Array]:
+    """What theory says of the head, from the class means and mean residuals of the training split. Float64."""
+    mu, residuals, covariance, gradient, head, norms_sq, weight_decay = (
+        a.astype(jnp.float64)
+        for a in (
+            *(means.features, means.residuals, scatter.covariance / scatter.examples.sum()),
+            *(head_gradient, head, norms_sq, weight_decay),
+        )
+    )
+    logits = mu @ head.T
+    terms = theory.budget(residuals, mu, covariance, gradient + weight_decay * head)
+    logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)
+    solution = theory.symmetric_solution(logit_part, residual_part, len(head), weight_decay)
+    epsilon = collapse.quasi_interpolation(residuals)["epsilon"]
+    return {
+        "theorem_residual": theory.theorem_residual(epsilon, head, collapse.centred_means(mu), weight_decay),
+        "predicted_head_norm_sq": solution.head_norm_sq,
+        "predicted_head_cosine": solution.head_cosine,
+        "nc3_floor": solution.nc3_floor,
+        "normalized_margin": theory.normalized_margin(logit_part, norms_sq),
+        "class_mean_logits": logits,
+        **theory.budget_account(terms, head, weight_decay),
+    }
+
+
+def _lemma2(
     params: dict,
     gradients: dict,
     sums: _FirstPass,
@@ -151,29 +214,19 @@ def _equilibrium(
     weight_decay: Array,
     names: tuple[str, ...],
     decayed: dict,
-) -> dict[str, Array]:
-    """Per-layer and global equilibrium quantities from the full-batch gradient of the fit term."""
+) -> Array:
     size = sums.classes.examples.sum()
     weights = [params[name]["kernel"] for name in names]
     slopes = [gradients[name]["kernel"] for name in names]
-    norms_sq = jnp.stack([jnp.sum(weight**2) for weight in weights])
-    residual_dot_logit = sums.residual_dot_logit / size
-    return {
-        "weight_norm_sq": norms_sq,
-        "equilibrium_residual": jnp.stack(
-            [theory.equilibrium_residual(w, g, weight_decay) for w, g in zip(weights, slopes, strict=True)]
-        ),
-        "norm_target": theory.norm_target(residual_dot_logit, weight_decay),
-        "lemma2_residual": theory.lemma2_residual(
-            loss,
-            norms_sq,
-            jnp.stack([jnp.sum(w * g) for w, g in zip(weights, slopes, strict=True)]),
-            # <r, y - b> = ||r||^2 + <r, f - b>
-            2 * sums.fit / size + residual_dot_logit,
-            objective.decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),
-            weight_decay,
-        ),
-    }
+    return theory.lemma2_residual(
+        loss,
+        jnp.stack([jnp.sum(w**2) for w in weights]),
+        jnp.stack([jnp.sum(w * g) for w, g in zip(weights, slopes, strict=True)]),
+        # <r, y - b> = ||r||^2 + <r, f - b>
+        (2 * sums.fit + sums.residual_dot_logit) / size,
+        decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),
+        weight_decay,
+    )
 
 
 def _bias(tree: dict) -> dict:

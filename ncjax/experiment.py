@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, history, models, parallel, plots, report, theory, train
+from ncjax import checkpoint, closed_forms, history, models, parallel, plots, report, theory, train
 from ncjax import config as configuration
 from ncjax.files import write_atomically
+from ncjax.objective import Objective
 from ncjax.preflight import Plan
 
 # A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live progress line.
@@ -24,10 +25,19 @@ _CHUNK_SECONDS = 2.0
 
 
 def run(plan: Plan) -> xr.Dataset:
-    """Trains and measures what is left of a plan, writes its WORKDIR, and returns the history.
+    """`record`, then draws WORKDIR/figures and says what was found."""
+    recorded = record(plan)
+    plots.draw_all(recorded, plan.workdir / "figures")
+    report.show_results(recorded, report.make_console())
+    print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+    return recorded
+
+
+def record(plan: Plan) -> xr.Dataset:
+    """Trains and measures what is left of a plan and returns the history.
 
     WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement, checkpoints/ at
-    `checkpoint.every` and at the end, figures/ at the end. A WORKDIR that holds part of the run is continued.
+    `checkpoint.every` and at the end. A WORKDIR that holds part of the run is continued.
     """
     parallel.use_every_core()
     write_atomically(plan.workdir / "config.json", configuration.to_json(plan.config).encode())
@@ -41,9 +51,6 @@ def run(plan: Plan) -> xr.Dataset:
             recorded = _train(sweep, recorded, saved)
     finally:
         saved.close()
-    plots.draw_all(recorded, plan.workdir / "figures")
-    report.show_results(recorded, report.make_console())
-    print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
     return recorded
 
 
@@ -59,6 +66,7 @@ class _Sweep:
             widths=tuple(config.model.widths),
             num_classes=dataset.num_classes,
             activation=config.model.activation,
+            linear_head_depth=config.model.linear_head_depth,
             use_head_bias=config.model.head_bias != "none",
             dtype=jnp.dtype(config.train.precision),
         )
@@ -69,6 +77,10 @@ class _Sweep:
             batch_size=config.train.batch_size,
             epochs=config.train.epochs,
             train_size=len(dataset.train.labels),
+            objective=Objective(config.loss, config.targets),
+            optimizer=config.train.optimizer,
+            decay=config.train.decay,
+            adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
         )
         self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
         self.states, self.keys, self.hyper = train.start(self.recipe, self.mesh, self.columns, self.data)
@@ -126,6 +138,7 @@ def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpo
             if epoch in due and (recorded is None or epoch > int(recorded["epoch"][-1])):
                 values, seconds = sweep.advance(0, measured=True)
                 costs.append(seconds)
+                values |= _derived(sweep, values.pop("class_mean_logits"))
                 recorded = history.append(recorded, _label(sweep, values, attrs))
                 history.save(recorded, workdir / "history.nc")
                 times = {"train_seconds": trained, "measure_seconds": sum(costs)}
@@ -173,12 +186,39 @@ def _device() -> str:
     return jax.devices()[0].device_kind
 
 
+def _derived(sweep: _Sweep, class_mean_logits: np.ndarray) -> dict[str, np.ndarray]:
+    """What no device needs to measure: the clocks, the modes, and the closed form where the network has one."""
+    columns, recipe, config = sweep.columns, sweep.recipe, sweep.plan.config
+    weight_decay = recipe.effective_decay(columns["weight_decay"], columns["momentum"])
+    flow_time = train.flow_time(recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch]))[:, 0]
+    num_classes, depth = sweep.plan.dataset.num_classes, len(config.model.widths) + 1
+    per_class = recipe.train_size // num_classes
+    setting = closed_forms.Setting(num_classes, recipe.head_bias, config.targets)
+    gamma = closed_forms.unconstrained_gamma(depth, per_class, setting)
+    solution = closed_forms.homogeneous_solution(weight_decay, gamma, depth, setting)
+    known = (weight_decay > 0) & _is_unconstrained(config)
+    return {
+        "effective_decay": weight_decay,
+        "flow_time": flow_time,
+        "relaxation_time": theory.relaxation_time(flow_time, weight_decay),
+        "mode_eigenvalues": theory.mode_eigenvalues(class_mean_logits),
+        "closed_form_epsilon": np.where(known, solution.epsilon, np.nan),
+        "closed_form_nc3": np.where(known, solution.nc3, np.nan),
+        "closed_form_norm_sq": np.where(known, solution.weight_norm_sq, np.nan),
+    }
+
+
+def _is_unconstrained(config: configuration.Config) -> bool:
+    """Whether a config is the unconstrained-feature model, wide enough for all its modes, and seeks critical points."""
+    return (
+        (config.data.name, config.model.activation, config.loss) == ("identity", "linear", "square")
+        and config.train.optimizer != "adamw"
+        and min(config.model.widths) >= (config.data.num_classes or 10)
+    )
+
+
 def _label(sweep: _Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -> xr.Dataset:
-    """A measurement as one epoch of history, with the clocks, which no device needs to measure."""
-    columns = sweep.columns
-    flow_time = train.flow_time(sweep.recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch]))
-    values["flow_time"] = flow_time[:, 0]
-    values["relaxation_time"] = theory.relaxation_time(values["flow_time"], columns["weight_decay"])
+    """A measurement as one epoch of history."""
     newest = history.one_epoch(
         sweep.epoch,
         values,
@@ -197,6 +237,7 @@ def _provenance(sweep: _Sweep) -> dict[str, str]:
     return {
         "config": configuration.to_json(sweep.plan.config),
         "versions": json.dumps({"python": platform.python_version()} | {p: metadata.version(p) for p in packages}),
+        "per_class": str(len(sweep.plan.dataset.train.labels) // sweep.plan.dataset.num_classes),
         "device": f"{sweep.mesh.size} x {_device()}",
         "git_revision": _git_revision(),
     }

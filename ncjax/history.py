@@ -19,13 +19,21 @@ class Variable(NamedTuple):
     definition: str
 
 
-_SPLIT, _LAYER = ("split",), ("layer",)
+_SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
+_TERMS = {
+    "theorem": "(t/C) Mdot^T, the theorem's",
+    "mean": "(q/C) 1 mu_G^T: the mean residual does not vanish",
+    "asymmetry": "E M^T/C: residuals differ between classes",
+    "within": "mean (r - rbar_c)(h - mu_c)^T: examples of a class differ",
+    "gradient": "dL/dW_L: not at equilibrium yet",
+}
 
 VOCABULARY: dict[str, Variable] = {
     "finite": Variable((), "1 while parameters and training loss are finite; all else is NaN where it is 0"),
-    "loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2 + lambda/2 sum_k ||W_k||_F^2"),
-    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2"),
+    "loss": Variable(_SPLIT, "fit_loss + lambda/2 times the squared norm of what is decayed"),
+    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy"),
     "accuracy": Variable(_SPLIT, "share of examples whose largest output is their class's"),
+    "effective_decay": Variable((), "lambda of the loss whose critical points the optimizer seeks"),
     "flow_time": Variable((), "t = sum over steps of learning rate/(1 - momentum)"),
     "relaxation_time": Variable((), "2 lambda t: e-folds by which squared layer norms have drawn together"),
     "nc1": Variable(_SPLIT, "tr(Sigma_W Sigma_B^+)/C"),
@@ -43,19 +51,36 @@ VOCABULARY: dict[str, Variable] = {
     "nc3": Variable(_SPLIT, "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2"),
     "nc3_centered": Variable(_SPLIT, "nc3 with the rows of W_L centred"),
     "nc4": Variable(_SPLIT, "share of examples whose largest output is not that of the nearest class mean"),
-    "epsilon": Variable(_SPLIT, "1 - mean output of an example's own class"),
-    "delta": Variable(_SPLIT, "mean output of the other classes"),
+    "epsilon": Variable(_SPLIT, "mean residual y - f of an example's own class (f: probabilities with cross-entropy)"),
+    "delta": Variable(_SPLIT, "minus the mean residual of the other classes"),
     "sqi_gap": Variable(_SPLIT, "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation"),
-    "output_spread": Variable(_SPLIT, "sqrt(mean ||f - fbar_c||^2/C)"),
+    "output_spread": Variable(_SPLIT, "sqrt(mean ||r - rbar_c||^2/C)"),
     "output_asymmetry": Variable(_SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"),
     "weight_norm_sq": Variable(_LAYER, "||W_k||_F^2"),
     "norm_target": Variable((), "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium"),
     "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||"),
     "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
+    "theorem_residual": Variable((), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"),
+    "nc3_floor": Variable((), "nc3 of a symmetric solution at equilibrium with the same mean outputs"),
+    "predicted_head_norm_sq": Variable(
+        (), "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs"
+    ),
+    "predicted_head_cosine": Variable((), "cos between rows of its head"),
+    "normalized_margin": Variable((), "gamma: margin of the class-mean outputs over the product of all ||W_k||_F"),
+    "mode_eigenvalues": Variable(_MODE, "eigenvalues of the symmetric part of the class-mean outputs less the bias"),
+    "closed_form_epsilon": Variable((), "epsilon of the unconstrained-feature model; NaN for other networks"),
+    "closed_form_nc3": Variable((), "nc3 of the unconstrained-feature model; NaN for other networks"),
+    "closed_form_norm_sq": Variable((), "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks"),
+    **{f"budget_{name}": Variable((), f"share of lambda W_L by projection: {term}") for name, term in _TERMS.items()},
+    **{f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}") for name, term in _TERMS.items()},
+    "budget_residual": Variable((), "||lambda W_L - sum of the budget's terms|| over the largest term's norm"),
 }
 # Measured with the others, but only the newest is kept: C^2 numbers a run.
 COSINES = "class_mean_cosine"
 _COSINES_DEFINITION = "cos between centred class means of the training split, at the last epoch measured"
+
+# A run whose 2 lambda t is shorter is not near equilibrium: layer norms still differ by 5% of what they did.
+RELAXED = 3.0
 
 _TIME_UNIT = {"flow_time": "learning rate x steps", "relaxation_time": "e-folds"}
 
@@ -75,6 +100,7 @@ def one_epoch(
         "epoch": [epoch],
         "split": ["train", "test"],
         "layer": list(layers),
+        "mode": list(range(1, len(label_names) + 1)),
         "label": list(label_names),
         "other_label": list(label_names),
     }
@@ -87,7 +113,7 @@ def one_epoch(
     cosine_attrs = {"definition": _COSINES_DEFINITION, "units": "1"}
     variables[COSINES] = ((*grid.dims, "label", "other_label"), cosines, cosine_attrs)
     history = xr.Dataset(variables, coords, attrs)
-    history["weight_decay"].attrs["definition"] = "lambda of the regularized loss, in the project's units"
+    history["weight_decay"].attrs["definition"] = "lambda given to the optimizer, in the project's units"
     return history
 
 
@@ -103,6 +129,11 @@ def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
 def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
     """The epochs up to `epoch` (those after a checkpoint are measured again)."""
     return history.isel(epoch=np.flatnonzero(history["epoch"].values <= epoch))
+
+
+def extinct(history: xr.Dataset) -> xr.DataArray:
+    """Where weight decay has put a network out: outputs are 0, and there is nothing to collapse."""
+    return history["epsilon"].sel(split="train", drop=True) > 0.999
 
 
 def save(history: xr.Dataset, path: Path) -> None:

@@ -1,8 +1,10 @@
-"""A small singular value decomposition made of plain array operations.
+"""A small singular value decomposition made of plain array operations, and the symmetric part of a class matrix.
 
 LAPACK is no choice inside the compiled program: JAX 0.10's batched calls wait for XLA's thread pool from inside that
 pool and deadlock when every device measures at once. On a GPU, cuSOLVER would take matrix after matrix.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +13,28 @@ from jaxtyping import Array, Float
 _MOST_SWEEPS = 30  # five to ten suffice up to a hundred rows
 # Convergence is quadratic: a sweep that meets no cosine above this leaves none above its square.
 _NEARLY_ORTHOGONAL = 1e-9
+
+
+class SymmetricPart(NamedTuple):
+    """A (C, C) matrix as u (I - J/C) + v J/C + E, J all ones: what treats all classes alike, and what does not.
+
+    Attributes:
+      u: the factor of differences between classes, (tr - v)/(C - 1).
+      v: the factor of their sum, 1^T M 1/C.
+      rest: E (C, C), Frobenius-orthogonal to the other two.
+    """
+
+    u: Float[Array, ""]
+    v: Float[Array, ""]
+    rest: Float[Array, "C C"]
+
+
+def symmetric_part(matrix: Float[Array, "C C"]) -> SymmetricPart:
+    num_classes = len(matrix)
+    v = matrix.sum() / num_classes
+    u = (jnp.trace(matrix) - v) / (num_classes - 1)
+    identity = jnp.eye(num_classes, dtype=matrix.dtype)
+    return SymmetricPart(u, v, matrix - u * identity - (v - u) / num_classes)
 
 
 def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:

@@ -12,6 +12,7 @@ ACTIVATIONS = {"relu": nn.relu, "linear": lambda x: x}
 class HomogeneousMLP(nn.Module):
     """f(x) = W_L h(x) + b with h = s(W_{L-1} ... s(W_1 x)): no other bias and no normalization, degree 1 in every W_k.
 
+    With a linear head of depth d, the last d - 1 layers below W_L have no activation: h = W_{L-1} ... W_{L-d+1} s(...).
     Weights are drawn from N(0, 2/fan_in) (He et al. 2015), the head bias starts at 0. Parameters are named `layer_1`,
     `layer_2`, ... in forward order, then `head`.
 
@@ -19,6 +20,7 @@ class HomogeneousMLP(nn.Module):
       widths: width of each hidden layer; the last is p, the dimension of the features.
       num_classes: C.
       activation: `relu` or `linear`.
+      linear_head_depth: d, layers after the last activation, the head among them (Jacot et al. 2024).
       use_head_bias: whether b exists.
       dtype: float32 or float64, of parameters and arithmetic.
     """
@@ -26,6 +28,7 @@ class HomogeneousMLP(nn.Module):
     widths: tuple[int, ...]
     num_classes: int
     activation: str = "relu"
+    linear_head_depth: int = 1
     use_head_bias: bool = False
     dtype: Dtype = jnp.float32
 
@@ -41,8 +44,11 @@ class HomogeneousMLP(nn.Module):
 
     def features(self, x: Float[Array, "B *image"]) -> Float[Array, "B p"]:
         h = x.reshape(x.shape[0], -1)
-        for layer in self.layers:
-            h = ACTIVATIONS[self.activation](layer(h))
+        last_activation = len(self.layers) - (self.linear_head_depth - 1)
+        for k, layer in enumerate(self.layers, start=1):
+            h = layer(h)
+            if k <= last_activation:
+                h = ACTIVATIONS[self.activation](h)
         return h
 
     def logits(self, h: Float[Array, "B p"]) -> Float[Array, "B C"]:

@@ -1,9 +1,16 @@
 """The one place where lambda acts on an update."""
 
+from typing import TypeVar
+
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+_BETA2 = 0.999  # of Adam and AdamW, as everywhere
+
+Numbers = TypeVar("Numbers", Array, np.ndarray)
 
 
 def schedule_shape(name: str, step: Int[Array, "..."], total_steps: int) -> Float[Array, "..."]:
@@ -16,7 +23,9 @@ def schedule_shape(name: str, step: Int[Array, "..."], total_steps: int) -> Floa
     return jnp.ones_like(progress)
 
 
-def sgd(
+def make_optimizer(
+    name: str,
+    decay: str,
     weight_decay: Float[Array, ""],
     learning_rate: Float[Array, ""],
     momentum: Float[Array, ""],
@@ -24,19 +33,35 @@ def sgd(
     decayed: dict,
     schedule: str,
     total_steps: int,
+    adam_eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """SGD with momentum and coupled decay: m <- momentum m + (g + lambda w); w <- w - lr(step) m.
+    """w <- w - lr(step) u, where lambda joins before the optimizer's memory (coupled) or after it (decoupled).
 
-    Decay joins the gradient before momentum, so the regularized loss is what is minimized. The numbers may be traced:
-    make the transformation inside the step and carry only its state.
+    sgd:    coupled  m <- momentum m + (g + lambda w), u = m;    decoupled  m <- momentum m + g, u = m + lambda w.
+    adam:   coupled; u = mhat/(sqrt(vhat) + eps) with beta_1 = `momentum`, beta_2 = 0.999 (Kingma & Ba 2015).
+    adamw:  decoupled, u = mhat/(sqrt(vhat) + eps) + lambda w (Loshchilov & Hutter 2019).
+
+    `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the transformation inside the step
+    and carry only its state.
     """
 
     def rate(step: ArrayLike) -> Float[Array, ""]:
         # The shape has the widest type that is on; parameters must keep their own.
         return learning_rate * schedule_shape(schedule, jnp.asarray(step), total_steps).astype(learning_rate.dtype)
 
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.trace(decay=momentum),
-        optax.scale_by_learning_rate(rate),
+    direction = (
+        optax.trace(decay=momentum) if name == "sgd" else optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
     )
+    shrink = optax.add_decayed_weights(weight_decay, mask=decayed)
+    order = (direction, shrink) if decay == "decoupled" else (shrink, direction)
+    return optax.chain(*order, optax.scale_by_learning_rate(rate))
+
+
+def effective_decay(name: str, decay: str, weight_decay: Numbers, momentum: Numbers) -> Numbers:
+    """The lambda of the loss whose critical points an optimizer seeks.
+
+    Decoupled SGD steps by m + lambda w, and momentum has made m = g/(1 - momentum) of a steady gradient: it stands
+    still where g = -(1 - momentum) lambda w. AdamW has no such loss: it stands still where g/(|g| + eps) = -lambda w,
+    entry by entry, with g close to 0 or |w| to 1/lambda; its own lambda is what it is held against.
+    """
+    return weight_decay * (1 - momentum) if name == "sgd" and decay == "decoupled" else weight_decay

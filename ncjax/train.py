@@ -12,9 +12,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from ncjax import models, objective, optim, parallel
+from ncjax import models, optim, parallel
 from ncjax.data import Dataset
 from ncjax.evaluate import Data, Split, evaluate
+from ncjax.objective import Objective
 
 
 class Hyper(NamedTuple):
@@ -40,6 +41,8 @@ class Recipe(NamedTuple):
     Attributes:
       model: the network.
       head_bias: none, free or decayed.
+      objective: loss and targets.
+      optimizer, decay, adam_eps: see `optim.make_optimizer`.
       schedule: of the learning rate, see `optim.schedule_shape`.
       batch_size: examples per step; 0 is full batch. A partial last batch is dropped.
       epochs: length of the schedule.
@@ -52,20 +55,30 @@ class Recipe(NamedTuple):
     batch_size: int
     epochs: int
     train_size: int
+    objective: Objective = Objective()
+    optimizer: str = "sgd"
+    decay: str = "coupled"
+    adam_eps: float = 1e-8
 
     @property
     def steps_per_epoch(self) -> int:
         return self.train_size // self.batch_size if self.batch_size else 1
 
     def make_tx(self, hyper: Hyper, params: dict) -> optax.GradientTransformation:
-        return optim.sgd(
+        return optim.make_optimizer(
+            self.optimizer,
+            self.decay,
             hyper.weight_decay,
             hyper.learning_rate,
             hyper.momentum,
             decayed=models.is_decayed(params, self.head_bias),
             schedule=self.schedule,
             total_steps=self.epochs * self.steps_per_epoch,
+            adam_eps=self.adam_eps,
         )
+
+    def effective_decay(self, weight_decay: optim.Numbers, momentum: optim.Numbers) -> optim.Numbers:
+        return optim.effective_decay(self.optimizer, self.decay, weight_decay, momentum)
 
 
 def init_run(key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Array, "1 *image"]) -> RunState:
@@ -89,12 +102,12 @@ def batch_indices(key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe) ->
 
 
 def train_step(state: RunState, index: Int[Array, " B"], hyper: Hyper, data: Data, recipe: Recipe) -> RunState:
-    """One step of SGD on the examples `index`."""
+    """One step of the optimizer on the examples `index`."""
 
     def fit(params: dict) -> Float[Array, ""]:
         outputs = jnp.asarray(recipe.model.apply({"params": params}, data.normalize(data.train.images[index])))
-        targets = jax.nn.one_hot(data.train.labels[index], outputs.shape[1], dtype=outputs.dtype)
-        return jnp.mean(objective.square_loss(outputs, targets))
+        y = recipe.objective.target(data.train.labels[index], outputs.shape[1], outputs.dtype)
+        return jnp.mean(recipe.objective.fit(outputs, y))
 
     updates, opt_state = recipe.make_tx(hyper, state.params).update(
         jax.grad(fit)(state.params), state.opt_state, state.params
@@ -126,8 +139,14 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
             return lax.fori_loop(0, n_epochs, lambda _, state: train_epoch(state, key, hyper, data, recipe), state)
 
         def measure_run(params: dict, hyper: Hyper) -> dict[str, Array]:
-            decayed = models.is_decayed(params, recipe.head_bias)
-            return evaluate(params, hyper.weight_decay, data, model=recipe.model, decayed=decayed)
+            return evaluate(
+                params,
+                recipe.effective_decay(hyper.weight_decay, hyper.momentum),
+                data,
+                model=recipe.model,
+                decayed=models.is_decayed(params, recipe.head_bias),
+                objective=recipe.objective,
+            )
 
         train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform)
         states = _in_groups(train_run, train_group, states, keys, hyper)
@@ -190,9 +209,10 @@ def start(
 
 
 def flow_time(recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E)."""
+    """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E). Adam has none: NaN."""
     steps = np.arange(recipe.epochs * recipe.steps_per_epoch)
     with jax.enable_x64(True):
         shape = np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), len(steps)))
     elapsed = np.concatenate([[0.0], np.cumsum(shape)])[np.asarray(epochs) * recipe.steps_per_epoch]
-    return (np.asarray(learning_rate) / (1 - np.asarray(momentum)))[:, None] * elapsed
+    pace = np.asarray(learning_rate) / (1 - np.asarray(momentum))
+    return (pace if recipe.optimizer == "sgd" else np.full_like(pace, np.nan))[:, None] * elapsed

@@ -63,8 +63,20 @@ def oracle_geometry(rows: np.ndarray, suffix: str) -> dict[str, float]:
     }
 
 
-def oracle_split(features, outputs, labels, head) -> dict[str, float]:
-    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head (C, p)."""
+def oracle_symmetric_part(matrix: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """(u, v, E): matrix = u (I - J/C) + v J/C + E, by Frobenius projection on the first two."""
+    num_classes = len(matrix)
+    average = np.ones((num_classes, num_classes)) / num_classes
+    across = np.eye(num_classes) - average
+    u, v = np.sum(matrix * across) / np.sum(across**2), np.sum(matrix * average) / np.sum(average**2)
+    return u, v, matrix - u * across - v * average
+
+
+def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, float]:
+    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head (C, p).
+
+    residuals (M, C): of the square loss with one-hot targets unless given.
+    """
     rank_tolerance = 1e-5
     h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
     labels = np.asarray(labels)
@@ -89,14 +101,11 @@ def oracle_split(features, outputs, labels, head) -> dict[str, float]:
     nearest = [min(classes, key=lambda c: np.sum((x - mu[c]) ** 2)) for x in h]
     winner = [max(classes, key=lambda c: out[c]) for out in f]
 
-    mean_outputs = np.stack([f[labels == c].mean(0) for c in classes])
-    residual = np.stack([np.eye(num_classes)[c] - mean_outputs[c] for c in classes], axis=1)
+    r = np.eye(num_classes)[labels] - f if residuals is None else np.asarray(residuals, np.float64)
+    residual = np.stack([r[labels == c].mean(0) for c in classes], axis=1)  # r_c in column c
     epsilon = np.mean([residual[c, c] for c in classes])
     delta = -np.mean([residual[a, b] for a, b in permutations(classes, 2)])
-    ones = np.ones((num_classes, num_classes))
-    t = (np.trace(residual) - residual.sum() / num_classes) / (num_classes - 1)
-    q = residual.sum() / num_classes
-    asymmetry = residual - t * (np.eye(num_classes) - ones / num_classes) - q * ones / num_classes
+    asymmetry = oracle_symmetric_part(residual)[2]
     return {
         "nc1": np.trace(within @ np.linalg.pinv(between, rcond=rank_tolerance**2, hermitian=True)) / num_classes,
         "nc1_rank": min(num_classes - 1, dim, np.sum(singular_values > rank_tolerance * singular_values[0])),
@@ -112,7 +121,7 @@ def oracle_split(features, outputs, labels, head) -> dict[str, float]:
         "delta": delta,
         "sqi_gap": abs(delta - epsilon / (num_classes - 1)),
         "output_spread": np.sqrt(
-            np.mean([np.sum((out - mean_outputs[c]) ** 2) for out, c in zip(f, labels, strict=True)]) / num_classes
+            np.mean([np.sum((one - residual[:, c]) ** 2) for one, c in zip(r, labels, strict=True)]) / num_classes
         ),
         "output_asymmetry": np.sqrt(np.sum(asymmetry**2)) / num_classes,
         "class_mean_cosine": np.array([[_cosine(m_dot[:, a], m_dot[:, b]) for b in classes] for a in classes]),

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_geometry, oracle_split, simplex_etf
+from conftest import oracle_geometry, oracle_split, oracle_symmetric_part, simplex_etf
 
 from ncjax import collapse
 
 
 def two_passes(features, outputs, labels, head):
-    """The whole measurement of one batch, as `collapse`'s docstring prescribes it."""
-    means = collapse.class_means(collapse.class_sums(features, outputs, labels))
+    """The whole measurement of one batch, as `collapse`'s docstring prescribes it, of one-hot targets."""
+    residuals, winners = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype) - outputs, jnp.argmax(outputs, 1)
+    means = collapse.class_means(collapse.class_sums(features, residuals, labels))
     frame, frame_head = collapse.frames((means,), head)
-    scatter = collapse.class_scatter(features, outputs, labels, means, frame, frame_head)
+    scatter = collapse.class_scatter(features, residuals, winners, labels, means, frame, frame_head)
     return collapse.measure(means, scatter, frame, head)
 
 
@@ -90,12 +91,14 @@ def test_sums_over_uneven_batches_with_padding_equal_the_whole_split():
 
     @jax.jit
     def in_batches(features, outputs, labels, head):
-        batches = [tuple(a[i:j] for a in (features, outputs, labels)) for i, j in itertools.pairwise(edges)]
+        residuals = jax.nn.one_hot(labels, 5, dtype=outputs.dtype) - outputs
+        whole = features, residuals, jnp.argmax(outputs, 1), labels
+        batches = [tuple(a[i:j] for a in whole) for i, j in itertools.pairwise(edges)]
 
         def total(f):
             return jax.tree.map(lambda *terms: sum(terms), *(f(*batch) for batch in batches))
 
-        means = collapse.class_means(total(collapse.class_sums))
+        means = collapse.class_means(total(lambda h, r, _, labels: collapse.class_sums(h, r, labels)))
         frame, frame_head = collapse.frames((means,), head)
         scatter = total(lambda *batch: collapse.class_scatter(*batch, means, frame, frame_head))
         return collapse.measure(means, scatter, frame, head)
@@ -215,20 +218,51 @@ def test_scaling_the_within_class_deviations_scales_nc1_by_the_square():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_residuals_split_orthogonally_into_margin_mean_and_asymmetry(seed):
+def test_quasi_interpolation_of_mean_residuals_by_hand(seed):
+    """With Rbar = t (I - J/C) + q J/C + E: epsilon + delta = t and epsilon - (C-1) delta = q."""
     outputs = np.random.default_rng(seed).standard_normal((6, 6))  # mean outputs of class c in row c
     with jax.enable_x64(True):
-        residual = collapse.residuals(jnp.asarray(outputs))
-        mean, epsilon, delta, asymmetry = (np.asarray(a) for a in residual)
-    identity, ones = np.eye(6), np.ones((6, 6))
-    np.testing.assert_allclose(mean, identity - outputs.T, atol=1e-15)
-    assert epsilon == pytest.approx(1 - np.mean(np.diagonal(outputs)), rel=1e-13)
-    assert delta == pytest.approx((outputs.sum() - np.trace(outputs)) / 30, rel=1e-13)
-    t, q = epsilon + delta, epsilon - 5 * delta
-    np.testing.assert_allclose(mean, t * (identity - ones / 6) + q * ones / 6 + asymmetry, atol=1e-14)
-    assert abs(np.sum(asymmetry * (identity - ones / 6))) < 1e-14
-    assert abs(np.sum(asymmetry * ones)) < 1e-14
+        got = {name: float(v) for name, v in collapse.quasi_interpolation(jnp.asarray(np.eye(6) - outputs)).items()}
+    epsilon, delta = 1 - np.mean(np.diagonal(outputs)), (outputs.sum() - np.trace(outputs)) / 30
+    t, q, asymmetry = oracle_symmetric_part(np.eye(6) - outputs)
+    assert (epsilon + delta, epsilon - 5 * delta) == (pytest.approx(t, rel=1e-12), pytest.approx(q, rel=1e-12))
+    expected = {
+        "epsilon": epsilon,
+        "delta": delta,
+        "sqi_gap": abs(delta - epsilon / 5),
+        "output_asymmetry": np.linalg.norm(asymmetry) / 6,
+    }
+    assert got == pytest.approx(expected, rel=1e-12)
     assert np.linalg.norm(asymmetry) > 0.1
+
+
+def test_residuals_keep_the_digits_that_outputs_near_their_targets_lose():
+    """Outputs within 1e-9 of one-hot, in float32: summed as residuals they are exact to five digits."""
+    labels = np.repeat(np.arange(5), 12)
+    shortfall = 1e-9 * (1 + np.random.default_rng(0).random((60, 5)))
+    features, _, _, _ = random_split(dtype=np.float32)
+    sums = collapse.class_sums(jnp.asarray(features), jnp.asarray(shortfall, jnp.float32), jnp.asarray(labels))
+    got = float(collapse.quasi_interpolation(collapse.class_means(sums).residuals)["epsilon"])
+    assert got == pytest.approx(np.mean(shortfall[np.arange(60), labels]), rel=1e-5)
+    assert np.float32(1) - np.float32(1 - 1e-9) == 0  # the premise: outputs could not tell
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_covariance_within_classes_equals_its_definition_and_is_minus_w_sigma_w_at_square_loss(seed):
+    features, _, labels, head = random_split(seed=seed)
+    outputs = features @ head.T
+    residuals = np.eye(5)[labels] - outputs
+    mu, rbar = (np.stack([a[labels == c].mean(0) for c in range(5)])[labels] for a in (features, residuals))
+    expected = sum(np.outer(r, h) for r, h in zip(residuals - rbar, features - mu, strict=True))
+    with jax.enable_x64(True):
+        h, r, w = (jnp.asarray(a) for a in (features, residuals, head))
+        y, winners = jnp.asarray(labels, jnp.int32), jnp.asarray(outputs.argmax(1))
+        means = collapse.class_means(collapse.class_sums(h, r, y))
+        scatter = collapse.class_scatter(h, r, winners, y, means, *collapse.frames((means,), w))
+        covariance = np.asarray(scatter.covariance)
+    np.testing.assert_allclose(covariance, expected, atol=1e-12 * np.abs(expected).max())
+    within = (features - mu).T @ (features - mu)
+    np.testing.assert_allclose(covariance, -head @ within, atol=1e-12 * np.abs(expected).max())
 
 
 def test_symmetric_quasi_interpolation_is_recognized():

@@ -29,6 +29,12 @@ def with_value(name, value):
         ("train.batch_size", -1, "-1"),
         ("train.schedule", "linear", "'linear'"),
         ("train.precision", "bfloat16", "'bfloat16'"),
+        ("train.optimizer", "lion", "'lion'"),
+        ("train.decay", True, "True"),
+        ("loss", "hinge", "'hinge'"),
+        ("targets", ("one_hot",), "('one_hot',)"),
+        ("model.linear_head_depth", 0, "0"),
+        ("model.linear_head_depth", 1.5, "1.5"),
         ("model.activation", "tanh", "'tanh'"),
         ("model.head_bias", None, "None"),
         ("model.widths", (), "()"),
@@ -68,6 +74,53 @@ def test_a_bad_value_is_refused_with_its_field_and_value(name, value, shown):
     assert field == f"config.{name}"
     assert shown in got
     assert way_out
+
+
+def with_values(**values):
+    config = configuration.default_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in values.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "way_out"),
+    [
+        ({"train__optimizer": "adam", "train__decay": "decoupled"}, "train.decay", "train.optimizer=adamw"),
+        ({"loss": "cross_entropy", "targets": "centered"}, "targets", "one_hot"),
+        ({"model__linear_head_depth": 4}, "model.linear_head_depth", "3 hidden layers"),
+        ({"model__linear_head_depth": 2, "model__widths": (64,)}, "model.linear_head_depth", "1 hidden layers"),
+        ({"model__linear_head_depth": 2, "model__activation": "linear"}, "model.linear_head_depth", "leave it 1"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused_with_a_way_out(values, field, way_out):
+    with pytest.raises(InputError) as caught:
+        configuration.validate(with_values(**values))
+    message = str(caught.value)
+    assert message.startswith(f"config.{field}: got {values[field.replace('.', '__')]!r}; ")
+    assert way_out in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train__optimizer": "adam"},
+        {"train__decay": "decoupled"},
+        {"loss": "cross_entropy"},
+        {"targets": "centered", "model__head_bias": "decayed"},
+        {"model__linear_head_depth": 3},
+        {"model__widths": (8,), "model__activation": "linear"},
+    ],
+)
+def test_choices_that_go_together_are_kept_as_they_are(values):
+    config = with_values(**values)
+    assert configuration.validate(config).to_json() == config.to_json()
+
+
+@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+def test_adamw_is_decoupled_and_the_valid_config_says_so(decay):
+    config = with_values(train__optimizer="adamw", train__decay=decay)
+    assert configuration.validate(config).train.decay == "decoupled"
+    assert config.train.decay == decay
 
 
 @pytest.mark.parametrize(("name", "value"), [("train.lr", 0.1), ("sweep.wd", (1e-3,)), ("momentum", 0.9)])
@@ -155,6 +208,32 @@ def test_column_r_is_the_grid_point_of_unravel_index_r():
 
 def test_weight_decay_and_seed_are_dimensions_even_of_one_run():
     assert grid(weight_decay=1e-3, seed=0).dims == ("weight_decay", "seed")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "loss", "weight_decay", "learning_rate", "adam_eps"),
+    [
+        ("sgd", "square", 5, 1 / 5, 1),
+        ("adam", "square", 5, 1, 5),
+        ("adamw", "square", 1, 1, 5),
+        ("sgd", "cross_entropy", 1, 1, 1),
+        ("adam", "cross_entropy", 1, 1, 1),
+        ("adamw", "cross_entropy", 1, 1, 1),
+    ],
+)
+def test_factors_from_torch_units_to_ours_with_10_classes(optimizer, loss, weight_decay, learning_rate, adam_eps):
+    """MSELoss has 2/C of our gradient: lambda = wd C/2 where decay joins it, and only SGD's step feels its scale."""
+    config = with_values(units="torch", loss=loss, train__optimizer=optimizer)
+    assert configuration.unit_factors(config, 10) == (weight_decay, learning_rate, adam_eps)
+    assert configuration.unit_factors(with_values(loss=loss, train__optimizer=optimizer), 10) == (1, 1, 1)
+
+
+def test_decoupled_sgd_in_torch_units_keeps_the_product_of_rate_and_decay():
+    """Its decay acts as lr wd w, whatever the loss is scaled by."""
+    config = with_values(units="torch", train__decay="decoupled")
+    units = configuration.unit_factors(config, 10)
+    assert units.learning_rate * units.weight_decay == 1
+    assert units.learning_rate == 1 / 5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from ncjax import history
 from ncjax.errors import InputError
 
 LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
-SIZES = {"split": 2, "layer": len(LAYERS)}
+SIZES = {"split": 2, "layer": len(LAYERS), "mode": len(LABELS)}
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ def test_dimensions_run_from_the_grid_over_epochs_to_what_was_measured(grid):
     assert dataset["nc1"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "split")
     assert dataset["weight_norm_sq"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "layer")
     assert dataset["flow_time"].dims == ("weight_decay", "learning_rate", "seed", "epoch")
+    assert dataset["mode_eigenvalues"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "mode")
     assert dataset["split"].values.tolist() == ["train", "test"]
+    assert dataset["mode"].values.tolist() == [1, 2, 3]
     assert dataset["layer"].values.tolist() == list(LAYERS)
     assert dataset["seed"].values.tolist() == [4, 5, 6]
 
@@ -97,6 +99,23 @@ def test_growing_keeps_earlier_epochs_bitwise_and_only_the_newest_cosines(grid):
 @pytest.mark.parametrize(("epoch", "kept"), [(10, [0, 3, 10]), (9, [0, 3]), (3, [0, 3]), (0, [0])])
 def test_up_to_cuts_the_epochs_after(epoch, kept, grid):
     assert history.up_to(grown([0, 3, 10], grid), epoch)["epoch"].values.tolist() == kept
+
+
+def test_extinct_runs_are_those_whose_outputs_weight_decay_has_put_to_0(grid):
+    dataset = grown([0, 3], grid)
+    dataset["epsilon"][:] = 0.5
+    dataset["epsilon"].loc[{"split": "train", "epoch": 3, "weight_decay": 1e-3, "seed": [4, 5, 6]}] = [
+        0.9985,
+        0.9995,
+        1.0,
+    ]
+    dataset["epsilon"].loc[{"split": "test", "epoch": 3}] = 1.0  # which tells nothing: the training split decides
+    out = history.extinct(dataset)
+    assert out.dims == ("weight_decay", "learning_rate", "seed", "epoch")
+    assert not out.sel(epoch=0).any()
+    np.testing.assert_array_equal(out.sel(epoch=3).any(["learning_rate"]), [[False] * 3, [False, True, True]])
+    dataset["epsilon"][:] = np.nan
+    assert not history.extinct(dataset).any()  # diverged is not put out
 
 
 def test_saving_and_loading_return_every_bit_and_attribute(grid, tmp_path):

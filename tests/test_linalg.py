@@ -1,12 +1,14 @@
-"""linalg.row_space against LAPACK's singular value decomposition, in float64."""
+"""linalg against LAPACK's singular value decomposition and Frobenius projections, in float64."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import simplex_etf
+from conftest import oracle_symmetric_part, simplex_etf
 
-from ncjax.linalg import row_space
+from ncjax.linalg import row_space, symmetric_part
 
 
 def decompose(matrix):
@@ -96,3 +98,31 @@ def test_a_matrix_that_is_not_finite_terminates_and_gives_nan(bad):
     matrix[1, 2] = bad
     values, _ = decompose(matrix)
     assert np.isnan(values).any()
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+def test_the_symmetric_part_is_the_frobenius_projection_on_matrices_that_treat_all_classes_alike(num_classes):
+    matrix = random_matrix(num_classes, num_classes)
+    with jax.enable_x64(True):
+        u, v, rest = (np.asarray(a) for a in symmetric_part(jnp.asarray(matrix)))
+    for got, expected in zip((u, v, rest), oracle_symmetric_part(matrix), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-14)
+    average = np.full((num_classes, num_classes), 1 / num_classes)
+    across = np.eye(num_classes) - average
+    np.testing.assert_allclose(u * across + v * average + rest, matrix, atol=1e-14)
+    assert abs(np.sum(rest * across)) < 1e-14
+    assert abs(np.sum(rest * average)) < 1e-14
+    assert np.linalg.norm(rest) > 0.1
+    # Class order does not matter: the mean over all relabellings is the symmetric part.
+    names = [list(order) for order in itertools.permutations(range(num_classes))] if num_classes < 7 else []
+    if names:
+        mean = np.mean([matrix[np.ix_(order, order)] for order in names], axis=0)
+        np.testing.assert_allclose(mean, u * across + v * average, atol=1e-14)
+
+
+def test_a_symmetric_part_by_hand_keeps_its_type():
+    u, v, rest = symmetric_part(jnp.asarray([[5.0, 1.0], [3.0, 7.0]], jnp.float32))
+    # (5 + 1 + 3 + 7)/2 = 8 and 12 - 8 = 4: 4 (I - J/2) + 8 J/2 = [[6, 2], [2, 6]].
+    assert (float(u), float(v)) == (4.0, 8.0)
+    np.testing.assert_array_equal(np.asarray(rest), [[-1, -1], [1, 1]])
+    assert u.dtype == v.dtype == rest.dtype == np.float32

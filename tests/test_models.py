@@ -17,14 +17,25 @@ def network(widths=(6, 5), num_classes=3, **options):
     return model, jax.jit(model.init)(jax.random.key(1), x)["params"], x
 
 
-@pytest.mark.parametrize("activation", ["relu", "linear"])
-def test_forward_pass_equals_numpy(activation):
-    model, params, x = network(activation=activation, use_head_bias=True)
+@pytest.mark.parametrize(
+    ("options", "activated"),
+    [
+        ({}, {1, 2}),
+        ({"activation": "linear"}, set()),
+        ({"linear_head_depth": 2}, {1}),
+        ({"widths": (6, 5, 5), "linear_head_depth": 2}, {1, 2}),
+        ({"widths": (6, 5, 5), "linear_head_depth": 3}, {1}),
+    ],
+    ids=["relu", "linear", "head_of_2", "head_of_2_on_3", "head_of_3"],
+)
+def test_forward_pass_equals_numpy(options, activated):
+    model, params, x = network(**options, use_head_bias=True)
     params = params | {"head": params["head"] | {"bias": jnp.asarray([1.0, -2.0, 3.0])}}
     h = np.asarray(x, np.float64).reshape(4, 8)
-    for name in ("layer_1", "layer_2"):
-        h = h @ np.asarray(params[name]["kernel"], np.float64)
-        h = np.maximum(h, 0) if activation == "relu" else h
+    for number in range(1, len(model.widths) + 1):
+        h = h @ np.asarray(params[f"layer_{number}"]["kernel"], np.float64)
+        assert (h < 0).any()  # so that an activation makes a difference
+        h = np.maximum(h, 0) if number in activated else h
     expected = h @ np.asarray(params["head"]["kernel"], np.float64) + [1, -2, 3]
     np.testing.assert_allclose(np.asarray(model.apply({"params": params}, x)), expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -40,9 +51,10 @@ def test_logits_of_features_are_the_outputs():
     assert features.shape == (4, 5)
 
 
+@pytest.mark.parametrize("linear_head_depth", [1, 2])
 @pytest.mark.parametrize("scaled", ["layer_1", "layer_2", "head", "input"])
-def test_degree_1_in_every_layer_and_in_the_input(scaled):
-    model, params, x = network()
+def test_degree_1_in_every_layer_and_in_the_input(scaled, linear_head_depth):
+    model, params, x = network(linear_head_depth=linear_head_depth)
     before = np.asarray(model.apply({"params": params}, x))
     if scaled == "input":
         after = model.apply({"params": params}, 4 * x)

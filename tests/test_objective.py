@@ -1,19 +1,64 @@
-"""The regularized square loss against loops over examples, outputs and parameters."""
+"""The regularized loss against loops over examples, outputs and parameters."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ncjax import objective
+from ncjax.objective import Objective
 
 
-def test_fit_term_is_half_the_mean_over_examples_of_the_sum_over_outputs():
-    rng = np.random.default_rng(0)
-    outputs, targets = rng.standard_normal((2, 6, 3)).astype(np.float32)
-    expected = sum((float(targets[n, c]) - float(outputs[n, c])) ** 2 for n in range(6) for c in range(3)) / (2 * 6)
-    per_example = objective.square_loss(jnp.asarray(outputs), jnp.asarray(targets))
-    assert per_example.shape == (6,)
-    assert float(per_example.mean()) == pytest.approx(expected, rel=1e-6)
+def random_outputs():
+    return np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32), np.array([0, 2, 1, 1, 0, 2])
+
+
+def test_square_loss_of_an_example_is_half_the_sum_over_outputs():
+    outputs, labels = random_outputs()
+    expected = [sum(((c == y) - float(f[c])) ** 2 for c in range(3)) / 2 for f, y in zip(outputs, labels, strict=True)]
+    one_hot = Objective().target(jnp.asarray(labels), 3, jnp.float32)
+    per_example = Objective().fit(jnp.asarray(outputs), one_hot)
+    np.testing.assert_allclose(np.asarray(per_example), expected, rtol=1e-6)
+
+
+def test_cross_entropy_of_an_example_is_minus_the_log_of_its_class_share():
+    outputs, labels = random_outputs()
+    expected = [
+        -math.log(math.exp(f[y]) / sum(math.exp(f[c]) for c in range(3))) for f, y in zip(outputs, labels, strict=True)
+    ]
+    cross_entropy = Objective("cross_entropy")
+    per_example = cross_entropy.fit(jnp.asarray(outputs), cross_entropy.target(jnp.asarray(labels), 3, jnp.float32))
+    np.testing.assert_allclose(np.asarray(per_example), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "rows"),
+    [("one_hot", [[0, 1, 0], [1, 0, 0]]), ("centered", [[-1 / 3, 2 / 3, -1 / 3], [2 / 3, -1 / 3, -1 / 3]])],
+)
+def test_targets_by_hand_and_padding_has_none(targets, rows):
+    got = Objective(targets=targets).target(jnp.asarray([1, 0, -1, 3]), 3, jnp.float32)
+    np.testing.assert_allclose(np.asarray(got), [*rows, [0, 0, 0], [0, 0, 0]], atol=1e-7)
+
+
+@pytest.mark.parametrize("choice", [("square", "one_hot"), ("square", "centered"), ("cross_entropy", "one_hot")])
+def test_the_residual_is_minus_the_gradient_of_the_fit_with_respect_to_the_outputs(choice):
+    loss = Objective(*choice)
+    outputs, labels = random_outputs()
+    with jax.enable_x64(True):
+        f = jnp.asarray(outputs, jnp.float64)
+        y = loss.target(jnp.asarray(labels), 3, jnp.float64)
+        gradient = jax.grad(lambda f: loss.fit(f, y).sum())(f)
+        residual = loss.residual(f, y)
+    np.testing.assert_allclose(np.asarray(residual), -np.asarray(gradient), rtol=1e-12, atol=1e-15)
+    assert np.abs(residual).min() > 1e-3
+
+
+def test_cross_entropy_and_its_residual_stand_outputs_that_overflow_an_exponential():
+    outputs, y = jnp.asarray([[1000.0, 0.0], [0.0, 1000.0]]), jnp.asarray([[1.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_allclose(np.asarray(Objective("cross_entropy").fit(outputs, y)), [0, 1000])
+    np.testing.assert_allclose(np.asarray(Objective("cross_entropy").residual(outputs, y)), [[0, 0], [1, -1]])
 
 
 @pytest.mark.parametrize(

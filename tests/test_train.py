@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ncjax import data, models, parallel, train
+from ncjax.objective import Objective
 
 COLUMNS = {
     "weight_decay": [0.0, 0.0, 1e-3, 1e-3],
@@ -18,13 +19,16 @@ COLUMNS = {
 }
 
 
-def setup(columns=COLUMNS, *, dtype=np.float32, devices=2, batch_size=16, head_bias="none", schedule="cosine"):
+def setup(
+    columns=COLUMNS, *, dtype=np.float32, devices=2, batch_size=16, head_bias="none", schedule="cosine", **choices
+):
+    """`choices`: fields of the recipe that have a default."""
     raw = data.load("synthetic", num_classes=3, per_class=20)
     mesh = jax.make_mesh(
         (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
     )
     model = models.HomogeneousMLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
-    recipe = train.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels))
+    recipe = train.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices)
     arrays = train.place_data(raw, mesh, np.dtype(dtype).name)
     return recipe, mesh, arrays, train.start(recipe, mesh, columns, arrays)
 
@@ -33,8 +37,11 @@ def advance(recipe, mesh, arrays, start, *epochs, measured=False):
     states, keys, hyper = start
     step = train.make_advance(recipe, mesh)
     metrics = {}
-    for n in epochs:
-        states, metrics = step(states, keys, hyper, arrays, n, measured)
+    with pytest.MonkeyPatch.context() as patch:
+        if not measured:  # most of the program
+            patch.setattr(train, "evaluate", lambda *_, **__: {})
+        for n in epochs:
+            states, metrics = step(states, keys, hyper, arrays, n, measured)
     return jax.device_get(states), jax.device_get(metrics)
 
 
@@ -128,17 +135,33 @@ def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
         np.testing.assert_allclose(values, expected[name], rtol=1e-7, atol=1e-10, err_msg=name)
 
 
-@pytest.mark.parametrize("head_bias", ["none", "free", "decayed"])
-@pytest.mark.parametrize("batch_size", [0, 16])
-def test_two_epochs_equal_numpy_by_hand(head_bias, batch_size):
-    """SGD with momentum and coupled decay on the seed's loss, written out with explicit gradients in float64."""
+SQUARE = Objective()
+CHOICES = {
+    "plain": {},
+    "decoupled": {"decay": "decoupled"},
+    "centered": {"objective": Objective(targets="centered")},
+    "cross_entropy": {"objective": Objective("cross_entropy"), "decay": "decoupled"},
+}
+
+
+@pytest.mark.parametrize(
+    ("head_bias", "batch_size", "choice"),
+    [
+        *((head_bias, batch_size, "plain") for head_bias in ("none", "free", "decayed") for batch_size in (0, 16)),
+        *(("free", 16, choice) for choice in ("decoupled", "centered", "cross_entropy")),
+    ],
+)
+def test_two_epochs_equal_numpy_by_hand(head_bias, batch_size, choice):
+    """SGD with momentum on the seed's loss, written out with explicit gradients in float64."""
     options = {"dtype": np.float64, "batch_size": batch_size, "head_bias": head_bias, "schedule": "cosine"}
-    recipe, mesh, arrays, start = setup(**options)
+    recipe, mesh, arrays, start = setup(**options, **CHOICES[choice])
     weights = {name: np.asarray(leaf)[3] for name, leaf in _flat(start[0].params).items()}
     with jax.enable_x64(True):
         batches = [np.asarray(train.batch_indices(jax.random.key(1), jnp.int32(epoch), recipe)) for epoch in range(2)]
     states, _ = advance(recipe, mesh, arrays, start, 2)
-    expected = _by_hand(weights, batches, arrays, decay=1e-3, bias_decays=head_bias == "decayed")
+    expected = _by_hand(
+        weights, batches, arrays, weight_decay=1e-3, bias_decays=head_bias == "decayed", **CHOICES[choice]
+    )
     for name, leaf in _flat(states.params).items():
         np.testing.assert_allclose(leaf[3], expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
 
@@ -147,10 +170,10 @@ def _flat(params):
     return {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
 
 
-def _by_hand(weights, batches, arrays, *, decay, bias_decays):
+def _by_hand(weights, batches, arrays, *, weight_decay, bias_decays, objective=SQUARE, decay="coupled"):
     images, center, scale = (np.asarray(a, np.float64) for a in (arrays.train.images, arrays.center, arrays.scale))
     x_all = (images - center) * scale
-    y_all = np.eye(3)[np.asarray(arrays.train.labels)]
+    y_all = np.eye(3)[np.asarray(arrays.train.labels)] - (1 / 3 if objective.targets == "centered" else 0)
     weights = dict(weights)
     momenta = {name: np.zeros_like(w) for name, w in weights.items()}
     total = 6 * len(batches[0])
@@ -160,7 +183,10 @@ def _by_hand(weights, batches, arrays, *, decay, bias_decays):
         h1 = np.maximum(z1, 0)
         z2 = h1 @ weights["layer_2/kernel"]
         h2 = np.maximum(z2, 0)
-        residual = (h2 @ weights["head/kernel"] + weights.get("head/bias", 0) - y) / len(index)
+        f = h2 @ weights["head/kernel"] + weights.get("head/bias", 0)
+        if objective.loss == "cross_entropy":
+            f = np.exp(f) / np.exp(f).sum(1, keepdims=True)
+        residual = (f - y) / len(index)
         back2 = (residual @ weights["head/kernel"].T) * (z2 > 0)
         back1 = (back2 @ weights["layer_2/kernel"].T) * (z1 > 0)
         gradients = {"layer_1/kernel": x.T @ back1, "layer_2/kernel": h1.T @ back2, "head/kernel": h2.T @ residual}
@@ -168,9 +194,10 @@ def _by_hand(weights, batches, arrays, *, decay, bias_decays):
             gradients["head/bias"] = residual.sum(0)
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
         for name, gradient in gradients.items():
-            decayed = name != "head/bias" or bias_decays
-            momenta[name] = 0.9 * momenta[name] + gradient + (decay * weights[name] if decayed else 0)
-            weights[name] = weights[name] - rate * momenta[name]
+            shrink = weight_decay * weights[name] if name != "head/bias" or bias_decays else 0
+            coupled = decay == "coupled"
+            momenta[name] = 0.9 * momenta[name] + gradient + (shrink if coupled else 0)
+            weights[name] = weights[name] - rate * (momenta[name] + (0 if coupled else shrink))
     return weights
 
 
@@ -180,6 +207,12 @@ def test_flow_time_is_the_sum_of_learning_rates():
     times = train.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6]))
     # 18 steps: six at the full rate, six at a tenth, six at a hundredth.
     np.testing.assert_allclose(times, [[0, 0.3, 0.666], [0, 1.2, 2.664]], rtol=1e-12)
+
+
+def test_adam_has_no_flow_time():
+    recipe, *_ = setup(optimizer="adam")
+    times = train.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6]))
+    np.testing.assert_array_equal(times, np.full((2, 3), np.nan))
 
 
 def test_parameters_keep_their_type():
