@@ -1,5 +1,6 @@
 """What a run says: a live line while it trains, a table and a verdict when it is done."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,21 +10,42 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-# Columns of the final table: heading, variable, what selects one number of it.
-_COLUMNS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("train acc", "accuracy", {"split": "train"}),
-    ("test acc", "accuracy", {"split": "test"}),
-    ("nc1", "nc1", {"split": "train"}),
-    ("nc2 equinorm", "nc2_equinorm_means", {"split": "train"}),
-    ("nc2 equiangular", "nc2_equiangular_means", {"split": "train"}),
-    ("nc3", "nc3", {"split": "train"}),
-    ("nc3 centered", "nc3_centered", {"split": "train"}),
-    ("nc4", "nc4", {"split": "train"}),
-    ("epsilon", "epsilon", {"split": "train"}),
-    ("delta", "delta", {"split": "train"}),
-    ("head eq. residual", "equilibrium_residual", {"layer": "head"}),
+from ncjax.history import RELAXED, extinct
+
+# Columns of the final tables: heading, variable, what selects one number of it. Empty columns are left out.
+_TRAIN, _TEST, _HEAD = {"split": "train"}, {"split": "test"}, {"layer": "head"}
+_Columns = tuple[tuple[str, str, dict[str, str]], ...]
+_COLLAPSE: _Columns = (
+    ("train acc", "accuracy", _TRAIN),
+    ("test acc", "accuracy", _TEST),
+    ("nc1", "nc1", _TRAIN),
+    ("nc2 equinorm", "nc2_equinorm_means", _TRAIN),
+    ("nc2 equiangular", "nc2_equiangular_means", _TRAIN),
+    ("nc3", "nc3", _TRAIN),
+    ("nc3 centered", "nc3_centered", _TRAIN),
+    ("nc4", "nc4", _TRAIN),
+    ("epsilon", "epsilon", _TRAIN),
+    ("delta", "delta", _TRAIN),
+    ("head eq. residual", "equilibrium_residual", _HEAD),
     ("2 lambda t", "relaxation_time", {}),
 )
+_THEORY: _Columns = (
+    ("epsilon", "epsilon", _TRAIN),
+    ("of the UFM", "closed_form_epsilon", {}),
+    ("nc3", "nc3", _TRAIN),
+    ("floor", "nc3_floor", {}),
+    ("of the UFM", "closed_form_nc3", {}),
+    ("head norm^2", "weight_norm_sq", _HEAD),
+    ("predicted", "predicted_head_norm_sq", {}),
+    ("of the UFM", "closed_form_norm_sq", {}),
+    ("theorem's error", "theorem_residual", {}),
+    ("budget: theorem", "budget_theorem", {}),
+    ("mean", "budget_mean", {}),
+    ("asymmetry", "budget_asymmetry", {}),
+    ("within", "budget_within", {}),
+    ("gradient", "budget_gradient", {}),
+)
+_MET = 1e-6  # relative: a closed form is met, or another solution was
 
 
 class Progress:
@@ -83,7 +105,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _mean_and_sd(values: np.ndarray) -> str:
+def mean_and_sd(values: np.ndarray) -> str:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return "-"
@@ -100,21 +122,32 @@ def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
 
 
 def show_results(history: xr.Dataset, console: Console) -> None:
-    """One row per weight decay (and other swept setting): mean ± sd over seeds, at the last epoch measured."""
+    """Measured collapse, then theory beside it, at the last epoch measured; then what stands out."""
+    seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
+    spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
+    _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
+    _show(
+        history, console, _THEORY, "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L"
+    )
+    for line in (*_least(history), *_short(history), *_closed_form(history)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
+    """One row per weight decay (and other swept setting): mean ± sd over seeds."""
     names, settings = _settings(history)
-    final = history.isel(epoch=-1)
-    seeds, epoch = history.sizes["seed"], int(final["epoch"])
+    final, seeds = history.isel(epoch=-1), history.sizes["seed"]
     keys = [[f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)] for index in settings]
     columns = []
-    for heading, variable, select in _COLUMNS:
-        cells = [_mean_and_sd(final[variable].sel(select).values[index]) for index in settings]
-        columns.append((heading, cells))
+    for heading, variable, select in chosen:
+        cells = [mean_and_sd(final[variable].sel(select).values[index]) for index in settings]
+        if set(cells) != {"-"}:
+            columns.append((heading, cells))
     runs = [int(final["finite"].values[index].sum()) for index in settings]
     if min(runs) < seeds:
         columns.insert(0, ("finite runs", [f"{count} of {seeds}" for count in runs]))
-    spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
     for i, part in enumerate(_fit(columns, console.width - 14 * len(names))):
-        table = Table(title=f"Epoch {epoch}, training split unless test is named, {spread}" if i == 0 else None)
+        table = Table(title=title if i == 0 else None)
         for name in names:
             table.add_column("lambda" if name == "weight_decay" else name, justify="right", no_wrap=True)
         for heading, _ in part:
@@ -122,7 +155,6 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         for row, key in enumerate(keys):
             table.add_row(*key, *(cells[row] for _, cells in part))
         console.print(table)
-    console.print(_verdict(history), highlight=False, soft_wrap=True)
 
 
 def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tuple[str, list[str]]]]:
@@ -138,23 +170,62 @@ def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tupl
     return parts
 
 
-def _verdict(history: xr.Dataset) -> str:
+def _least(history: xr.Dataset) -> list[str]:
     """Where nc1 and nc3 are least, and what they are without weight decay."""
     final = history.isel(epoch=-1).sel(split="train")
+    alive = ~extinct(history.isel(epoch=-1))
     names, settings = _settings(history)
     lines = []
     for variable in ("nc1", "nc3"):
-        values = final[variable].values
+        values = final[variable].where(alive).values
         finite = [index for index in settings if np.isfinite(values[index]).any()]
         if not finite:
             continue
         best = min(finite, key=lambda index: np.nanmean(values[index]))
         where = ", ".join(f"{n}={history[n].values[i]:g}" for n, i in zip(names, best, strict=True))
-        line = f"{variable} is least at {where.replace('weight_decay', 'lambda')}: {_mean_and_sd(values[best])}"
+        line = f"{variable} is least at {where.replace('weight_decay', 'lambda')}: {mean_and_sd(values[best])}"
         undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
         if undecayed and undecayed[0] != best:
             zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
             ratio = np.nanmean(values[zero]) / np.nanmean(values[best])
-            line += f"; {_mean_and_sd(values[zero])} at lambda=0, {ratio:.1f} times as much"
+            line += f"; {mean_and_sd(values[zero])} at lambda=0, {ratio:.1f} times as much"
         lines.append(line)
-    return "\n".join(lines)
+    return lines
+
+
+def _short(history: xr.Dataset) -> list[str]:
+    """Which lambdas the run is too short for, and the epochs that would do (the clock is proportional to them)."""
+    final = history["relaxation_time"].isel(epoch=-1)
+    epochs = int(history["epoch"][-1])
+    elapsed = final.min([dim for dim in final.dims if dim != "weight_decay"])
+    short = elapsed[(elapsed > 0) & (elapsed < RELAXED)]
+    if not short.size:
+        return []
+    decays = ", ".join(f"{value:g}" for value in short["weight_decay"].values)
+    needed = ", ".join(f"{math.ceil(epochs * RELAXED / value):,}" for value in short.values)
+    short_of = f"short of equilibrium (2 lambda t below {RELAXED:g})"
+    return [f"{short_of} at lambda = {decays}: the same schedule needs {needed} epochs"]
+
+
+def _closed_form(history: xr.Dataset) -> list[str]:
+    """How many runs of an unconstrained-feature model met its closed form, how closely, and where others did not."""
+    final = history.isel(epoch=-1).sel(split="train")
+    error = abs(final["epsilon"] / final["closed_form_epsilon"] - 1)
+    exists, met = error.notnull(), error < _MET
+    if not exists.any():
+        return []
+    errors = {
+        "epsilon": error,
+        "||W_L||^2": abs(final["weight_norm_sq"].sel(layer="head") / final["closed_form_norm_sq"] - 1),
+        "nc3 (absolute)": abs(final["nc3"] - final["closed_form_nc3"]),
+    }
+    line = f"closed form: epsilon met to {_MET:g} by {int(met.sum())} of {int(exists.sum())} finite runs that have one"
+    if met.any():
+        line += "; largest error of those: " + ", ".join(
+            f"{name} {float(e.where(met).max()):.1g}" for name, e in errors.items()
+        )
+    elsewhere = (exists & ~met).any([dim for dim in met.dims if dim != "weight_decay"])
+    if elsewhere.any():
+        decays = ", ".join(f"{value:g}" for value in final["weight_decay"].values[elsewhere.values])
+        line += f"; not by all at lambda = {decays}, where modes died or the run is short"
+    return [line]

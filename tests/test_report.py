@@ -1,0 +1,124 @@
+"""What a run says when it is done, of small made-up histories."""
+
+import re
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from ncjax import report
+
+DECAYS, EPOCHS = (0.0, 1e-3, 1e-2), (0, 100)
+
+
+def make_history(seeds=2, learning_rates=None, **last):
+    """Every variable that a line reads, at `EPOCHS`; `last` holds values at the last epoch, (decay, [rate,] seed).
+
+    Those of earlier epochs are far off: a line about the end must not read them.
+    """
+    coords = {"weight_decay": list(DECAYS), "seed": list(range(seeds)), "epoch": list(EPOCHS)}
+    coords |= {"split": ["train", "test"], "layer": ["layer_1", "head"]}
+    dims = ["weight_decay", "seed"]
+    if learning_rates:
+        coords["learning_rate"] = list(learning_rates)
+        dims.insert(1, "learning_rate")
+    shape = [len(coords[name]) for name in dims]
+    defaults = {"nc1": 0.3, "nc3": 0.4, "epsilon": 0.1, "relaxation_time": 5.0, "finite": 1.0, "weight_norm_sq": 2.0}
+    defaults |= dict.fromkeys(("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"), np.nan)
+    further = {"nc1": "split", "nc3": "split", "epsilon": "split", "weight_norm_sq": "layer"}
+    variables = {}
+    for name, default in (defaults | last).items():
+        end = np.broadcast_to(np.reshape(default, (*np.shape(default), *[1] * (len(shape) - np.ndim(default)))), shape)
+        values = np.stack([np.full(shape, 77.0), end], axis=-1)
+        extra = [further[name]] if name in further else []
+        if extra:  # the other split and layer are off, too
+            mine = 0 if extra == ["split"] else 1
+            values = np.stack([values if i == mine else np.full_like(values, 55.0) for i in range(2)], axis=-1)
+        variables[name] = ((*dims, "epoch", *extra), values)
+    return xr.Dataset(variables, coords)
+
+
+def test_a_run_that_is_too_short_names_the_decays_and_the_epochs_that_would_do():
+    history = make_history(relaxation_time=[np.nan, 0.7, 7.0])
+    # The clock is proportional to epochs: 100 * 3/0.7 = 428.6.
+    (line,) = report._short(history)
+    assert line == "short of equilibrium (2 lambda t below 3) at lambda = 0.001: the same schedule needs 429 epochs"
+
+
+def test_every_short_decay_has_its_own_epochs_from_its_slowest_run():
+    history = make_history(
+        seeds=1, learning_rates=(0.1, 0.2), relaxation_time=[[[np.nan]] * 2, [[0.1], [0.2]], [[1.0], [2.0]]]
+    )
+    (line,) = report._short(history)
+    assert "at lambda = 0.001, 0.01" in line
+    assert line.endswith("needs 3,000, 300 epochs")
+
+
+@pytest.mark.parametrize("clock", [[np.nan, 3.0, 30.0], [np.nan] * 3, [0.0] * 3], ids=["long", "no_clock", "epoch_0"])
+def test_a_run_that_is_long_enough_or_has_no_clock_is_not_called_short(clock):
+    assert report._short(make_history(relaxation_time=clock)) == []
+
+
+def closed_form_history(error=0.0, **changes):
+    """An unconstrained-feature model: predictions at the decays above 0, met but for a relative error of epsilon."""
+    epsilon = np.array([[0.5, 0.5], [0.1, 0.1], [0.2, 0.2]])
+    predicted = np.where(np.arange(3)[:, None] > 0, epsilon, np.nan)
+    values = {
+        "epsilon": epsilon * (1 + error),
+        "closed_form_epsilon": predicted,
+        "closed_form_norm_sq": predicted / predicted * 2.0,
+        "closed_form_nc3": predicted / predicted * 0.4,
+    }
+    return make_history(**values | changes)
+
+
+def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
+    error = np.array([[0, 0], [1e-9, -3e-9], [0, 2e-9]])
+    history = closed_form_history(error, weight_norm_sq=[[2, 2], [2, 2 + 2e-8], [2, 2]], nc3=[0.4, 0.4, 0.4 + 5e-10])
+    (line,) = report._closed_form(history)
+    assert line.startswith("closed form: epsilon met to 1e-06 by 4 of 4 finite runs that have one; ")
+    assert re.findall(r"(\S+(?: \(absolute\))?) (\d\S*e-\d+)", line.partition("those: ")[2].replace(",", "")) == [
+        ("epsilon", "3e-09"),
+        ("||W_L||^2", "1e-08"),
+        ("nc3 (absolute)", "5e-10"),
+    ]
+    assert "not by all" not in line
+
+
+def test_a_closed_form_missed_names_the_decays_and_leaves_their_errors_out():
+    history = closed_form_history(np.array([[0, 0], [1e-9, 1e-9], [1e-9, 0.3]]))
+    (line,) = report._closed_form(history)
+    assert "by 3 of 4 finite runs" in line
+    assert "epsilon 1e-09" in line
+    assert line.endswith("not by all at lambda = 0.01, where modes died or the run is short")
+    (none,) = report._closed_form(closed_form_history(np.full((3, 2), 0.1)))
+    assert "by 0 of 4" in none
+    assert "largest error" not in none
+
+
+def test_diverged_runs_and_decays_without_a_closed_form_do_not_count():
+    history = closed_form_history(np.array([[0.0, 0.0], [0.0, np.nan], [0.0, 0.0]]))
+    assert "by 3 of 3 finite runs" in report._closed_form(history)[0]
+    assert report._closed_form(make_history()) == []
+
+
+def test_least_compares_with_no_decay():
+    nc1, nc3 = report._least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
+    assert nc1 == "nc1 is least at lambda=0.001: 0.3; 0.6 at lambda=0, 2.0 times as much"
+    assert nc3 == "nc3 is least at lambda=0: 0.1"
+
+
+def test_least_ignores_runs_that_decay_has_put_out_and_runs_that_diverged():
+    out = [[0.1, 0.1], [0.1, 0.9995], [1.0, 1.0]]
+    nc1, _ = report._least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
+    assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
+    nc1, _ = report._least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
+    assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
+    assert report._least(make_history(epsilon=1.0)) == []
+
+
+def test_least_names_other_settings():
+    nc1, _ = report._least(
+        make_history(seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2])
+    )
+    assert nc1.startswith("nc1 is least at lambda=0.001, learning_rate=0.2: 0.2; 0.6 at lambda=0")
