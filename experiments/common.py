@@ -1,0 +1,72 @@
+"""What every experiment does: train configs through ncjax, keep their histories, print a table, save a figure."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xarray as xr
+from rich.table import Table
+
+from configs import digits
+from ncjax import experiment, history, preflight, report
+from ncjax.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPO = Path(__file__).resolve().parents[1]
+HISTORIES = REPO / "experiments" / "histories"
+
+
+def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
+    """Trains a config in runs/experiments/VARIANT (continues or returns what is there).
+
+    Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all are asked for.
+    """
+    recorded = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
+    kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
+    HISTORIES.mkdir(exist_ok=True)
+    history.save(kept, HISTORIES / f"{variant}.nc")
+    return kept
+
+
+def changed(config: Config, **fields: object) -> Config:
+    """The config with `section__field=value` set."""
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+# The three ways to meet the sum of the outputs: by the weights, by a free bias, not at all.
+SETTINGS = {
+    "no bias": {"model__head_bias": "none"},
+    "free bias": {"model__head_bias": "free"},
+    "centred targets": {"targets": "centered"},
+}
+
+
+def relaxed_digits() -> dict[str, xr.Dataset]:
+    """Digits trained to equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
+    common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": (0, 1)}
+    return {
+        name: record(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields))
+        for name, fields in SETTINGS.items()
+    }
+
+
+def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    report.make_console().print(table)
+
+
+def over_seeds(values: xr.DataArray) -> str:
+    return report.mean_and_sd(values.values)
+
+
+def save(figure: "Figure", name: str) -> None:
+    path = REPO / "experiments" / name / f"{name}.png"
+    figure.savefig(path)
+    print(f"figure: {path.relative_to(REPO)}")
