@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv$(patsubst python3%,%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A file per process at a time: fixtures that train are shared within a file.
+PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test suite slow lock
 
@@ -18,10 +20,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(PYTEST)
 
 suite: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -m slow

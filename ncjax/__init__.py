@@ -1,3 +1,17 @@
 """Neural collapse and weight decay: sweeps trained and measured in one compiled JAX program."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ncjax.runs import load_run
+
+__all__ = ["load_run"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_run":  # imports JAX, for which a command line must not wait
+        from ncjax.runs import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

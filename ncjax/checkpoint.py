@@ -1,21 +1,48 @@
 """Checkpoints of a whole sweep: Orbax v1 behind one thin module.
 
 A checkpoint holds the stacked `RunState` of all runs, unpadded, so that it does not depend on the devices it was
-trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of the grid.
+trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of the grid, stored run by run. Its
+custom metadata are `Facts`: what the states are, and a CRC of every run of every leaf, for neither Orbax nor a file
+system notices a flipped bit.
 """
 
+import json
 import logging
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 T = TypeVar("T")
 
 
-def _newest(keep: int) -> Any:  # Orbax's own policies do not match the type it declares for them
-    return ocp.training.preservation_policies.LatestN(keep)
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; the message says where."""
+
+
+class Facts(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Attributes:
+      epoch: of the states.
+      config: the run's, as in config.json.
+      axes: values of every swept axis of the grid, in the order of its runs.
+      measured: epochs measured up to `epoch`.
+      versions: of Python and of the packages that matter.
+      crc32: leaf -> one number per run.
+    """
+
+    epoch: int
+    config: dict[str, Any]
+    axes: dict[str, list]
+    measured: list[int]
+    versions: dict[str, str]
+    crc32: dict[str, list[int]]
 
 
 class Checkpoints:
@@ -24,35 +51,168 @@ class Checkpoints:
     Args:
       folder: made when missing; half-written checkpoints of a killed process are removed.
       keep: how many of the newest to keep.
+      marked: epochs to keep beside them.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        # Orbax logs every step of every save through absl, on standard error.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    def __init__(self, folder: Path, keep: int, marked: tuple[int, ...] = ()):
+        # Orbax logs every step of every save, and all it dislikes, through absl, on standard error.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         context = ocp.Context()
-        context.array.saving.use_compression = False  # weights do not compress; 1 GiB took 11 s instead of 0.7 s
+        saving: Any = context.array.saving
+        saving.use_compression = False  # weights do not compress; 1 GiB took 11 s instead of 0.7 s
+        saving.scoped_storage_options_creator = _one_chunk_per_run
         # By renaming alone, a checkpoint whose deletion was cut short would be listed as whole.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        self._folder = folder.resolve()
         self._checkpointer = ocp.training.Checkpointer(
-            str(folder.resolve()),
-            context=context,
-            preservation_policy=_newest(keep),
-            cleanup_tmp_directories=True,
+            str(self._folder), context=context, preservation_policy=_kept(keep, marked), cleanup_tmp_directories=True
         )
 
     def epochs(self) -> list[int]:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, epoch: int, states: object) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. A second save of an epoch is no save."""
-        if epoch not in self.epochs():
-            # Unforced, Orbax skips a save while another one runs.
-            self._checkpointer.save_async(epoch, states, force=True)
+    def save(self, states: Any, facts: Facts) -> None:
+        """Starts writing; the arrays may be donated as soon as this returns. `facts.crc32` is filled in here.
 
-    def load(self, epoch: int, like: T) -> T:
-        """The states of an epoch with the structure, types and shardings of `like`."""
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        return self._checkpointer.load(epoch, abstract)
+        Raises:
+          OSError: the folder is gone, or this or the checkpoint before could not be written.
+        """
+        if not self._folder.is_dir():  # Orbax would make it anew
+            raise FileNotFoundError(f"{self._folder} is gone")
+        content = facts._replace(crc32=checksums(states))._asdict()
+        sealed = {"facts": content, "seal": _seal(content)}
+        try:
+            # Unforced, Orbax skips a save while another one runs.
+            self._checkpointer.save_async(facts.epoch, states, force=True, overwrite=True, custom_metadata=sealed)
+        except Exception as error:
+            raise _cannot_write(self._folder, error) from error
+
+    def load(self, epoch: int, like: T) -> tuple[T, Facts]:
+        """The states of an epoch with the structure, types and shardings of `like`, verified; or Damaged."""
+        facts = read_facts(self._folder, epoch)
+        leaves = {name: read_leaf(self._folder, epoch, name) for name in facts.crc32}
+        verify(checksums(leaves), facts.crc32)
+        placed = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            stored = leaves.get(_name(path))
+            if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
+                raise Damaged(f"{_name(path)} is not what this program needs")
+            placed.append(jax.device_put(stored, leaf.sharding))
+        return jax.tree.unflatten(jax.tree.structure(like), placed), facts
+
+    def delete(self, epoch: int) -> None:
+        self._checkpointer.delete(epoch, missing_ok=True)
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Waits for what is being saved; raises OSError if it could not be."""
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            raise _cannot_write(self._folder, error) from error
+
+
+def checksums(states: Any, runs: slice = slice(None)) -> dict[str, list[int]]:
+    """CRC-32 of every run (leading axis) of every leaf."""
+    leaves = {_name(path): np.asarray(leaf)[runs] for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
+        return {name: list(pool.map(_crc32, leaf)) for name, leaf in leaves.items()}
+
+
+def verify(found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+    """Raises Damaged naming the first leaf and run whose bits are not those that were saved."""
+    for name, expected_crcs in expected.items():
+        if name not in found:
+            raise Damaged(f"{name} is missing")
+        wrong = [run for run, (a, b) in enumerate(zip(found[name], expected_crcs, strict=True)) if a != b]
+        if wrong:
+            raise Damaged(f"the checksum of {name} does not match in run {wrong[0]}")
+
+
+def read_facts(folder: Path, epoch: int) -> Facts:
+    """What the checkpoint of an epoch says of itself, or Damaged."""
+    try:
+        sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        facts, is_whole = Facts(**sealed["facts"]), sealed["seal"] == _seal(sealed["facts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"its metadata cannot be read ({_last_line(error)})") from error
+    if not is_whole:
+        raise Damaged("the checksum of its metadata does not match")
+    if facts.epoch != epoch:
+        raise Damaged(f"it holds epoch {facts.epoch}")
+    return facts
+
+
+def epochs_in(folder: Path) -> list[int]:
+    """Epochs with a finished checkpoint, without opening any."""
+    return sorted(int(path.parent.name) for path in folder.glob("[0-9]*/commit_success.txt"))
+
+
+def unfinished_in(folder: Path) -> list[int]:
+    """Epochs whose checkpoint is being written, or was when its process was killed, or has lost its mark of success."""
+    return sorted({int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()} - set(epochs_in(folder)))
+
+
+def read_run(folder: Path, epoch: int, run: int) -> dict:
+    """The parameters of one run, nested dicts of NumPy arrays, verified; reads no large leaf of the other runs."""
+    crc32 = read_facts(folder, epoch).crc32
+    params: dict = {}
+    for name in crc32:
+        if not name.startswith("params."):
+            continue
+        leaf = read_leaf(folder, epoch, name, slice(run, run + 1))
+        if _crc32(leaf[0]) != crc32[name][run]:
+            raise Damaged(f"the checksum of {name} does not match in run {run}")
+        *path, last = name.split(".")[1:]
+        nested = params
+        for key in path:
+            nested = nested.setdefault(key, {})
+        nested[last] = leaf[0]
+    return params
+
+
+def read_leaf(folder: Path, epoch: int, name: str, runs: slice = slice(None)) -> np.ndarray:
+    """One leaf (R, ...) of a checkpoint, or of some of its runs, as it lies on disk; or Damaged."""
+    import tensorstore
+
+    base = f"file://{(folder / str(epoch) / 'state').resolve()}/"
+    place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    try:
+        stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
+        return np.asarray(stored[runs].read().result())
+    except Exception as error:  # TensorStore reports damage by many types
+        raise Damaged(f"{name} cannot be read ({_last_line(error)})") from error
+
+
+def _one_chunk_per_run(_: Any, leaf: Any) -> Any:
+    size = max(1, leaf.nbytes // max(1, leaf.shape[0]))
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=(0,))
+
+
+def _kept(keep: int, marked: tuple[int, ...]) -> Any:  # Orbax's own policies do not match the type it declares for them
+    policies = ocp.training.preservation_policies
+    return policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(list(marked))])
+
+
+def _name(path: tuple) -> str:
+    """A leaf as Orbax names it on disk: params.layer_1.kernel."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _crc32(leaf: np.ndarray | np.generic) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).data)
+
+
+def _seal(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _cannot_write(folder: Path, error: Exception) -> OSError:
+    return OSError(f"a checkpoint could not be written in {folder} ({_last_line(error)})")
+
+
+def _last_line(error: BaseException) -> str:
+    """The message of what an error came from: Orbax wraps it, sometimes in one that says something else."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__

@@ -35,8 +35,12 @@ def _is_finite(value: object) -> bool:
         return False
 
 
+_MOST = 2**31 - 1  # that a device counts to
+
+
 def _integer(default: int, meaning: str, least: int) -> Field:
-    return Field(default, meaning, f"must be an integer >= {least}", lambda v: _is_integer(v) and v >= least)
+    must = f"must be an integer >= {least} (and < 2**31)"
+    return Field(default, meaning, must, lambda v: _is_integer(v) and least <= v <= _MOST)
 
 
 def _choice(default: str, meaning: str, *others: str) -> Field:
@@ -56,8 +60,8 @@ def _each(default: tuple, meaning: str, must: str, holds: Callable[[Any], bool],
 
 _POSITIVE = ("finite numbers > 0", lambda v: _is_finite(v) and v > 0)
 _NON_NEGATIVE = ("finite numbers >= 0", lambda v: _is_finite(v) and v >= 0)
-_EPOCHS = ("integers >= 0", lambda v: _is_integer(v) and v >= 0)
-_WIDTHS = ("integers >= 1", lambda v: _is_integer(v) and v >= 1)
+_EPOCHS = ("integers >= 0 (and < 2**31)", lambda v: _is_integer(v) and 0 <= v <= _MOST)
+_WIDTHS = ("integers >= 1 (and < 2**31)", lambda v: _is_integer(v) and 1 <= v <= _MOST)
 _SEEDS = ("integers in [0, 2**31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
 _MOMENTA = ("numbers in [0, 1)", lambda v: _is_finite(v) and 0 <= v < 1)
 
@@ -79,7 +83,7 @@ SCHEMA: dict[str, Field] = {
         0,
         "classes of synthetic and identity (0: 10); of other sets the set decides",
         "must be 0 or an integer >= 2",
-        lambda v: _is_integer(v) and (v == 0 or v >= 2),
+        lambda v: _is_integer(v) and (v == 0 or 2 <= v <= _MOST),
     ),
     "data.input_scale": Field(
         2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]
@@ -98,6 +102,7 @@ SCHEMA: dict[str, Field] = {
     "loss": _choice("square", "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast", "cross_entropy"),
     "targets": _choice("one_hot", "of the square loss; centered: one-hot less 1/C", "centered"),
     "train.epochs": _integer(300, "passes over the training split", 1),
+    "train.schedule_epochs": _integer(0, "length of the schedule (0: train.epochs); set it to train on later", 0),
     "train.batch_size": _integer(64, "examples per step (0: full batch)", 0),
     "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
     "train.decay": _choice(
@@ -114,6 +119,7 @@ SCHEMA: dict[str, Field] = {
     "log.epochs": _each((), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True),
     "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
     "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
+    "checkpoint.marked": _each((), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True),
 }
 
 # Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing axis.
@@ -143,7 +149,10 @@ def _shown(value: object) -> str:
 
 def validate(config: Config) -> Config:
     """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
-    flat = _flatten(config)
+    try:
+        flat = _flatten(config)
+    except TypeError as error:  # ConfigDict sorts its keys
+        raise InputError("config", "keys of several types", "name every field by a string") from error
     for name in sorted(flat.keys() - SCHEMA.keys()):
         raise InputError(f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them")
     config = config.copy_and_resolve_references()
@@ -162,10 +171,12 @@ def validate(config: Config) -> Config:
         if repeated:
             raise InputError(f"config.sweep.{name}", repeated[0], "each value may stand once; remove the repetition")
     _check_combinations(config)
-    config.log.epochs = tuple(sorted(set(config.log.epochs)))
-    late = [epoch for epoch in config.log.epochs if epoch > config.train.epochs]
-    if late:
-        raise InputError("config.log.epochs", late[0], f"must be at most config.train.epochs = {config.train.epochs}")
+    for section, field in (("log", "epochs"), ("checkpoint", "marked")):
+        config[section][field] = tuple(sorted(set(config[section][field])))
+        late = [epoch for epoch in config[section][field] if epoch > config.train.epochs]
+        if late:
+            must = f"must be at most config.train.epochs = {config.train.epochs}"
+            raise InputError(f"config.{section}.{field}", late[0], must)
     return config
 
 
@@ -201,14 +212,21 @@ def _flatten(config: Config, prefix: str = "") -> dict[str, object]:
         if isinstance(value, config_dict.ConfigDict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 def differences(config: Config, other: dict) -> list[str]:
-    """Lines `field: this value, other value` where `config` and a parsed config.json disagree."""
+    """What keeps `config` from continuing a run of `other`, a parsed config.json; a line per field, with both values.
+
+    More epochs are no hindrance where the learning rate of those behind does not depend on them.
+    """
     mine, theirs = _flatten(from_json(to_json(config))), _flatten(config_dict.ConfigDict(other))
     fields = sorted(mine.keys() | theirs.keys())
+    longer: Any = (theirs.get("train.epochs"), mine.get("train.epochs"))
+    fixed = mine.get("train.schedule") == "constant" or mine.get("train.schedule_epochs")
+    if fixed and None not in longer and longer[0] < longer[1]:
+        fields.remove("train.epochs")
     return [
         f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
         for name in fields

@@ -78,7 +78,11 @@ def load(
     """
     if name in ("synthetic", "identity"):
         make = _synthetic if name == "synthetic" else _identity
-        raw = make(num_classes or 10, per_class)
+        try:
+            raw = make(num_classes or 10, per_class)
+        except (MemoryError, ValueError, OverflowError) as error:
+            field = "num_classes" if num_classes > per_class else "per_class"
+            raise InputError(f"config.data.{field}", max(num_classes, per_class), "does not fit into memory") from error
     else:
         if num_classes:
             raise InputError("config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes")
@@ -168,8 +172,11 @@ def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tu
 
 
 def _tfds(name: str, directory: str) -> _Raw:
-    root = Path(directory or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets").expanduser()
-    home = _prepared(name, root)
+    directory = directory or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
+    try:
+        home = _prepared(name, Path(directory).expanduser())
+    except (OSError, RuntimeError) as error:  # too long a name; no such user
+        raise InputError("config.data.dir", directory, f"cannot be read ({error})") from error
     identity = hashlib.sha256(f"{home.resolve()}".encode() + (home / "dataset_info.json").read_bytes())
     folder = _cache_root() / f"{name.replace('/', '-').replace(':', '-')}-{identity.hexdigest()[:12]}"
     raw = _cached(folder, lambda: _decode(name, home))

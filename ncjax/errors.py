@@ -5,4 +5,16 @@ class InputError(ValueError):
     """Bad input: names the field, the value it had, and the way out."""
 
     def __init__(self, field: str, value: object, way_out: str):
-        super().__init__(f"{field}: got {value!r}; {way_out}")
+        super().__init__(_one_line(f"{field}: got {_shown(value)}; {way_out}"))
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells out no integer of more than 4,300 digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines())

@@ -1,22 +1,36 @@
 """The host loop: advance, record, checkpoint, report; resume. All files of a WORKDIR are written from here."""
 
+import contextlib
 import json
-import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, closed_forms, history, models, parallel, plots, report, theory, train
+from ncjax import (
+    checkpoint,
+    closed_forms,
+    history,
+    interrupts,
+    journal,
+    lock,
+    models,
+    parallel,
+    plots,
+    report,
+    theory,
+    train,
+)
 from ncjax import config as configuration
-from ncjax.files import write_atomically
+from ncjax.errors import InputError
+from ncjax.files import remove_leftovers, write_atomically
 from ncjax.objective import Objective
 from ncjax.preflight import Plan
 
@@ -37,19 +51,34 @@ def record(plan: Plan) -> xr.Dataset:
     """Trains and measures what is left of a plan and returns the history.
 
     WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement, checkpoints/ at
-    `checkpoint.every` and at the end. A WORKDIR that holds part of the run is continued.
+    `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A WORKDIR that holds part of the run
+    is continued.
+
+    Raises:
+      InputError: WORKDIR is another process's, or nothing in it can be trusted.
+      Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
+      OSError: WORKDIR can be written no more; what is in it is whole.
     """
     parallel.use_every_core()
-    write_atomically(plan.workdir / "config.json", configuration.to_json(plan.config).encode())
-    saved = checkpoint.Checkpoints(plan.workdir / "checkpoints", plan.config.checkpoint.keep)
-    try:
-        sweep = _Sweep(plan)
-        recorded = _resume(sweep, saved)
-        if recorded is not None and sweep.epoch == plan.config.train.epochs:
-            print(f"{plan.workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
-        else:
-            recorded = _train(sweep, recorded, saved)
-    finally:
+    config, workdir = plan.config, plan.workdir
+    with lock.owned(workdir), interrupts.Requests() as requests:
+        remove_leftovers(workdir)
+        saved = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.marked)
+        try:
+            sweep = _Sweep(plan)
+            recorded = _resume(sweep, saved)
+            write_atomically(workdir / "config.json", configuration.to_json(config).encode())
+            if recorded is not None and sweep.epoch == config.train.epochs:
+                print(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
+            else:
+                recorded = _train(sweep, recorded, saved, requests)
+        except interrupts.Interrupted:
+            saved.close()  # it promises that all is on disk; where that is not so, this is the error to report
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                saved.close()
+            raise
         saved.close()
     return recorded
 
@@ -62,20 +91,12 @@ class _Sweep:
         self.plan, self.epoch = plan, 0
         self.mesh = parallel.run_mesh(plan.grid.size)
         self.data = train.place_data(dataset, self.mesh, config.train.precision)
-        model = models.HomogeneousMLP(
-            widths=tuple(config.model.widths),
-            num_classes=dataset.num_classes,
-            activation=config.model.activation,
-            linear_head_depth=config.model.linear_head_depth,
-            use_head_bias=config.model.head_bias != "none",
-            dtype=jnp.dtype(config.train.precision),
-        )
         self.recipe = train.Recipe(
-            model=model,
+            model=models.make(config.model, dataset.num_classes, config.train.precision),
             head_bias=config.model.head_bias,
             schedule=config.train.schedule,
             batch_size=config.train.batch_size,
-            epochs=config.train.epochs,
+            epochs=config.train.schedule_epochs or config.train.epochs,
             train_size=len(dataset.train.labels),
             objective=Objective(config.loss, config.targets),
             optimizer=config.train.optimizer,
@@ -105,25 +126,65 @@ class _Sweep:
 
 
 def _resume(sweep: _Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
-    """Puts the sweep at the newest checkpoint with all its measurements on disk and returns those; None: at epoch 0."""
-    workdir, due = sweep.plan.workdir, _measured_epochs(sweep.plan.config)
+    """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None: there are none.
+
+    A checkpoint counts if its bits are those that were saved and all it had seen measured is in the history. One that
+    does not is named and removed; its epochs are computed again.
+    """
+    workdir, epochs = sweep.plan.workdir, saved.epochs()
     recorded = history.load(workdir / "history.nc") if (workdir / "history.nc").exists() else None
     known = set() if recorded is None else set(recorded["epoch"].values.tolist())
-    usable = [epoch for epoch in saved.epochs() if {m for m in due if m <= epoch} <= known]
-    _keep_lines_up_to(workdir / "metrics.jsonl", usable[-1] if usable else -1)
-    if recorded is None or not usable:
-        return None
-    sweep.epoch = usable[-1]
-    with jax.enable_x64(True):
-        sweep.states = parallel.pad_runs(saved.load(sweep.epoch, sweep.unpadded()), sweep.mesh)
-    return history.up_to(recorded, sweep.epoch)
+    for epoch in reversed(epochs):
+        try:
+            # First: nothing can be loaded into a program of another config, and that is no damage.
+            _check_config(sweep.plan, checkpoint.read_facts(workdir / "checkpoints", epoch))
+            with jax.enable_x64(True):
+                states, facts = saved.load(epoch, sweep.unpadded())
+            lost = sorted(set(facts.measured) - known)
+            if lost:
+                raise checkpoint.Damaged(f"history.nc lacks epoch {lost[0]}, measured before it")
+        except checkpoint.Damaged as damage:
+            _warn(f"checkpoint {epoch} in {workdir} is not used: {damage}")
+            continue
+        for later in (e for e in epochs if e > epoch):
+            saved.delete(later)
+        sweep.epoch = epoch
+        with jax.enable_x64(True):
+            sweep.states = parallel.pad_runs(states, sweep.mesh)
+        recorded = history.up_to(recorded, epoch) if facts.measured and recorded is not None else None
+        text = configuration.to_json(sweep.plan.config)
+        if recorded is not None and recorded.attrs["config"] != text:  # of fewer epochs
+            recorded = recorded.assign_attrs(config=text)
+            history.save(recorded, workdir / "history.nc")
+        journal.mend(workdir / "metrics.jsonl", recorded)
+        return recorded
+    if epochs:
+        way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
+        raise InputError("--workdir", str(workdir), way_out)
+    journal.mend(workdir / "metrics.jsonl", None)
+    return None
 
 
-def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints) -> xr.Dataset:
+def _check_config(plan: Plan, facts: checkpoint.Facts) -> None:
+    """config.json may be gone or changed: the checkpoint itself says what it is of."""
+    differences = configuration.differences(plan.config, facts.config)
+    if differences:
+        way_out = f"its checkpoints are of another config: {'; '.join(differences)}; choose another WORKDIR"
+        raise InputError("--workdir", str(plan.workdir), way_out)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _train(
+    sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints, requests: interrupts.Requests
+) -> xr.Dataset:
     """The loop from where the sweep stands to its last epoch."""
     config, workdir = sweep.plan.config, sweep.plan.workdir
     last, every, due = config.train.epochs, config.checkpoint.every, _measured_epochs(config)
-    stops = sorted(due | {last} | set(range(every, last, every) if every else ()))
+    kept = {last, *config.checkpoint.marked, *(range(every, last, every) if every else ())}
+    stops = sorted(due | kept)
     attrs = _provenance(sweep)
     trained, costs = 0.0, []
     first = sweep.epoch
@@ -142,12 +203,16 @@ def _train(sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpo
                 recorded = history.append(recorded, _label(sweep, values, attrs))
                 history.save(recorded, workdir / "history.nc")
                 times = {"train_seconds": trained, "measure_seconds": sum(costs)}
-                _append_line(workdir / "metrics.jsonl", {"epoch": epoch, **times, "metrics": values})
+                journal.append(workdir / "metrics.jsonl", epoch, times, values)
                 progress.measured(epoch, values["nc1"][:, 0])
-            if epoch == last or (epoch > first and every and epoch % every == 0):
-                saved.save(epoch, sweep.unpadded())
+            is_new = epoch > first or epoch == 0
+            stopping = bool(requests)  # asked once: what stops here is also saved here
+            if is_new and (epoch in kept or stopping):
+                saved.save(sweep.unpadded(), _facts(sweep, recorded, attrs))
             if epoch == last:
                 break
+            if stopping:
+                requests.raise_if_any()
             pace = trained / (epoch - first) if epoch > first else float("inf")
             stop = min(stop for stop in stops if stop > epoch)
             _, seconds = sweep.advance(min(stop - epoch, max(1, int(_CHUNK_SECONDS / pace))), measured=False)
@@ -165,6 +230,18 @@ def _cost(trained: float, epochs: int, costs: list[float]) -> str:
     if costs and epochs:
         line += f"; the median one costs {statistics.median(costs) / (trained / epochs):.2f} training epochs"
     return line
+
+
+def _facts(sweep: _Sweep, recorded: xr.Dataset | None, attrs: dict[str, str]) -> checkpoint.Facts:
+    grid, config = sweep.plan.grid, json.loads(configuration.to_json(sweep.plan.config))
+    return checkpoint.Facts(
+        epoch=sweep.epoch,
+        config=config,
+        axes={name: list(values) for name, values in grid.axes.items()},
+        measured=[] if recorded is None else recorded["epoch"].values.tolist(),
+        versions=json.loads(attrs["versions"]),
+        crc32={},
+    )
 
 
 def _measured_epochs(config) -> set[int]:
@@ -249,25 +326,3 @@ def _git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _append_line(path: Path, record: dict) -> None:
-    """One line of strict JSON: NaN and infinity, which JSON has not, become null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, np.ndarray):
-            return plain(value.tolist())
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    with open(path, "a") as file:
-        file.write(json.dumps(plain(record)) + "\n")
-
-
-def _keep_lines_up_to(path: Path, epoch: int) -> None:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
-    write_atomically(path, "".join(kept).encode())

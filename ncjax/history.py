@@ -1,5 +1,6 @@
 """Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch, split and layer."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -137,19 +138,42 @@ def extinct(history: xr.Dataset) -> xr.DataArray:
 
 
 def save(history: xr.Dataset, path: Path) -> None:
+    """Writes a history, and beside it `path`.sha256 in the format of sha256sum.
+
+    The sum is written first, beside that of the file it replaces: whenever a crash comes, one of them is the file's.
+    """
     # In a fixed order, so that the same numbers are the same bytes however the history was put together.
     coords = {name: history.variables[name] for name in sorted(map(str, history.coords))}
     variables = {name: history.variables[name] for name in sorted(map(str, history.data_vars))}
-    write_atomically(path, bytes(xr.Dataset(variables, coords, history.attrs).to_netcdf(engine="scipy")))
+    content = bytes(xr.Dataset(variables, coords, history.attrs).to_netcdf(engine="scipy"))
+    sums, line = _sums(path), f"{_sha256(content)}  {path.name}\n"
+    if path.exists():
+        write_atomically(sums, (line + f"{_sha256(path.read_bytes())}  {path.name}\n").encode())
+    write_atomically(path, content)
+    write_atomically(sums, line.encode())
+
+
+def _sums(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def load(path: Path) -> xr.Dataset:
-    """Reads a history into memory, or raises InputError naming the file."""
+    """Reads a history into memory, verified where its checksum lies beside it, or raises InputError naming the file."""
     try:
-        # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
-        return xr.load_dataset(io.BytesIO(path.read_bytes()), engine="scipy")
+        content = path.read_bytes()
+        sums = _sums(path).read_bytes() if _sums(path).exists() else None
     except FileNotFoundError as error:
         raise InputError("history", str(path), "no such file; train first, or name a WORKDIR that holds one") from error
+    if sums is not None and _sha256(content).encode() not in sums.split():
+        way_out = f"does not match {_sums(path).name}: one of them was changed or damaged; restore it, or train anew"
+        raise InputError("history", str(path), f"{way_out} in another WORKDIR")
+    try:
+        # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
+        return xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
             "history", str(path), "not readable as netCDF; remove it, and the same command trains anew"

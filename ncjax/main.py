@@ -8,6 +8,7 @@ values. The same command run again continues where it stopped, or says that the 
 """
 
 import difflib
+import shlex
 import sys
 
 from absl import flags
@@ -16,10 +17,14 @@ from ml_collections import config_flags
 from ncjax import config as configuration
 from ncjax import preflight
 from ncjax.errors import InputError
+from ncjax.interrupts import Interrupted, Requests
 
 
 def main(argv: list[str]) -> int:
-    """Runs one command line (`argv[0]` is the program); returns the exit code: 0, 2 bad input, 130 interrupted."""
+    """Runs one command line (`argv[0]` is the program); returns the exit code.
+
+    0; 1 WORKDIR can be written no more; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM.
+    """
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nFields of the config, with their defaults:\n\n{configuration.describe_fields()}")
         return 0
@@ -28,15 +33,26 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         return _refuse(error)
 
-    from ncjax import experiment  # imports JAX, which takes longer than to see that a flag is wrong
-
+    command = f"python -m ncjax.main {shlex.join(argv[1:])}"
     try:
+        with Requests() as requests:  # an exception in the middle of an import may be swallowed by it
+            from ncjax import experiment  # imports JAX, which takes longer than to see that a flag is wrong
+        requests.raise_if_any()
         experiment.run(plan)
     except InputError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command continues the run in {plan.workdir}", file=sys.stderr)
+    except Interrupted as interruption:
+        print(f"stopped by {interruption}; this continues:\n    {command}", file=sys.stderr)
+        return interruption.exit_code
+    except KeyboardInterrupt:  # while figures are drawn
+        print(f"stopped; this continues:\n    {command}", file=sys.stderr)
         return 130
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        print(
+            f"error: {reason}; what is in {plan.workdir} is whole, and this continues:\n    {command}", file=sys.stderr
+        )
+        return 1
     return 0
 
 
@@ -49,9 +65,9 @@ def _parse(argv: list[str]) -> tuple[configuration.Config, str]:
             hint = f"did you mean config.{near[0]}? " if near else ""
             raise InputError(name, value, f"no such field; {hint}--help lists them")
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values, sys_argv=argv)
-    workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
     try:
+        config_flag = config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values, sys_argv=argv)
+        workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
         surplus = values(argv)[1:]
         config = config_flag.value.copy_and_resolve_references()
     except Exception as error:  # the config is the user's Python file: anything may be wrong in it

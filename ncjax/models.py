@@ -1,5 +1,7 @@
 """Deep networks split where collapse is measured: `features(x)` below, `logits(h)` above."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,18 @@ class HomogeneousMLP(nn.Module):
 
     def __call__(self, x: Float[Array, "B *image"]) -> Float[Array, "B C"]:
         return self.logits(self.features(x))
+
+
+def make(settings: Any, num_classes: int, precision: str) -> HomogeneousMLP:
+    """The network of a config's `model` section."""
+    return HomogeneousMLP(
+        widths=tuple(settings.widths),
+        num_classes=num_classes,
+        activation=settings.activation,
+        linear_head_depth=settings.linear_head_depth,
+        use_head_bias=settings.head_bias != "none",
+        dtype=jnp.dtype(precision),
+    )
 
 
 def layer_names(params: dict) -> tuple[str, ...]:

@@ -22,8 +22,7 @@ class Plan(NamedTuple):
 def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
     config = configuration.validate(config)
-    workdir = Path(workdir).expanduser()
-    _check_workdir(workdir, config)
+    workdir = _check_workdir(workdir, config)
     dataset = data.load(
         config.data.name,
         directory=config.data.dir,
@@ -43,22 +42,29 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     return Plan(config, workdir, dataset, configuration.make_grid(config, dataset.num_classes))
 
 
-def _check_workdir(workdir: Path, config: configuration.Config) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError("--workdir", str(workdir), "it is a file; name a folder")
+def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
+    workdir = Path(name)
     try:
-        text = (workdir / "config.json").read_text()
+        workdir = workdir.expanduser()
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError("--workdir", str(workdir), "it is a file; name a folder")
+        content = (workdir / "config.json").read_bytes()
     except FileNotFoundError:
-        return
-    except OSError as error:
-        raise InputError("--workdir", str(workdir), f"cannot be read ({error.strerror})") from error
+        return workdir
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user; a null byte
+        raise InputError("--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})") from error
     try:
-        differences = configuration.differences(config, json.loads(text))
+        differences = configuration.differences(config, json.loads(content))
     except (ValueError, TypeError, AttributeError) as error:  # no JSON, or JSON that is no config
         raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
     if differences:
         way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        if any(line.startswith("config.train.epochs") for line in differences):
+            way_out += " (a run can be trained on with a constant schedule, or one of set train.schedule_epochs)"
         raise InputError("--workdir", str(workdir), way_out)
+    return workdir
 
 
 def _make_workdir(workdir: Path) -> None:

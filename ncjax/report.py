@@ -123,14 +123,19 @@ def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
 
 def show_results(history: xr.Dataset, console: Console) -> None:
     """Measured collapse, then theory beside it, at the last epoch measured; then what stands out."""
-    seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
-    spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
-    _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
+    show_collapse(history, console)
     _show(
         history, console, _THEORY, "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L"
     )
     for line in (*_least(history), *_short(history), *_closed_form(history)):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_collapse(history: xr.Dataset, console: Console) -> None:
+    """The table of measured collapse at the last epoch of a history."""
+    seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
+    spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
+    _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:

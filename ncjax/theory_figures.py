@@ -100,11 +100,12 @@ def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
         else _SYMMETRIC
     )
     figure, all_axes = panels.against_lambda(decayed, _THEORY_PANELS, remark)
-    for law, colour in zip(laws.values(), panels.COLOURS, strict=False):
+    low, high = all_axes[0].get_xlim()
+    for law, history, colour in zip(laws.values(), decayed.values(), panels.COLOURS, strict=False):
         if law:
-            low, high = all_axes[0].get_xlim()
-            weight_decay = np.geomspace(max(low, law.greatest / 1e6), high, 400)
-            epsilon = law.solution(weight_decay).epsilon
+            weight_decay = np.geomspace(max(low, high / 1e6), high, 400)
+            effective = float((history["effective_decay"] / history["weight_decay"]).mean())
+            epsilon = law.solution(effective * weight_decay).epsilon
             all_axes[0].plot(weight_decay, epsilon, color=colour, linestyle="--", linewidth=1)
     return figure
 
@@ -167,12 +168,10 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     whole = panels.over_seeds(run["weight_norm_sq"].isel(layer=-1) ** 0.5 * run["effective_decay"])[0]
     handles += norms.plot(epochs, whole, color="black", linestyle="--", linewidth=1, label=r"whole $\lambda W_L$")
     drawn = np.concatenate([line.get_ydata() for line in handles])
-    for axes, panel, shown in (
-        (shares, Panel("Share by projection (they sum to 1)", r"share of $\lambda W_L$", ()), None),
-        (norms, Panel("Frobenius norm of each term", "norm", ()), drawn),
-    ):
-        panels.scale_x(axes, epochs)
-        panels.finish(axes, panel, np.asarray(shown if shown is not None else []))
+    panels.scale_x(shares, epochs)
+    panels.scale_x(norms, epochs)
+    panels.finish(shares, Panel("Share by projection (they sum to 1)", r"share of $\lambda W_L$", ()), np.array([]))
+    panels.finish(norms, Panel("Frobenius norm of each term", "norm", ()), drawn)
     low, high = np.minimum(values, 0).sum(0), np.maximum(values, 0).sum(0)
     shares.set_ylim(max(-2.0, 1.1 * np.nanmin(low, initial=0)), min(3.0, 1.1 * np.nanmax(high, initial=1)))
     remark = "an identity at every epoch, no assumption; training split, " + panels.caption_of([history])

@@ -210,9 +210,10 @@ def start(
 
 def flow_time(recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E). Adam has none: NaN."""
-    steps = np.arange(recipe.epochs * recipe.steps_per_epoch)
+    steps = np.arange(max(epochs) * recipe.steps_per_epoch)
     with jax.enable_x64(True):
-        shape = np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), len(steps)))
+        total = recipe.epochs * recipe.steps_per_epoch
+        shape = np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), total))
     elapsed = np.concatenate([[0.0], np.cumsum(shape)])[np.asarray(epochs) * recipe.steps_per_epoch]
     pace = np.asarray(learning_rate) / (1 - np.asarray(momentum))
     return (pace if recipe.optimizer == "sgd" else np.full_like(pace, np.nan))[:, None] * elapsed

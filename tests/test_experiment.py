@@ -180,8 +180,9 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "run", interrupted)
-    assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}"]) == 130
-    assert "same command continues" in capsys.readouterr().err
+    workdir = tmp_path / "run with a space"
+    assert main.main(["ncjax", f"--workdir={workdir}"]) == 130
+    assert capsys.readouterr().err == f"stopped; this continues:\n    python -m ncjax.main '--workdir={workdir}'\n"
 
 
 def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, capsys):

@@ -142,7 +142,7 @@ def test_saving_replaces_the_file_and_leaves_no_other(grid, tmp_path):
     path.write_bytes(b"older")
     history.save(grown([0], grid), path)
     assert history.load(path)["epoch"].values.tolist() == [0]
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "history.nc.sha256"]
 
 
 def test_a_missing_history_is_named(tmp_path):
@@ -150,11 +150,31 @@ def test_a_missing_history_is_named(tmp_path):
         history.load(tmp_path / "absent.nc")
 
 
+@pytest.mark.parametrize("checksum", [True, False])
 @pytest.mark.parametrize("damage", ["empty", "junk", "truncated"])
-def test_a_damaged_history_is_named(damage, grid, tmp_path):
+def test_a_damaged_history_is_named(damage, checksum, grid, tmp_path):
     path = tmp_path / "history.nc"
     history.save(grown([0], grid), path)
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "junk": b"no netCDF at all", "truncated": whole[: len(whole) // 2]}[damage])
-    with pytest.raises(InputError, match=r"^history: got '.*/history\.nc'; not readable"):
+    reason = r"does not match history\.nc\.sha256"
+    if not checksum:
+        (tmp_path / "history.nc.sha256").unlink()
+        reason = "not readable"
+    with pytest.raises(InputError, match=rf"^history: got '.*/history\.nc'; {reason}"):
         history.load(path)
+
+
+@pytest.mark.parametrize("name", ["history.nc", "history.nc.sha256"])
+def test_every_flipped_bit_is_noticed(name, grid, tmp_path):
+    path = tmp_path / "history.nc"
+    history.save(grown([0], grid), path)
+    whole = (tmp_path / name).read_bytes()
+    for bit in np.random.default_rng(0).integers(
+        8 * min(len(whole), 64 if name != "history.nc" else len(whole)), size=50
+    ):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(InputError, match=r"does not match history\.nc\.sha256"):
+            history.load(path)

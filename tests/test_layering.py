@@ -21,11 +21,13 @@ SLOW = {
 }
 
 # What each module may import, besides the leaves; "*" is all but main.
-LEAVES = {"errors", "files"}
+LEAVES = {"errors", "files", "interrupts"}
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"runs"},  # when asked for
     "errors": set(),
     "files": set(),
+    "interrupts": set(),
+    "lock": {"errors"},
     "linalg": set(),
     "objective": set(),
     "optim": set(),
@@ -40,6 +42,7 @@ ALLOWED = {
     "evaluate": {"collapse", "linalg", "models", "objective", "theory"},
     "train": {"data", "evaluate", "models", "objective", "optim", "parallel"},
     "history": {"config"},
+    "journal": {"history"},
     "closed_forms": set(),
     "panels": {"history"},
     "figures": {"history", "config", "panels"},
@@ -48,7 +51,9 @@ ALLOWED = {
     "preflight": {"config", "data"},
     "experiment": "*",
     "main": {"config", "preflight", "experiment", "parallel"},
-    "show": {"checkpoint", "history", "collapse", "models", "data"},
+    "runs": {"checkpoint", "config", "data", "history", "models"},
+    "workdir": {"checkpoint", "config", "evaluate", "history", "models", "objective", "optim", "runs", "theory"},
+    "show": {"history", "report", "runs", "workdir"},
     "measure": {"collapse", "theory", "parallel"},
 }
 MODULES = sorted(PACKAGE.glob("*.py"))
@@ -91,7 +96,7 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize(
     "path",
-    [*(PACKAGE / f"{name}.py" for name in ("__init__", "main", "config", "data", "preflight")), *CONFIGS],
+    [*(PACKAGE / f"{name}.py" for name in ("__init__", "main", "show", "config", "data", "preflight")), *CONFIGS],
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_help_and_bad_input_wait_for_no_slow_import(path):
@@ -117,8 +122,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_4000_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 4000
+def test_the_package_stays_under_6000_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 6000
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):

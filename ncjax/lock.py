@@ -1,0 +1,42 @@
+"""One process at a time in a WORKDIR."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ncjax.errors import InputError
+
+
+@contextlib.contextmanager
+def owned(workdir: Path) -> Iterator[None]:
+    """Holds WORKDIR/.lock, or raises InputError naming the process that does.
+
+    The kernel lets go of the lock when its process dies, however it dies, so there are no stale ones. The file stays:
+    removing it would let two processes lock two files of one name.
+    """
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            way_out = f"{_owner(workdir / '.lock')} is training in it; wait for it, or choose another WORKDIR"
+            raise InputError("--workdir", str(workdir), way_out) from error
+        except OSError as error:  # a network file system without locks
+            way_out = f"cannot be locked ({error.strerror}); choose another"
+            raise InputError("--workdir", str(workdir), way_out) from error
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+        file.flush()
+        yield
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
