@@ -1,6 +1,7 @@
 """What every experiment does: train configs through ncjax, keep their histories, print a table, save a figure."""
 
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,14 @@ REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
 
 
+def start(main: Callable[[], None], description: str | None) -> None:
+    """An experiment takes no options: --help says what it does, anything else is refused before it trains."""
+    name = Path(main.__code__.co_filename).parent.name
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter).parse_args()
+    main()
+
+
 def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
     """Trains a config in runs/experiments/VARIANT (continues or returns what is there).
 
@@ -26,7 +35,9 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
     recorded = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
     kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
-    history.save(kept, HISTORIES / f"{variant}.nc")
+    path = HISTORIES / f"{variant}.nc"
+    if not path.exists() or not history.load(path).equals(kept):  # the same numbers keep the file they have
+        history.save(kept, path)
     return kept
 
 

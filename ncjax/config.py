@@ -139,7 +139,8 @@ def default_config() -> Config:
 def describe_fields() -> str:
     """One line per field, for `--help`."""
     return "\n".join(
-        f"  --config.{name}={_shown(field.default)}\n      {field.meaning}" for name, field in SCHEMA.items()
+        f"  --config.{name}={_shown(field.default)}\n      {field.meaning} ({field.must.removeprefix('must be ')})"
+        for name, field in SCHEMA.items()
     )
 
 
@@ -169,7 +170,7 @@ def validate(config: Config) -> Config:
         values = config.sweep[name]
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
-            raise InputError(f"config.sweep.{name}", repeated[0], "each value may stand once; remove the repetition")
+            raise InputError(f"config.sweep.{name}", values, f"{repeated[0]!r} stands twice; remove the repetition")
     _check_combinations(config)
     for section, field in (("log", "epochs"), ("checkpoint", "marked")):
         config[section][field] = tuple(sorted(set(config[section][field])))

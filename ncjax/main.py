@@ -3,8 +3,9 @@
     python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
     python -m ncjax.main --config=configs/mnist.py:smoke --config.sweep.weight_decay=0,1e-3 --workdir=runs/mnist
 
---config names a Python file, or file:variant; --config.FIELD=VALUE overrides a field, a,b,c where it takes several
-values. The same command run again continues where it stopped, or says that the run is complete.
+--config names a Python file, or file:variant (configs/digits.py where it is left out); --config.FIELD=VALUE overrides a
+field, a,b,c where it takes several values. The same command run again continues where it stopped, or says that the run
+is complete.
 """
 
 import difflib

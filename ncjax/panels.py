@@ -173,9 +173,10 @@ def against_lambda(
         if panel.predicted:
             for final, style in zip(finals, styles, strict=True):
                 predicted = over_seeds(final[panel.predicted])[0]
-                axes.plot(final["weight_decay"].values, predicted, color=style["color"], linestyle="--", linewidth=1)
+                look = {"linestyle": "--", "linewidth": 1, "marker": "_", "markersize": 7}
+                axes.plot(final["weight_decay"].values, predicted, color=style["color"], **look)
                 # A floor of 0 must not squeeze what was measured: such a line leaves the panel below.
-                drawn.append(np.maximum(predicted, 0.5 * np.nanmin(drawn[0], initial=np.inf)))
+                drawn.append(np.maximum(predicted, 0.2 * np.nanmin(drawn[0], initial=np.inf)))
         finish(axes, panel, np.concatenate(drawn))
     handles = [
         Line2D([], [], label=name + diverged(history), markersize=3.5, **style)

@@ -55,7 +55,7 @@ def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
         return float(decayed["weight_decay"].values[figures.most_collapsed(decayed)])
     if weight_decay not in values[values > 0]:
         choices = ", ".join(f"{value:g}" for value in values if value > 0)
-        raise InputError("--weight-decay", weight_decay, f"the run has {choices}")
+        raise InputError("--weight-decay", weight_decay, f"the run has a budget at {choices}")
     return weight_decay
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             unique = [at.name if names.count(at.name) == 1 else str(at) for at in workdirs]
             written += draw_comparison(dict(zip(unique, histories, strict=True)), arguments.out)
     except (InputError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # one line, whatever a reader's message was
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a reader's message was
         return 2
     print(*written, sep="\n")
     return 0

@@ -9,6 +9,9 @@ from ncjax import config as configuration
 from ncjax import data
 from ncjax.errors import InputError
 
+# What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
+_OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
+
 
 class Plan(NamedTuple):
     """A run that can start: a valid config, its WORKDIR, its data and its grid."""
@@ -50,6 +53,10 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
             raise InputError("--workdir", str(workdir), "it is a file; name a folder")
         content = (workdir / "config.json").read_bytes()
     except FileNotFoundError:
+        foreign = sorted(path.name for path in workdir.glob("*") if path.name not in _OWN and path.name[0] != ".")
+        if foreign:
+            way_out = f"it holds {foreign[0]} and no run; choose an empty or a new folder"
+            raise InputError("--workdir", str(workdir), way_out) from None
         return workdir
     except InputError:
         raise
@@ -61,8 +68,8 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
     if differences:
         way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
-        if any(line.startswith("config.train.epochs") for line in differences):
-            way_out += " (a run can be trained on with a constant schedule, or one of set train.schedule_epochs)"
+        if len(differences) == 1 and differences[0].startswith("config.train.epochs"):
+            way_out += " (a run never shrinks; it grows with train.schedule=constant, or train.schedule_epochs set)"
         raise InputError("--workdir", str(workdir), way_out)
     return workdir
 

@@ -162,7 +162,7 @@ def find(axes: Mapping[str, Sequence], coordinates: Mapping[str, Any]) -> Place:
     }
     for name, values in chosen.items():
         if len(values) > 1:
-            raise InputError(name, "nothing", f"name one of {_listed(axes[name])}")
+            raise InputError("run", dict(coordinates), f"{name} is missing; name one of {_listed(axes[name])}")
     return next(place for place in places(axes) if all(v in chosen[name] for name, v in place.coordinates.items()))
 
 

@@ -55,7 +55,7 @@ _CLOCK_PANELS = (
 def collapse_against_clock(history: xr.Dataset) -> "Figure":
     """Do curves of different lambda fall together against 2 lambda t? Along gradient flow the norm balance must."""
     curves = panels.one_per_lambda(_decayed(history))
-    title = ", ".join(["Curves that fall together are on the relaxation clock", *setting_words(history)])
+    title = ", ".join(["What falls together is on the relaxation clock, what does not is not", *setting_words(history)])
     figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time")
     times = np.concatenate([panels.clock_of(curve.run, "relaxation_time") for curve in curves])
     axes = figure.axes[0]
@@ -174,7 +174,8 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     panels.finish(norms, Panel("Frobenius norm of each term", "norm", ()), drawn)
     low, high = np.minimum(values, 0).sum(0), np.maximum(values, 0).sum(0)
     shares.set_ylim(max(-2.0, 1.1 * np.nanmin(low, initial=0)), min(3.0, 1.1 * np.nanmax(high, initial=1)))
-    remark = "an identity at every epoch, no assumption; training split, " + panels.caption_of([history])
+    remark = "an identity at every epoch, no assumption (docs/theory.md); shares are cut at \N{MINUS SIGN}2 and 3; "
+    remark += f"training split, {panels.caption_of([history])}"
     panels.legend(figure, handles, remark)
     return figure
 
@@ -191,7 +192,7 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
         for mode in range(modes.shape[-1]):
             axes.plot(decay.ravel(), modes[..., mode].ravel(), "o", color=panels.COLOURS[0], markersize=2, alpha=0.4)
         law = fitted_law(_decayed(history))
-        panels.scale_x(axes, decay.ravel())
+        panels.scale_x(axes, np.append(decay, 1.2 * law.greatest if law else []))
         panels.finish(axes, Panel(", ".join(setting_words(history)), "eigenvalue", ()), np.array([]))
         axes.set_ylim(min(-0.05, 1.1 * np.nanmin(modes, initial=0)), max(1.05, 1.1 * np.nanmax(modes, initial=0)))
         if law:

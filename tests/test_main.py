@@ -14,7 +14,7 @@ BAD = [
     (["--config.sweep.weight_decay=1e999"], "config.sweep.weight_decay", "inf"),
     (["--config.sweep.weight_decay=a,b"], "config.sweep.weight_decay", "a"),
     (["--config.sweep.weight_decay=()"], "config.sweep.weight_decay", "one or more"),
-    (["--config.sweep.seed=0,1,0"], "config.sweep.seed", "once"),
+    (["--config.sweep.seed=0,1,0"], "config.sweep.seed", "twice"),
     (["--config.sweep.seed=0.5"], "config.sweep.seed", "0.5"),
     (["--config.sweep.momentum=1"], "config.sweep.momentum", "[0, 1)"),
     (["--config.sweep.learning_rate=0"], "config.sweep.learning_rate", "> 0"),
@@ -95,3 +95,10 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     assert all(f"--config.{name}=" in text for name in SCHEMA)
     assert "--workdir" in text
+
+
+def test_a_folder_of_other_things_is_no_workdir(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("...")
+    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    assert "thesis.tex and no run" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]

@@ -303,7 +303,7 @@ def test_a_weight_decay_that_the_run_lacks_is_one_line_with_those_it_has(value, 
     code, titles = title_of_budget(monkeypatch, folder, "--weight-decay", value)
     assert (code, titles) == (2, [])
     error = capsys.readouterr().err
-    assert error.startswith("--weight-decay: got ")
+    assert error.startswith("error: --weight-decay: got ")
     assert "0.001, 0.01" in error
     assert error.count("\n") == 1
 

@@ -192,7 +192,7 @@ def test_a_run_whose_schedule_depends_on_its_length_does_not_grow(workdir):
         run(workdir, train__epochs=8)
     message = str(refusal.value)
     assert "config.train.epochs is 8 here and 6 there" in message
-    assert "constant schedule" in message
+    assert "grows with train.schedule=constant" in message
     assert "train.schedule_epochs" in message
     with pytest.raises(InputError, match=r"train\.schedule_epochs is 6 here and 0 there"):
         run(workdir, train__epochs=8, train__schedule_epochs=6)

@@ -158,8 +158,8 @@ def test_an_epoch_may_be_chosen_and_its_config_is_the_checkpoints(copied):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"weight_decay: got 'nothing'; name one of 0, 0\.001"),
-        ({"weight_decay": 0}, "seed: got 'nothing'; name one of 0, 1"),
+        ({}, r"weight_decay is missing; name one of 0, 0\.001"),
+        ({"weight_decay": 0}, "seed is missing; name one of 0, 1"),
         ({"weight_decay": 1e-3 * (1 + 1e-8), "seed": 0}, r"the grid has 0, 0\.001"),
         ({"weight_decay": "much", "seed": 0}, "got 'much'"),
         ({"weight_decay": float("nan"), "seed": 0}, "got nan"),

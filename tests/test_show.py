@@ -254,7 +254,7 @@ def test_a_damaged_history_is_named_and_fails_the_verification(copied, shown):
         (["--run=weight_decay"], "--run: got 'weight_decay'; write NAME=VALUE,..."),
         (["--run=seed=a"], "write NAME=VALUE"),
         (["--run=seed=0,seed=1"], "write NAME=VALUE"),
-        (["--run=seed=0"], "weight_decay: got 'nothing'; name one of 0, 0.001"),
+        (["--run=seed=0"], "weight_decay is missing; name one of 0, 0.001"),
         (["--run=weight_decay=5,seed=0"], "weight_decay: got 5.0; the grid has 0, 0.001"),
         (["--run=colour=5"], "colour: got 5.0; no such axis"),
         (["--export=w.bin"], "--export: got 'w.bin'; its name must end in .safetensors or .npz"),

@@ -17,7 +17,7 @@ PANELS = (
     Panel(
         "Equilibrium of the head", r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$", ("head",)
     ),
-    Panel("Norm of the head (dotted: balance)", r"$\Vert W_L\Vert_F^2$", ("head_norm_sq", "norm_target")),
+    Panel("Norm of the head (open: what balance asks)", r"$\Vert W_L\Vert_F^2$", ("head_norm_sq", "norm_target")),
     Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",)),
     Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
 )
@@ -55,7 +55,9 @@ def main() -> None:
         rows,
     )
     by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in histories.items()}
-    figure, _ = panels.against_lambda(by_effective, PANELS, "weight decay: the effective one")
+    figure, _ = panels.against_lambda(
+        by_effective, PANELS, "weight decay: the effective one; AdamW has none, hence as given"
+    )
     common.save(figure, "decay")
 
 
@@ -64,4 +66,4 @@ def _effective(history):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, __doc__)

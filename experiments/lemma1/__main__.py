@@ -53,7 +53,7 @@ def _figure(networks):
         etf = closed_forms.simplex_etf(num_classes) / np.sqrt(num_classes)  # checks the formula by its matrices
         explicit = [np.sum((np.eye(num_classes) - a * num_classes * etf @ etf.T) ** 2) for a in (0.2, 0.5, 0.9)]
         curves.plot((0.2, 0.5, 0.9), explicit, "x", color=colour, markersize=4)
-    curves.set_title("Collapsed, outputs of sum 0 (crosses: explicit matrices)", size=panels.SIZE)
+    curves.set_title("Collapsed, outputs of sum 0 (crosses: explicit matrices, dots: least)", size=panels.SIZE)
     curves.set_xlabel(r"own output $\alpha$", size=panels.SIZE)
     curves.set_ylabel(r"loss, in units of $1/(2C)$", size=panels.SIZE)
     curves.set_yscale("log")
@@ -69,12 +69,13 @@ def _figure(networks):
     losses.axhline(0.05, color="black", linestyle="--", linewidth=1, label="least for an ETF without bias")
     losses.set_xscale("log")
     losses.set_yscale("log")
+    losses.set_ylim(1e-4, 10)  # room for the legend
     losses.set_title("What networks pay instead, C = 10", size=panels.SIZE)
     losses.set_xlabel(r"weight decay $\lambda$", size=panels.SIZE)
     losses.set_ylabel("fit term of the loss", size=panels.SIZE)
-    losses.legend(fontsize=panels.SMALL, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.95))
+    losses.legend(fontsize=panels.SMALL, frameon=False, loc="upper left")
     return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, __doc__)

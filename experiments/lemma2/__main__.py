@@ -62,4 +62,4 @@ def _figure(histories):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, __doc__)

@@ -56,4 +56,4 @@ def _alive(history: xr.Dataset) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, __doc__)

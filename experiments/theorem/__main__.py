@@ -55,15 +55,15 @@ def _figure(by_setting):
         whole = final["weight_norm_sq"].isel(layer=-1) ** 0.5 * final["effective_decay"]
         for i, term in enumerate(TERMS[1:]):
             norms = panels.over_seeds(final[f"budget_{term}_norm"] / whole)[0]
-            ax.bar(np.arange(len(decays)) + 0.2 * (i - 1.5), norms, width=0.2, color=panels.COLOURS[1 + i], label=term)
+            ax.bar(np.arange(len(decays)) + 0.2 * (i - 1.5), norms, width=0.2, color=panels.COLOURS[3 + i], label=term)
         ax.set_xticks(range(len(decays)), [panels.number(decay) for decay in decays])
         ax.set_title(f"What stands against it: {setting}", size=panels.SIZE)
         ax.set_ylabel(r"norm, of $\Vert\lambda W_L\Vert$", size=panels.SIZE)
         ax.set_ylim(0, 0.8)
     axes[1].legend(fontsize=panels.SMALL, frameon=False)
-    figure.supxlabel("means over n = 2 seeds; bars of the first panel: least to greatest", size=panels.SMALL)
+    figure.supxlabel("means over n = 2 seeds; error bars of the first panel: least to greatest", size=panels.SMALL)
     return figure
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main, __doc__)
