@@ -209,7 +209,7 @@ def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]
 
 
 def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
-    """A log axis with a place for 0; ticks at powers of ten, or at the ends where there are fewer than two."""
+    """A log axis with a place for 0; ticks at powers of ten, else at 1, 2, 5 times them, else at the ends."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ticks, positive = [0.0] if (values == 0).any() else [], values[values > 0]
@@ -217,8 +217,13 @@ def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
         low, high = float(positive.min()), float(positive.max())
         axes.set_xscale("symlog", linthresh=low, linscale=0.6, subs=list(range(2, 10)))
         # The rounding keeps 1e-3, whose logarithm is -2.9999999999999996.
-        powers = 10.0 ** np.arange(np.ceil(round(np.log10(low), 9)), np.floor(round(np.log10(high), 9)) + 1)
-        ticks += list(powers if powers.size > 1 else sorted({low, high}))
+        decades = np.arange(np.floor(round(np.log10(low), 9)), np.ceil(round(np.log10(high), 9)) + 1)
+        for factors in ((1,), (1, 2, 5), (low / 10.0 ** decades[0], high / 10.0 ** decades[0])):
+            marks = np.unique(np.outer(factors, 10.0**decades))
+            marks = marks[(marks > 0.999 * low) & (marks < 1.001 * high)]
+            if marks.size > 1:
+                break
+        ticks += list(marks)
         if broken and (values == 0).any():
             look: dict[str, Any] = {
                 "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3},
