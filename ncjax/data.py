@@ -175,7 +175,9 @@ def _tfds(name: str, directory: str) -> _Raw:
     directory = directory or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
     try:
         home = _prepared(name, Path(directory).expanduser())
-    except (OSError, RuntimeError) as error:  # too long a name; no such user
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user; a null byte
         raise InputError("config.data.dir", directory, f"cannot be read ({error})") from error
     identity = hashlib.sha256(f"{home.resolve()}".encode() + (home / "dataset_info.json").read_bytes())
     folder = _cache_root() / f"{name.replace('/', '-').replace(':', '-')}-{identity.hexdigest()[:12]}"
