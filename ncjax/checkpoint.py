@@ -90,13 +90,12 @@ class Checkpoints:
     def load(self, epoch: int, like: T) -> tuple[T, Facts]:
         """The states of an epoch with the structure, types and shardings of `like`, verified; or Damaged."""
         facts = read_facts(self._folder, epoch)
-        leaves = {name: read_leaf(self._folder, epoch, name) for name in facts.crc32}
-        verify(checksums(leaves), facts.crc32)
+        leaves = {name: read_leaf(self._folder, facts, name) for name in facts.crc32}
         placed = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            stored = leaves.get(_name(path))
+            stored = leaves.get(leaf_name(path))
             if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
-                raise Damaged(f"{_name(path)} is not what this program needs")
+                raise Damaged(f"{leaf_name(path)} is not what this program needs")
             placed.append(jax.device_put(stored, leaf.sharding))
         return jax.tree.unflatten(jax.tree.structure(like), placed), facts
 
@@ -111,21 +110,23 @@ class Checkpoints:
             raise _cannot_write(self._folder, error) from error
 
 
-def checksums(states: Any, runs: slice = slice(None)) -> dict[str, list[int]]:
+def checksums(states: Any) -> dict[str, list[int]]:
     """CRC-32 of every run (leading axis) of every leaf."""
-    leaves = {_name(path): np.asarray(leaf)[runs] for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
+    leaves = {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
     with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
         return {name: list(pool.map(_crc32, leaf)) for name, leaf in leaves.items()}
 
 
-def verify(found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+def verify(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], first_run: int = 0) -> None:
     """Raises Damaged naming the first leaf and run whose bits are not those that were saved."""
     for name, expected_crcs in expected.items():
         if name not in found:
             raise Damaged(f"{name} is missing")
+        if len(found[name]) != len(expected_crcs):
+            raise Damaged(f"{name} has not as many runs as were saved")
         wrong = [run for run, (a, b) in enumerate(zip(found[name], expected_crcs, strict=True)) if a != b]
         if wrong:
-            raise Damaged(f"the checksum of {name} does not match in run {wrong[0]}")
+            raise Damaged(f"the checksum of {name} does not match in run {first_run + wrong[0]}")
 
 
 def read_facts(folder: Path, epoch: int) -> Facts:
@@ -154,14 +155,12 @@ def unfinished_in(folder: Path) -> list[int]:
 
 def read_run(folder: Path, epoch: int, run: int) -> dict:
     """The parameters of one run, nested dicts of NumPy arrays, verified; reads no large leaf of the other runs."""
-    crc32 = read_facts(folder, epoch).crc32
+    facts = read_facts(folder, epoch)
     params: dict = {}
-    for name in crc32:
+    for name in facts.crc32:
         if not name.startswith("params."):
             continue
-        leaf = read_leaf(folder, epoch, name, slice(run, run + 1))
-        if _crc32(leaf[0]) != crc32[name][run]:
-            raise Damaged(f"the checksum of {name} does not match in run {run}")
+        leaf = read_leaf(folder, facts, name, slice(run, run + 1))
         *path, last = name.split(".")[1:]
         nested = params
         for key in path:
@@ -170,17 +169,24 @@ def read_run(folder: Path, epoch: int, run: int) -> dict:
     return params
 
 
-def read_leaf(folder: Path, epoch: int, name: str, runs: slice = slice(None)) -> np.ndarray:
-    """One leaf (R, ...) of a checkpoint, or of some of its runs, as it lies on disk; or Damaged."""
+def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) -> np.ndarray:
+    """One leaf (R, ...) of a checkpoint, or of some of its runs, verified; or Damaged."""
     import tensorstore
 
-    base = f"file://{(folder / str(epoch) / 'state').resolve()}/"
+    base = f"file://{(folder / str(facts.epoch) / 'state').resolve()}/"
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     try:
         stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
-        return np.asarray(stored[runs].read().result())
+        leaf = np.asarray(stored[runs].read().result())
     except Exception as error:  # TensorStore reports damage by many types
         raise Damaged(f"{name} cannot be read ({_last_line(error)})") from error
+    verify(checksums({name: leaf}), {name: facts.crc32[name][runs]}, first_run=runs.start or 0)
+    return leaf
+
+
+def leaf_name(path: tuple) -> str:
+    """A leaf as Orbax names it on disk: params.layer_1.kernel."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _one_chunk_per_run(_: Any, leaf: Any) -> Any:
@@ -191,11 +197,6 @@ def _one_chunk_per_run(_: Any, leaf: Any) -> Any:
 def _kept(keep: int, marked: tuple[int, ...]) -> Any:  # Orbax's own policies do not match the type it declares for them
     policies = ocp.training.preservation_policies
     return policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(list(marked))])
-
-
-def _name(path: tuple) -> str:
-    """A leaf as Orbax names it on disk: params.layer_1.kernel."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _crc32(leaf: np.ndarray | np.generic) -> int:

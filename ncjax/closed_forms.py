@@ -114,6 +114,11 @@ class Solution(NamedTuple):
     weight_norm_sq: np.ndarray
 
 
+def scale(gamma: Numbers, depth: int, setting: Setting) -> Numbers:
+    """k0 gamma^{2/L}: the unit of lambda in (*)."""
+    return setting.k0 * gamma ** (2 / depth)
+
+
 def homogeneous_solution(weight_decay: Numbers, gamma: Numbers, depth: int, setting: Setting) -> Solution:
     """The law (*) with gamma as given: of a trained network, `theory.normalized_margin`.
 
@@ -123,7 +128,7 @@ def homogeneous_solution(weight_decay: Numbers, gamma: Numbers, depth: int, sett
     """
     weight_decay, gamma = np.asarray(weight_decay, np.float64), np.asarray(gamma, np.float64)
     num_classes = setting.num_classes
-    a = margin(weight_decay / (setting.k0 * gamma ** (2 / depth)), depth)
+    a = margin(weight_decay / scale(gamma, depth, setting), depth)
     if setting.sum_is_fitted:
         q = 1 - a
     else:
@@ -150,8 +155,8 @@ def unconstrained_gamma(depth: int, per_class: int, setting: Setting) -> float:
 
 def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, float]:
     """lambda of equal loss, beyond which not learning costs less, and of the spinodal, beyond which none collapses."""
-    scale = setting.k0 * gamma ** (2 / depth)
-    return scale * equal_loss(depth), scale * spinodal(depth)
+    unit = float(scale(gamma, depth, setting))
+    return unit * equal_loss(depth), unit * spinodal(depth)
 
 
 def regularized_bias(weight_decay: Numbers, bias_decay: Numbers, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,18 @@
 """The one exception that means "the user can fix this"; `main` prints it as a single line and exits with 2."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: names the field, the value it had, and the way out."""
 
     def __init__(self, field: str, value: object, way_out: str):
         super().__init__(_one_line(f"{field}: got {_shown(value)}; {way_out}"))
+
+
+def listed(values: Iterable[float | int]) -> str:
+    """Numbers as a message lists them."""
+    return ", ".join(f"{value:.10g}" for value in values) or "none"
 
 
 def _shown(value: object) -> str:

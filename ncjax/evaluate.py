@@ -110,7 +110,7 @@ def evaluate(
         metrics |= collapse.measure_head(head) | {"class_mean_cosine": class_mean_cosine, "weight_norm_sq": norms_sq}
         metrics |= _equilibrium(params, gradients, train_sums, weight_decay, names)
         metrics |= _predictions(train_means, scatter, gradients["head"]["kernel"].T, head, norms_sq, weight_decay)
-        lemma2 = _lemma2(params, gradients, train_sums, train["loss"], weight_decay, names, decayed)
+        lemma2 = _lemma2(params, gradients, train_sums, train["loss"], norms_sq, weight_decay, names, decayed)
         # An identity of the square loss alone.
         metrics["lemma2_residual"] = lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
         return _masked(metrics, params, train["loss"], head.dtype)
@@ -211,17 +211,16 @@ def _lemma2(
     gradients: dict,
     sums: _FirstPass,
     loss: Array,
+    norms_sq: Array,
     weight_decay: Array,
     names: tuple[str, ...],
     decayed: dict,
 ) -> Array:
     size = sums.classes.examples.sum()
-    weights = [params[name]["kernel"] for name in names]
-    slopes = [gradients[name]["kernel"] for name in names]
     return theory.lemma2_residual(
         loss,
-        jnp.stack([jnp.sum(w**2) for w in weights]),
-        jnp.stack([jnp.sum(w * g) for w, g in zip(weights, slopes, strict=True)]),
+        norms_sq,
+        jnp.stack([jnp.sum(params[name]["kernel"] * gradients[name]["kernel"]) for name in names]),
         # <r, y - b> = ||r||^2 + <r, f - b>
         (2 * sums.fit + sums.residual_dot_logit) / size,
         decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),

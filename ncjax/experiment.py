@@ -29,6 +29,7 @@ from ncjax import (
     train,
 )
 from ncjax import config as configuration
+from ncjax.data import Dataset
 from ncjax.errors import InputError
 from ncjax.files import remove_leftovers, write_atomically
 from ncjax.objective import Objective
@@ -83,6 +84,22 @@ def record(plan: Plan) -> xr.Dataset:
     return recorded
 
 
+def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
+    """What a config says of the compiled program."""
+    return train.Recipe(
+        model=models.make(config.model, dataset.num_classes, config.train.precision),
+        head_bias=config.model.head_bias,
+        schedule=config.train.schedule,
+        batch_size=config.train.batch_size,
+        epochs=config.train.schedule_epochs or config.train.epochs,
+        train_size=len(dataset.train.labels),
+        objective=Objective(config.loss, config.targets),
+        optimizer=config.train.optimizer,
+        decay=config.train.decay,
+        adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
+    )
+
+
 class _Sweep:
     """The compiled program of a plan and the states of its runs, on the devices."""
 
@@ -91,18 +108,7 @@ class _Sweep:
         self.plan, self.epoch = plan, 0
         self.mesh = parallel.run_mesh(plan.grid.size)
         self.data = train.place_data(dataset, self.mesh, config.train.precision)
-        self.recipe = train.Recipe(
-            model=models.make(config.model, dataset.num_classes, config.train.precision),
-            head_bias=config.model.head_bias,
-            schedule=config.train.schedule,
-            batch_size=config.train.batch_size,
-            epochs=config.train.schedule_epochs or config.train.epochs,
-            train_size=len(dataset.train.labels),
-            objective=Objective(config.loss, config.targets),
-            optimizer=config.train.optimizer,
-            decay=config.train.decay,
-            adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
-        )
+        self.recipe = make_recipe(config, dataset)
         self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
         self.states, self.keys, self.hyper = train.start(self.recipe, self.mesh, self.columns, self.data)
         self._advance = train.make_advance(self.recipe, self.mesh)

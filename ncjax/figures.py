@@ -24,7 +24,7 @@ _NORMS = ("nc2_equinorm_means", "nc2_equinorm_head")
 _ANGLES = ("nc2_equiangular_means", "nc2_equiangular_head")
 _PREDICTED = "dashed: NC3 and the head's angles of a symmetric solution at equilibrium with the same mean outputs"
 _PANELS = (
-    Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
+    panels.NC1,
     Panel("NC2: equal norms (solid: means, dotted: head)", "std / mean over classes", _NORMS),
     Panel(
         "NC2: equal angles (solid: means, dotted: head)",
@@ -32,12 +32,7 @@ _PANELS = (
         _ANGLES,
         "predicted_equiangular_head",
     ),
-    Panel(
-        "NC3: self-duality (dotted: head centred)",
-        r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$",
-        ("nc3", "nc3_centered"),
-        "nc3_floor",
-    ),
+    Panel("NC3: self-duality (dotted: head centred)", panels.NC3.label, ("nc3", "nc3_centered"), "nc3_floor"),
     Panel("NC4: nearest class mean", "share that disagrees", ("nc4",)),
     Panel("Error (solid: train, dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
 )

@@ -21,7 +21,7 @@ class Variable(NamedTuple):
 
 
 _SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
-_TERMS = {
+BUDGET_TERMS = {
     "theorem": "(t/C) Mdot^T, the theorem's",
     "mean": "(q/C) 1 mu_G^T: the mean residual does not vanish",
     "asymmetry": "E M^T/C: residuals differ between classes",
@@ -72,8 +72,11 @@ VOCABULARY: dict[str, Variable] = {
     "closed_form_epsilon": Variable((), "epsilon of the unconstrained-feature model; NaN for other networks"),
     "closed_form_nc3": Variable((), "nc3 of the unconstrained-feature model; NaN for other networks"),
     "closed_form_norm_sq": Variable((), "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks"),
-    **{f"budget_{name}": Variable((), f"share of lambda W_L by projection: {term}") for name, term in _TERMS.items()},
-    **{f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}") for name, term in _TERMS.items()},
+    **{
+        f"budget_{name}": Variable((), f"share of lambda W_L by projection: {term}")
+        for name, term in BUDGET_TERMS.items()
+    },
+    **{f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}") for name, term in BUDGET_TERMS.items()},
     "budget_residual": Variable((), "||lambda W_L - sum of the budget's terms|| over the largest term's norm"),
 }
 # Measured with the others, but only the newest is kept: C^2 numbers a run.
@@ -130,6 +133,11 @@ def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
 def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
     """The epochs up to `epoch` (those after a checkpoint are measured again)."""
     return history.isel(epoch=np.flatnonzero(history["epoch"].values <= epoch))
+
+
+def missing(history: xr.Dataset) -> str:
+    """The first few variables that a history of ours has and this one lacks; empty if it has all."""
+    return ", ".join(sorted({*VOCABULARY, COSINES} - set(map(str, history.variables)))[:3])
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:

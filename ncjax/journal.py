@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -35,6 +36,15 @@ def mend(path: Path, recorded: xr.Dataset | None) -> None:
     write_atomically(path, "".join(whole).encode())
 
 
+def strict(value: Any) -> Any:
+    """A value of dicts, lists and scalars with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: strict(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _lines(path: Path) -> dict[int, str]:
     """The sound lines by epoch."""
     found = {}
@@ -51,14 +61,8 @@ def _crc32(record: dict) -> int:
 
 
 def _line(epoch: int, times: dict[str, float | None], metrics: dict[str, np.ndarray]) -> str:
-    # NaN and infinity, which JSON has not, become null.
-    def plain(value):
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    numbers = {name: plain(values.tolist()) for name, values in metrics.items()}
-    record = {"epoch": epoch, **times, "metrics": numbers}
+    numbers = {name: values.tolist() for name, values in metrics.items()}
+    record = strict({"epoch": epoch, **times, "metrics": numbers})
     return json.dumps(record | {"crc32": _crc32(record)}) + "\n"
 
 

@@ -37,6 +37,13 @@ class Panel(NamedTuple):
     predicted: str = ""  # a variable to draw dashed, without bars, where the figure is one against weight decay
 
 
+NC1 = Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",))
+NC3 = Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",))
+HEAD_EQUILIBRIUM = Panel(
+    "Equilibrium of the head", r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$", ("head",)
+)
+
+
 class Curve(NamedTuple):
     label: str
     colour: str
@@ -146,6 +153,23 @@ def _draw_lambdas(axes: "Axes", final: xr.Dataset, name: str, style: dict[str, A
     return values.ravel()
 
 
+def _draw_finals(axes: "Axes", panel: Panel, finals: Sequence[xr.Dataset], styles: Sequence[dict]) -> np.ndarray:
+    """Draws a panel's variables of every history, and its prediction, and returns what must fit in the panel."""
+    pairs = list(itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False)))
+    step = min(3, 8 / len(pairs))
+    drawn = [
+        _draw_lambdas(axes, final, name, style | {"linestyle": line}, shift=step * (i - (len(pairs) - 1) / 2))
+        for i, ((final, style), (name, line)) in enumerate(pairs)
+    ]
+    for final, style in zip(finals, styles, strict=True) if panel.predicted else ():
+        predicted = over_seeds(final[panel.predicted])[0]
+        look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "_", "markersize": 7}
+        axes.plot(final["weight_decay"].values, predicted, color=style["color"], **look)
+        # A floor of 0 must not squeeze what was measured: such a line leaves the panel below.
+        drawn.append(np.maximum(predicted, 0.2 * np.nanmin(drawn[0], initial=np.inf)))
+    return np.concatenate(drawn)
+
+
 def against_lambda(
     histories: dict[str, xr.Dataset], drawn_panels: Sequence[Panel], remark: str = ""
 ) -> tuple["Figure", list["Axes"]]:
@@ -164,20 +188,7 @@ def against_lambda(
     weight_decay = np.concatenate([final["weight_decay"].values for final in finals])
     for axes, panel in zip(all_axes, drawn_panels, strict=True):
         scale_x(axes, weight_decay, broken=True)
-        pairs = list(itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False)))
-        step = min(3, 8 / len(pairs))
-        drawn = [
-            _draw_lambdas(axes, final, name, style | {"linestyle": line}, shift=step * (i - (len(pairs) - 1) / 2))
-            for i, ((final, style), (name, line)) in enumerate(pairs)
-        ]
-        if panel.predicted:
-            for final, style in zip(finals, styles, strict=True):
-                predicted = over_seeds(final[panel.predicted])[0]
-                look = {"linestyle": "--", "linewidth": 1, "marker": "_", "markersize": 7}
-                axes.plot(final["weight_decay"].values, predicted, color=style["color"], **look)
-                # A floor of 0 must not squeeze what was measured: such a line leaves the panel below.
-                drawn.append(np.maximum(predicted, 0.2 * np.nanmin(drawn[0], initial=np.inf)))
-        finish(axes, panel, np.concatenate(drawn))
+        finish(axes, panel, _draw_finals(axes, panel, finals, styles))
     handles = [
         Line2D([], [], label=name + diverged(history), markersize=3.5, **style)
         for style, (name, history) in zip(styles, histories.items(), strict=True)

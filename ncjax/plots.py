@@ -86,9 +86,9 @@ def _write(figure: "Figure", path: Path) -> Path:
 def _load(workdir: Path) -> xr.Dataset:
     path = workdir / "history.nc"
     history = histories_on_disk.load(path)
-    missing = {*histories_on_disk.VOCABULARY, histories_on_disk.COSINES} - set(history.variables)
+    missing = histories_on_disk.missing(history)
     if missing:
-        raise InputError("history", str(path), f"lacks {', '.join(sorted(missing)[:3])}; is it one of ncjax's?")
+        raise InputError("history", str(path), f"lacks {missing}; is it one of ncjax's?")
     return history
 
 

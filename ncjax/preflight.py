@@ -26,14 +26,7 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
     config = configuration.validate(config)
     workdir = _check_workdir(workdir, config)
-    dataset = data.load(
-        config.data.name,
-        directory=config.data.dir,
-        per_class=config.data.per_class,
-        num_classes=config.data.num_classes,
-        input_scale=config.data.input_scale,
-        standardize=config.data.standardize,
-    )
+    dataset = load_data(config.data)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
         raise InputError(
@@ -43,6 +36,12 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
         )
     _make_workdir(workdir)
     return Plan(config, workdir, dataset, configuration.make_grid(config, dataset.num_classes))
+
+
+def load_data(settings: configuration.Config) -> data.Dataset:
+    """The data set of a config's `data` section, a ConfigDict or a dict."""
+    others = {name: value for name, value in settings.items() if name not in ("name", "dir")}
+    return data.load(settings["name"], directory=settings["dir"], **others)
 
 
 def _check_workdir(name: str | Path, config: configuration.Config) -> Path:

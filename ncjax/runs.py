@@ -16,11 +16,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Shaped
 
-from ncjax import checkpoint, models
+from ncjax import checkpoint, models, preflight
 from ncjax import config as configuration
 from ncjax import data as datasets
 from ncjax import history as histories
-from ncjax.errors import InputError
+from ncjax.errors import InputError, listed
 
 # Rows of a forward pass: however many images are given, no more memory than for these.
 _ROWS = 1024
@@ -162,7 +162,7 @@ def find(axes: Mapping[str, Sequence], coordinates: Mapping[str, Any]) -> Place:
     }
     for name, values in chosen.items():
         if len(values) > 1:
-            raise InputError("run", dict(coordinates), f"{name} is missing; name one of {_listed(axes[name])}")
+            raise InputError("run", dict(coordinates), f"{name} is missing; name one of {listed(axes[name])}")
     return next(place for place in places(axes) if all(v in chosen[name] for name, v in place.coordinates.items()))
 
 
@@ -172,12 +172,8 @@ def _nearest(name: str, values: Sequence, value: Any) -> float | int:
     except (TypeError, ValueError):
         same = []
     if not same:
-        raise InputError(name, value, f"the grid has {_listed(values)}")
+        raise InputError(name, value, f"the grid has {listed(values)}")
     return min(same, key=lambda v: abs(v - float(value)))
-
-
-def _listed(values: Sequence) -> str:
-    return ", ".join(f"{value:.10g}" for value in values)
 
 
 def slice_of(history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False) -> xr.Dataset:
@@ -216,8 +212,7 @@ def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]
 
 def load_data(config: Mapping[str, Any]) -> datasets.Dataset:
     """The data set of a parsed config.json."""
-    settings = {name: value for name, value in config["data"].items() if name not in ("name", "dir")}
-    return datasets.load(config["data"]["name"], directory=config["data"]["dir"], **settings)
+    return preflight.load_data(config["data"])
 
 
 def make_model(config: Mapping[str, Any], params: dict) -> nn.Module:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncjax.errors import InputError
+from ncjax.errors import InputError, listed
 
 if TYPE_CHECKING:
     from ncjax.workdir import Holdings
@@ -67,14 +67,14 @@ def parse_coordinates(text: str) -> dict[str, float]:
 
 
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
-    from ncjax import runs, workdir  # import JAX, which takes longer than to see that a flag is wrong
+    from ncjax import journal, runs, workdir  # import JAX, which takes longer than to see that a flag is wrong
 
     holdings = workdir.read(arguments.workdir.expanduser(), coordinates)
     measured, saved = _epochs(holdings, arguments.epoch)
     found = _describe(holdings, measured, saved)
     if arguments.export:
         if holdings.place is None:
-            several = [f"{name} = {_listed(values)}" for name, values in holdings.axes.items() if len(values) > 1]
+            several = [f"{name} = {listed(values)}" for name, values in holdings.axes.items() if len(values) > 1]
             raise InputError(
                 "--run", arguments.run, f"--export takes one run: give it one of each {'; '.join(several)}"
             )
@@ -87,7 +87,7 @@ def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
     if arguments.verify:
         found["verification"] = _verify(holdings, arguments.epoch)
     if arguments.json:
-        print(json.dumps(_strict(found)))
+        print(json.dumps(journal.strict(found)))
     else:
         _print(found, holdings, measured)
     return 1 if arguments.verify and not found["verification"]["passed"] else 0
@@ -100,19 +100,15 @@ def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | 
         return (holdings.measured or [None])[-1], (sound or [None])[-1]
     saved = [saved.epoch for saved in holdings.checkpoints]
     if epoch not in {*holdings.measured, *saved}:
-        way_out = f"measured were {_listed(holdings.measured)}; there are checkpoints of {_listed(saved)}"
+        way_out = f"measured were {listed(holdings.measured)}; there are checkpoints of {listed(saved)}"
         raise InputError("--epoch", epoch, way_out)
     return epoch if epoch in holdings.measured else None, epoch if epoch in saved else None
-
-
-def _listed(values: Sequence) -> str:
-    return ", ".join(f"{value:.10g}" for value in values) or "none"
 
 
 def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
     if epoch is None:
         return "there is no sound checkpoint"
-    return f"there is no checkpoint of epoch {epoch}; there are {_listed([s.epoch for s in holdings.checkpoints])}"
+    return f"there is no checkpoint of epoch {epoch}; there are {listed([s.epoch for s in holdings.checkpoints])}"
 
 
 def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
@@ -123,7 +119,7 @@ def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
     if not saved or (epoch is not None and epoch not in saved):
         raise InputError("--verify", str(holdings.workdir), _no_checkpoint(holdings, epoch))
     if epoch is not None and holdings.history is not None and epoch not in holdings.measured:
-        raise InputError("--epoch", epoch, f"it was not measured; measured were {_listed(holdings.measured)}")
+        raise InputError("--epoch", epoch, f"it was not measured; measured were {listed(holdings.measured)}")
     problems = [f"checkpoint {s.epoch}: {s.problem}" for s in holdings.checkpoints if s.problem]
     if holdings.history is None:
         problems.append(holdings.history_problem or "there is no history.nc")
@@ -187,15 +183,6 @@ def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | N
     return {"epoch": epoch, "coordinates": coordinates | {"epoch": epoch}, "variables": variables}
 
 
-def _strict(value: Any) -> Any:
-    """Without NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _strict(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -237,9 +224,9 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
     config, epochs, run = found["config"], found["epochs"], found["run"]
     sections = {name: _pairs(config[name]) for name in ("data", "model", "train")}
     sections["train"] += "".join(f", {name}={config[name]}" for name in ("loss", "targets", "units") if name in config)
-    swept = "; ".join(f"{name} = {_listed(values)}" for name, values in found["grid"].items())
+    swept = "; ".join(f"{name} = {listed(values)}" for name, values in found["grid"].items())
     one = ", ".join(f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "number")
-    of_epochs = f"{epochs['done']} of {epochs['asked']}, measured at {_listed(epochs['measured'])}"
+    of_epochs = f"{epochs['done']} of {epochs['asked']}, measured at {listed(epochs['measured'])}"
     software = ", ".join(f"{name} {version}" for name, version in found["versions"].items()) or "unknown"
     history = found["history"]
     state = "its checksum holds" if history["sealed"] else "no checksum lies beside it"

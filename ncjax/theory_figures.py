@@ -4,6 +4,7 @@ Every prediction is drawn with the condition it holds under. A history given to 
 but weight_decay and seed.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,14 +14,13 @@ import xarray as xr
 
 from ncjax import closed_forms, panels
 from ncjax.figures import setting_words
-from ncjax.history import RELAXED
+from ncjax.history import BUDGET_TERMS, RELAXED
 from ncjax.panels import Panel, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TERMS = ("theorem", "mean", "asymmetry", "within", "gradient")
 _TERM_WORDS = (
     r"theorem $\frac{t}{C}\dot M^{\top}$",
     r"mean $\frac{q}{C}1\mu_G^{\top}$",
@@ -44,11 +44,9 @@ _CLOCK_PANELS = (
         r"$|\Vert W_1\Vert^2-\Vert W_L\Vert^2|$, of its start",
         ("norm_imbalance",),
     ),
-    Panel(
-        "Equilibrium of the head", r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$", ("head",)
-    ),
-    Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",)),
-    Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
+    panels.HEAD_EQUILIBRIUM,
+    panels.NC3,
+    panels.NC1,
 )
 
 
@@ -74,7 +72,7 @@ _THEORY_PANELS = (
         ("head_norm_sq", "norm_target"),
         "predicted_head_norm_sq",
     ),
-    Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",), "nc3_floor"),
+    panels.NC3._replace(predicted="nc3_floor"),
     Panel("Angles of the head", r"mean of $|\cos+1/(C-1)|$", ("nc2_equiangular_head",), "predicted_equiangular_head"),
     Panel(
         "Error of the theorem as stated", r"$\Vert W_L-W_{\rm theorem}\Vert\,/\,\Vert W_L\Vert$", ("theorem_residual",)
@@ -101,7 +99,7 @@ def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
     )
     figure, all_axes = panels.against_lambda(decayed, _THEORY_PANELS, remark)
     low, high = all_axes[0].get_xlim()
-    for law, history, colour in zip(laws.values(), decayed.values(), panels.COLOURS, strict=False):
+    for law, history, colour in zip(laws.values(), decayed.values(), itertools.cycle(panels.COLOURS), strict=False):
         if law:
             weight_decay = np.geomspace(max(low, high / 1e6), high, 400)
             effective = float((history["effective_decay"] / history["weight_decay"]).mean())
@@ -155,13 +153,13 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     figure, (shares, norms) = panels.frame(2, "epoch", title)
     epochs = run["epoch"].values
     colours = (panels.COLOURS[0], panels.COLOURS[1], panels.COLOURS[2], panels.COLOURS[3], "0.7")
-    values = np.stack([panels.over_seeds(run[f"budget_{term}"])[0] for term in _TERMS])
+    values = np.stack([panels.over_seeds(run[f"budget_{term}"])[0] for term in BUDGET_TERMS])
     for sign in (1, -1):  # what adds to lambda W_L above the axis, what takes from it below
         part = np.where(np.isnan(values), 0, np.maximum(sign * values, 0)) * sign
         shares.stackplot(epochs, part, colors=colours, linewidth=0)
     shares.axhline(1, color="black", linewidth=0.8)
     handles = []
-    for term, words, colour in zip(_TERMS, _TERM_WORDS, colours, strict=True):
+    for term, words, colour in zip(BUDGET_TERMS, _TERM_WORDS, colours, strict=True):
         mean, least, greatest = panels.over_seeds(run[f"budget_{term}_norm"])
         handles += norms.plot(epochs, mean, color=colour, marker="o", markersize=1.5, linewidth=1, label=words)
         norms.fill_between(epochs, least, greatest, color=colour, alpha=0.15, linewidth=0)
@@ -213,15 +211,13 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
 
 def _draw_branches(axes: "Axes", law: Law) -> None:
     low, high = axes.get_xlim()
-    scale = law.greatest / closed_forms.spinodal(law.depth)
-    for branch, style in (("stable", "-"), ("unstable", ":")):
-        least = closed_forms.spinodal_margin(law.depth)
-        margin = np.linspace(least, 1 - 1e-6, 400) if branch == "stable" else np.linspace(0, least, 400)
-        axes.plot(
-            scale * closed_forms.relative_decay(margin, law.depth), margin, color="black", linestyle=style, linewidth=1
-        )
+    scale, least = closed_forms.scale(law.gamma, law.depth, law.setting), closed_forms.spinodal_margin(law.depth)
+    for margin, style in ((np.linspace(least, 1 - 1e-6, 400), "-"), (np.linspace(0, least, 400), ":")):
+        weight_decay = scale * closed_forms.relative_decay(margin, law.depth)
+        axes.plot(weight_decay, margin, color="black", linestyle=style, linewidth=1)
     if law.depth > 2:
-        axes.axvline(scale * closed_forms.equal_loss(law.depth), color="black", linestyle=":", linewidth=0.7)
+        equal_loss, _ = closed_forms.critical_decays(law.gamma, law.depth, law.setting)
+        axes.axvline(equal_loss, color="black", linestyle=":", linewidth=0.7)
     axes.set_xlim(low, high)
 
 

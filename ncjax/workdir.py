@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, evaluate, models, optim, runs, theory
+from ncjax import checkpoint, evaluate, experiment, models, parallel, runs, theory, train
 from ncjax import config as configuration
 from ncjax import history as histories
 from ncjax.checkpoint import Damaged, Facts
 from ncjax.errors import InputError
 from ncjax.files import write_atomically
-from ncjax.objective import Objective
 
 # Largest deviation of a number measured again, relative to what was recorded. Another program rounds otherwise.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
@@ -147,8 +146,8 @@ def _read_history(path: Path) -> tuple[xr.Dataset | None, str | None]:
         history = histories.load(path)
     except InputError as error:
         return None, str(error)
-    missing = {*histories.VOCABULARY, histories.COSINES} - set(history.variables)
-    return (None, f"history.nc lacks {', '.join(sorted(missing)[:3])}") if missing else (history, None)
+    missing = histories.missing(history)
+    return (None, f"history.nc lacks {missing}") if missing else (history, None)
 
 
 def _newest_facts(folder: Path) -> Facts | None:
@@ -202,16 +201,10 @@ def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
     size = sum(path.stat().st_size for path in (folder / str(epoch)).rglob("*") if path.is_file())
     parameters = []
     try:
-        crc32 = checkpoint.read_facts(folder, epoch).crc32
-        first = place.number if place else 0
-        wanted = slice(first, first + 1) if place else slice(None)
-        for name in crc32:
-            leaf = checkpoint.read_leaf(folder, epoch, name, wanted)
-            expected = crc32[name][first : first + len(leaf)]
-            found = checkpoint.checksums({name: leaf})[name]
-            wrong = [first + i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
-            if wrong:
-                raise Damaged(f"the checksum of {name} does not match in run {wrong[0]}")
+        facts = checkpoint.read_facts(folder, epoch)
+        wanted = slice(place.number, place.number + 1) if place else slice(None)
+        for name in facts.crc32:
+            leaf = checkpoint.read_leaf(folder, facts, name, wanted)
             if name.startswith("params."):
                 parameters.append(Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype)))
     except Damaged as damage:
@@ -263,26 +256,20 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def _make_measure(config: dict[str, Any]) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
-    """measure(params, coordinates): what `evaluate` gives of one run, and the modes of its outputs. Compiled once."""
+    """measure(params, coordinates): what a run records of its weights. Compiled once."""
     settings, dataset = configuration.from_json(json.dumps(config)), runs.load_data(config)
-    model = models.make(settings.model, dataset.num_classes, settings.train.precision)
-    objective = Objective(settings.loss, settings.targets)
-    with jax.enable_x64(True):
-        train, test = (evaluate.Split(*(jnp.asarray(a) for a in split)) for split in (dataset.train, dataset.test))
-        center, scale = (jnp.asarray(a, settings.train.precision) for a in (dataset.center, dataset.scale))
-        data = evaluate.Data(train, test, center, scale)
+    recipe = experiment.make_recipe(settings, dataset)
+    data = train.place_data(dataset, parallel.run_mesh(1), settings.train.precision)
 
     @jax.jit
-    def compiled(params: dict, weight_decay: jax.Array, momentum: jax.Array, data: evaluate.Data) -> dict:
-        effective = optim.effective_decay(settings.train.optimizer, settings.train.decay, weight_decay, momentum)
-        decayed = models.is_decayed(params, settings.model.head_bias)
-        measured = evaluate.evaluate(params, effective, data, model=model, decayed=decayed, objective=objective)
-        return measured | {"effective_decay": effective}
+    def compiled(params: dict, hyper: train.Hyper, data: evaluate.Data) -> dict:
+        effective = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
+        return train.measure(params, hyper, data, recipe) | {"effective_decay": effective}
 
     def measure(params: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
-            swept = [jnp.asarray(coordinates[name], data.center.dtype) for name in ("weight_decay", "momentum")]
-            values = jax.device_get(compiled(params, *swept, data))
+            hyper = train.Hyper(*(jnp.asarray(coordinates[name], data.center.dtype) for name in train.Hyper._fields))
+            values = jax.device_get(compiled(params, hyper, data))
         return values | {"mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))}
 
     return measure
@@ -295,7 +282,7 @@ def export(run: runs.Run, path: Path) -> None:
     coordinates are JSON in either.
     """
     tensors = {
-        ".".join(str(key.key) for key in at): np.ascontiguousarray(leaf)
+        checkpoint.leaf_name(at): np.ascontiguousarray(leaf)
         for at, leaf in jax.tree_util.tree_leaves_with_path(run.params)
     }
     metadata = {

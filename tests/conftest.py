@@ -5,6 +5,7 @@ pairs; they share no code and no algorithm with ncjax.
 """
 
 import os
+import shutil
 
 # Before JAX is imported: sharding is tested on two simulated devices.
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
@@ -45,6 +46,27 @@ def tfds_dir() -> str:
     if not (folder / "mnist").is_dir() or not (folder / "cifar10").is_dir():
         pytest.skip(f"no prepared MNIST and CIFAR-10 in {folder}; set TFDS_DATA_DIR")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """WORKDIR of a tiny sweep with checkpoints at epochs 4 and 6; not to be changed: see `copied`."""
+    from ncjax import experiment, preflight
+    from ncjax.config import default_config
+
+    config = default_config()
+    config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
+    config.model.widths, config.model.head_bias = (8, 8), "free"
+    config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
+    config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)
+    workdir = tmp_path_factory.mktemp("trained")
+    experiment.record(preflight.prepare(config, workdir))
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    return shutil.copytree(trained, tmp_path / "copy")
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

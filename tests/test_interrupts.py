@@ -142,14 +142,20 @@ def test_a_second_signal_exits_at_once(first, second):
     assert done.stderr == f"{first}: stopping after this chunk and a checkpoint; again: at once\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", EXIT_CODES)
-def test_the_command_stops_saves_and_continues_in_processes_of_its_own(signum, tmp_path):
+def signalled_process(signum, tmp_path):
+    """(WORKDIR of an uninterrupted run, WORKDIR, process in it that has just got a signal)."""
     reference, workdir = tmp_path / "reference", tmp_path / "run"
     chaos.finish(chaos.start(chaos.KILLED, reference, tmp_path))
     process = chaos.start(chaos.KILLED, workdir, tmp_path)
     chaos.wait_for_event(process, workdir, 12, "history.nc")
     process.send_signal(signum)
+    return reference, workdir, process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", EXIT_CODES)
+def test_the_command_stops_saves_and_continues_in_processes_of_its_own(signum, tmp_path):
+    reference, workdir, process = signalled_process(signum, tmp_path)
     _, err = chaos.finish(process, EXIT_CODES[signum])
     assert err.splitlines()[-2:] == [
         f"stopped by {signal.Signals(signum).name}; this continues:",
@@ -166,11 +172,7 @@ def test_the_command_stops_saves_and_continues_in_processes_of_its_own(signum, t
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", EXIT_CODES)
 def test_a_second_signal_leaves_a_workdir_that_continues(signum, tmp_path):
-    reference, workdir = tmp_path / "reference", tmp_path / "run"
-    chaos.finish(chaos.start(chaos.KILLED, reference, tmp_path))
-    process = chaos.start(chaos.KILLED, workdir, tmp_path)
-    chaos.wait_for_event(process, workdir, 12, "history.nc")
-    process.send_signal(signum)
+    reference, workdir, process = signalled_process(signum, tmp_path)
     process.stderr.readline()  # the first has been noted
     process.send_signal(signum)
     process.communicate(timeout=60)

@@ -51,9 +51,11 @@ ALLOWED = {
     "preflight": {"config", "data"},
     "experiment": "*",
     "main": {"config", "preflight", "experiment", "parallel"},
-    "runs": {"checkpoint", "config", "data", "history", "models"},
-    "workdir": {"checkpoint", "config", "evaluate", "history", "models", "objective", "optim", "runs", "theory"},
-    "show": {"history", "report", "runs", "workdir"},
+    "runs": {"checkpoint", "config", "data", "history", "models", "preflight"},
+    "workdir": {
+        *("checkpoint", "config", "evaluate", "experiment", "history", "models", "parallel", "runs", "theory", "train"),
+    },
+    "show": {"history", "journal", "report", "runs", "workdir"},
     "measure": {"collapse", "theory", "parallel"},
 }
 MODULES = sorted(PACKAGE.glob("*.py"))

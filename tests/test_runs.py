@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -15,33 +14,10 @@ import xarray as xr
 from conftest import ROOT
 
 import ncjax
-from ncjax import checkpoint, experiment, preflight, runs
-from ncjax.config import default_config
+from ncjax import checkpoint, runs
 from ncjax.errors import InputError
 
 RUN = {"weight_decay": 1e-3, "seed": 0}  # the third of the grid: number 2
-
-
-def train(workdir):
-    """A tiny sweep with checkpoints at epochs 4 and 6."""
-    config = default_config()
-    config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
-    config.model.widths, config.model.head_bias = (8, 8), "free"
-    config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
-    config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)
-    return experiment.record(preflight.prepare(config, workdir))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    train(workdir)
-    return workdir
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "copy")
 
 
 def whole_checkpoint(workdir, epoch):

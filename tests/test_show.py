@@ -9,23 +9,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 import xarray as xr
-from test_runs import flip, forge, train, whole_checkpoint
+from test_runs import flip, forge, whole_checkpoint
 
 from ncjax import history, show, workdir
 
 RUN = "--run=weight_decay=1e-3,seed=0"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    train(workdir)
-    return workdir
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "copy")
 
 
 @pytest.fixture

@@ -14,12 +14,10 @@ OPTIMIZERS = {
     "AdamW": {"sweep__weight_decay": (0.01, 0.1, 1.0, 3.0), "train__optimizer": "adamw", "sweep__learning_rate": 1e-3},
 }
 PANELS = (
-    Panel(
-        "Equilibrium of the head", r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$", ("head",)
-    ),
+    panels.HEAD_EQUILIBRIUM,
     Panel("Norm of the head (open: what balance asks)", r"$\Vert W_L\Vert_F^2$", ("head_norm_sq", "norm_target")),
-    Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",)),
-    Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
+    panels.NC3,
+    panels.NC1,
 )
 
 

@@ -11,8 +11,8 @@ PANELS = (
     Panel("NC2: distance of means to a simplex ETF", "etf_error", ("etf_error",)),
     Panel("NC2: spread of the head's angles", "std of cos", ("nc2_cosine_std_head",)),
     Panel("NC2: equal norms of means", "std / mean", ("nc2_equinorm_means",)),
-    Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
-    Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",)),
+    panels.NC1,
+    panels.NC3,
 )
 
 

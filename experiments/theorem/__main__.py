@@ -5,8 +5,9 @@ import numpy as np
 from configs import ufm
 from experiments import common
 from ncjax import panels
+from ncjax.history import BUDGET_TERMS
 
-TERMS = ("theorem", "mean", "asymmetry", "within", "gradient")
+TERMS = tuple(BUDGET_TERMS)
 
 
 def main() -> None:
