@@ -11,6 +11,7 @@ from rich.table import Table
 from configs import digits
 from ncjax import experiment, history, preflight, report
 from ncjax.config import Config
+from ncjax.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,14 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
     if not path.exists() or not history.load(path).equals(kept):  # the same numbers keep the file they have
         history.save(kept, path)
     return kept
+
+
+def load(variant: str) -> xr.Dataset:
+    """The history that `record` kept, or InputError."""
+    path = HISTORIES / f"{variant}.nc"
+    if not path.exists():
+        raise InputError("history", str(path.relative_to(REPO)), "it was not trained yet; --train does")
+    return history.load(path)
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -77,7 +86,7 @@ def over_seeds(values: xr.DataArray) -> str:
     return report.mean_and_sd(values.values)
 
 
-def save(figure: "Figure", name: str) -> None:
-    path = REPO / "experiments" / name / f"{name}.png"
+def save(figure: "Figure", name: str, stem: str = "") -> None:
+    path = REPO / "experiments" / name / f"{stem or name}.png"
     figure.savefig(path)
     print(f"figure: {path.relative_to(REPO)}")

@@ -154,19 +154,22 @@ def unfinished_in(folder: Path) -> list[int]:
 
 
 def read_run(folder: Path, epoch: int, run: int) -> dict:
-    """The parameters of one run, nested dicts of NumPy arrays, verified; reads no large leaf of the other runs."""
+    """The variables of one run's network, nested dicts of NumPy arrays: `params`, and other collections it has.
+
+    Verified; reads no large leaf of the other runs.
+    """
     facts = read_facts(folder, epoch)
-    params: dict = {}
+    variables: dict = {}
     for name in facts.crc32:
-        if not name.startswith("params."):
+        if not name.startswith(("params.", "model_state.")):
             continue
         leaf = read_leaf(folder, facts, name, slice(run, run + 1))
-        *path, last = name.split(".")[1:]
-        nested = params
+        *path, last = name.removeprefix("model_state.").split(".")
+        nested = variables
         for key in path:
             nested = nested.setdefault(key, {})
         nested[last] = leaf[0]
-    return params
+    return variables
 
 
 def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) -> np.ndarray:

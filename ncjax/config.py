@@ -94,8 +94,11 @@ SCHEMA: dict[str, Field] = {
         "must be True or False",
         lambda v: isinstance(v, bool),
     ),
-    "model.kind": _choice("mlp", "architecture"),
-    "model.widths": _each((128, 128, 128), "width of each hidden layer", *_WIDTHS),
+    "data.pad": _integer(0, "sides of images, filled up with a border of zeros (0: as they are)", 0),
+    "model.kind": _choice("mlp", "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head", "conv"),
+    "model.widths": _each((128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS),
+    "model.normalization": _choice("none", "batch: before every activation; no longer homogeneous", "batch"),
+    "model.norms": _choice("decayed", "scale and shift of normalization; free: trained but not decayed", "free"),
     "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
     "model.linear_head_depth": _integer(1, "layers after the last activation, the head among them", 1),
     "model.head_bias": _choice("none", "bias of the head; free: trained but not decayed", "free", "decayed"),
@@ -104,6 +107,7 @@ SCHEMA: dict[str, Field] = {
     "train.epochs": _integer(300, "passes over the training split", 1),
     "train.schedule_epochs": _integer(0, "length of the schedule (0: train.epochs); set it to train on later", 0),
     "train.batch_size": _integer(64, "examples per step (0: full batch)", 0),
+    "train.augment": _choice("none", "random 4-pixel crops of training images, and mirroring", "crop", "crop_flip"),
     "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
     "train.decay": _choice(
         "coupled", "lambda w joins the gradient, or (decoupled) the step after momentum", "decoupled"
@@ -189,6 +193,8 @@ def _check_combinations(config: Config) -> None:
         config.train.decay = "decoupled"
     if config.loss == "cross_entropy" and config.targets == "centered":
         raise InputError("config.targets", "centered", "cross-entropy needs one_hot")
+    if config.model.normalization == "batch" and config.model.kind != "conv":
+        raise InputError("config.model.normalization", "batch", "of convolutions alone; set config.model.kind=conv")
     depth, hidden = config.model.linear_head_depth, len(config.model.widths)
     if depth > 1 and config.model.activation == "linear":
         raise InputError("config.model.linear_head_depth", depth, "every layer is linear already; leave it 1")
@@ -222,7 +228,7 @@ def differences(config: Config, other: dict) -> list[str]:
 
     More epochs are no hindrance where the learning rate of those behind does not depend on them.
     """
-    mine, theirs = _flatten(from_json(to_json(config))), _flatten(config_dict.ConfigDict(other))
+    mine, theirs = (_flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
     fields = sorted(mine.keys() | theirs.keys())
     longer: Any = (theirs.get("train.epochs"), mine.get("train.epochs"))
     fixed = mine.get("train.schedule") == "constant" or mine.get("train.schedule_epochs")
@@ -240,7 +246,12 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    return config_dict.ConfigDict(json.loads(text))
+    """A config as it was written; a field younger than it has its default, which is what was done before."""
+    nested = json.loads(text)
+    for name, field in SCHEMA.items():
+        section, _, leaf = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested).setdefault(leaf, field.default)
+    return config_dict.ConfigDict(nested)
 
 
 def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:

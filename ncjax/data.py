@@ -60,6 +60,7 @@ def load(
     num_classes: int = 0,
     input_scale: float = 2.0,
     standardize: bool = False,
+    pad: int = 0,
 ) -> Dataset:
     """Loads, balances and measures a data set. Deterministic: the same arguments give the same arrays.
 
@@ -72,9 +73,11 @@ def load(
       num_classes: classes of `synthetic` and `identity`; 0: ten.
       input_scale: mean norm of a training input after centring each pixel.
       standardize: give each channel (last axis) mean 0 and variance 1 instead.
+      pad: height and width that images get by a border of zeros; 0: their own.
 
     Raises:
-      InputError: unknown or unprepared set, per_class beyond the smallest class, num_classes where the set decides.
+      InputError: unknown or unprepared set, per_class beyond the smallest class, num_classes where the set decides,
+        pad below the size of the images.
     """
     if name in ("synthetic", "identity"):
         make = _synthetic if name == "synthetic" else _identity
@@ -87,7 +90,7 @@ def load(
         if num_classes:
             raise InputError("config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes")
         raw = _embedded_digits() if name == "digits" else _tfds(name, directory)
-    train, test = _balance(raw, per_class)
+    train, test = (_padded(split, pad) for split in _balance(raw, per_class))
     if name == "identity":
         center, scale = np.zeros(train.images.shape[1:]), np.array(1.0)
     else:
@@ -155,6 +158,17 @@ def _first_of_each_class(split: Split, per_class: int) -> Split:
     starts = np.searchsorted(split.labels[by_class], np.arange(split.labels.max() + 1))
     chosen = by_class[(starts[:, None] + np.arange(per_class)).ravel()]
     return Split(split.images[chosen], split.labels[chosen])
+
+
+def _padded(split: Split, side: int) -> Split:
+    """Images (M, side, side, channels); of an odd border the larger half is below and to the right."""
+    shape = split.images.shape[1:]
+    if not side:
+        return split
+    if len(shape) != 3 or max(shape[:2]) > side:
+        raise InputError("config.data.pad", side, f"its examples have shape {shape}; pad images, to their size or more")
+    borders = [((side - size) // 2, side - size - (side - size) // 2) for size in shape[:2]]
+    return split._replace(images=np.pad(split.images, [(0, 0), *borders, (0, 0)]))
 
 
 def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,30 +53,34 @@ class _FirstPass(NamedTuple):
 
 
 def evaluate(
-    params: dict,
+    variables: dict,
     weight_decay: Float[Array, ""],
     data: Data,
     *,
-    model: nn.Module,
+    model: models.Network,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
 
     Args:
+      variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is then in eval mode.
       weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
 
     Returns:
       name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
       `class_mean_logits` (row c is W mu_c) of the training split. All in the type of the parameters. NaN throughout,
-      but for `finite`, where parameters or training loss are not finite.
+      but for `finite`, where parameters or training loss are not finite. NaN where batch normalization leaves no
+      meaning: `equilibrium_residual` of all layers but the head, `lemma2_residual`, `normalized_margin`.
     """
     with jax.default_matmul_precision("highest"):
+        params = variables["params"]
         names = models.layer_names(params)
         head = params["head"]["kernel"].T
 
         def first_pass(params: dict, images: Array, labels: Array) -> tuple[Array, tuple]:
-            return _first_pass(params, data.normalize(images), labels, model=model, objective=objective)
+            at = variables | {"params": params}
+            return _first_pass(at, data.normalize(images), labels, model=model, objective=objective)
 
         def with_gradient(images: Array, labels: Array) -> tuple:
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
@@ -90,7 +93,7 @@ def evaluate(
 
         def split_metrics(split, first, means, frame, held) -> tuple[dict[str, Array], collapse.Scatter]:
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
-                h, f = held if held else _forward(params, data.normalize(images), model)
+                h, f = held if held else _forward(variables, data.normalize(images), model)
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
                 return collapse.class_scatter(h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head), ()
 
@@ -113,23 +116,28 @@ def evaluate(
         lemma2 = _lemma2(params, gradients, train_sums, train["loss"], norms_sq, weight_decay, names, decayed)
         # An identity of the square loss alone.
         metrics["lemma2_residual"] = lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
+        if not model.is_homogeneous:
+            metrics |= {
+                name: jnp.full_like(metrics[name], jnp.nan) for name in ("lemma2_residual", "normalized_margin")
+            }
+            metrics["equilibrium_residual"] = metrics["equilibrium_residual"].at[:-1].set(jnp.nan)
         return _masked(metrics, params, train["loss"], head.dtype)
 
 
-def _forward(params: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
-    features = jnp.asarray(model.apply({"params": params}, x, method="features"))
-    return features, jnp.asarray(model.apply({"params": params}, features, method="logits"))
+def _forward(variables: dict, x: Array, model: models.Network) -> tuple[Array, Array]:
+    features = jnp.asarray(model.apply(variables, x, method="features"))
+    return features, jnp.asarray(model.apply(variables, features, method="logits"))
 
 
 def _first_pass(
-    params: dict, x: Array, labels: Array, *, model: nn.Module, objective: Objective
+    variables: dict, x: Array, labels: Array, *, model: models.Network, objective: Objective
 ) -> tuple[Array, tuple]:
     """Sum of the fit term over a batch, differentiable; then the sums that need no class means, and (h, f)."""
-    features, outputs = _forward(params, x, model)
+    features, outputs = _forward(variables, x, model)
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
     fit = jnp.sum(valid * objective.fit(outputs, y))
-    bias = params["head"].get("bias")
+    bias = variables["params"]["head"].get("bias")
     logits = outputs if bias is None else outputs - bias[None]
     sums = _FirstPass(
         collapse.class_sums(features, residuals, labels),

@@ -96,6 +96,8 @@ def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
         objective=Objective(config.loss, config.targets),
         optimizer=config.train.optimizer,
         decay=config.train.decay,
+        norms=config.model.norms,
+        augment=config.train.augment,
         adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
     )
 
@@ -257,12 +259,20 @@ def _measured_epochs(config) -> set[int]:
 def _headline(sweep: _Sweep) -> str:
     grid, dataset = sweep.plan.grid, sweep.plan.dataset
     shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
-    inputs = int(np.prod(dataset.train.images.shape[1:]))
-    widths = "-".join(map(str, (inputs, *sweep.recipe.model.widths, dataset.num_classes)))
     return (
-        f"{grid.size} runs ({shape}) of {widths} on {sweep.plan.config.data.name}: {len(dataset.train.labels):,} "
-        f"training and {len(dataset.test.labels):,} test examples, {sweep.mesh.size} {_device()} devices"
+        f"{grid.size} runs ({shape}) of {_network(sweep)} on {sweep.plan.config.data.name}: "
+        f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test examples, "
+        f"{sweep.mesh.size} {_device()} devices"
     )
+
+
+def _network(sweep: _Sweep) -> str:
+    """784-512-512-10, or 32x32x3-32-64-10 (conv, batch norm)."""
+    model, image = sweep.plan.config.model, sweep.plan.dataset.center.shape
+    inputs = "x".join(map(str, image)) if model.kind == "conv" else int(np.prod(image))
+    words = [model.kind] * (model.kind != "mlp") + ["batch norm"] * (model.normalization == "batch")
+    layers = "-".join(map(str, (inputs, *model.widths, sweep.plan.dataset.num_classes)))
+    return layers + (f" ({', '.join(words)})" if words else "")
 
 
 def _device() -> str:

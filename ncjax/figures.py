@@ -23,7 +23,7 @@ _MOST_LABELLED_CLASSES = 30
 _NORMS = ("nc2_equinorm_means", "nc2_equinorm_head")
 _ANGLES = ("nc2_equiangular_means", "nc2_equiangular_head")
 _PREDICTED = "dashed: NC3 and the head's angles of a symmetric solution at equilibrium with the same mean outputs"
-_PANELS = (
+PANELS = (
     panels.NC1,
     Panel("NC2: equal norms (solid: means, dotted: head)", "std / mean over classes", _NORMS),
     Panel(
@@ -40,7 +40,7 @@ _PANELS = (
 
 def collapse_against_epoch(history: xr.Dataset) -> "Figure":
     """NC1 to NC4 and the error while training, a colour per weight decay."""
-    return panels.against(panels.one_per_lambda(history), _PANELS, ", ".join(setting_words(history)))
+    return panels.against(panels.one_per_lambda(history), PANELS, ", ".join(setting_words(history)))
 
 
 def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
@@ -50,12 +50,12 @@ def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
         run = panels.training(history).isel(weight_decay=most_collapsed(history))
         label = rf"{name}, $\lambda$ = {number(run['weight_decay'].item())}{panels.diverged(run)}"
         curves.append(Curve(label, colour, "-", run))
-    return panels.against(curves, _PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
+    return panels.against(curves, PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
 
 
 def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
     """NC1 to NC4 and the error at the last epoch, with what theory has to say of them."""
-    return panels.against_lambda(histories, _PANELS, _PREDICTED)[0]
+    return panels.against_lambda(histories, PANELS, _PREDICTED)[0]
 
 
 def class_mean_cosines(history: xr.Dataset) -> "Figure":

@@ -253,6 +253,7 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     axes.set_title(panel.title, size=SIZE)
     axes.set_ylabel(panel.label, size=SIZE)
     positive = values[values > 0]
+    axes.set_autoscaley_on(False)  # it sees lines moved by points elsewhere than where they are drawn
     # Twelve decades hold what means anything; what lies below is drawn with the zeros.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
     if positive.size and values[np.isfinite(values)].min() < least:

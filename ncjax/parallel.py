@@ -55,12 +55,15 @@ def replicate(tree: T, mesh: Mesh) -> T:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def group_sizes(runs_per_device: int, platform: str) -> tuple[int, int]:
+def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[int, int]:
     """Runs that (train, are measured) side by side on one device; the groups follow one another.
 
     An accelerator takes all at once. A CPU core trains two to four, which turns a layer into one batched matmul and
-    still keeps the weights in cache, and measures one, whose batches are larger (docs/performance.md).
+    still keeps the weights in cache, and measures one, whose batches are larger; of convolutional networks it trains
+    one too, whose patches fill the cache (docs/performance.md).
     """
     if platform != "cpu":
         return runs_per_device, runs_per_device
+    if convolves:
+        return 1, 1
     return next((g for g in (2, 3, 4) if runs_per_device % g == 0), runs_per_device), 1

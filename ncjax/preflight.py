@@ -34,6 +34,7 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
             config.train.batch_size,
             f"the training split has {train_size} examples; take fewer, or 0 for full batch",
         )
+    _check_images(config, dataset)
     _make_workdir(workdir)
     return Plan(config, workdir, dataset, configuration.make_grid(config, dataset.num_classes))
 
@@ -42,6 +43,16 @@ def load_data(settings: configuration.Config) -> data.Dataset:
     """The data set of a config's `data` section, a ConfigDict or a dict."""
     others = {name: value for name, value in settings.items() if name not in ("name", "dir")}
     return data.load(settings["name"], directory=settings["dir"], **others)
+
+
+def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
+    """Convolutions and random crops are of images (height, width, channels)."""
+    shape = dataset.center.shape
+    for field, needs in (("model.kind", "conv"), ("train.augment", "crop")):
+        section, leaf = field.split(".")
+        if config[section][leaf].startswith(needs) and len(shape) != 3:
+            way_out = f"{config.data.name} has examples of shape {shape}; it needs images (height, width, channels)"
+            raise InputError(f"config.{field}", config[section][leaf], way_out)
 
 
 def _check_workdir(name: str | Path, config: configuration.Config) -> Path:

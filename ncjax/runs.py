@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,16 +36,21 @@ class Run:
       epoch: of its weights.
       coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
       config: of the whole sweep, as in config.json; the checkpoint's own copy.
-      model: the flax module: `model.apply({"params": params}, run.normalize(images))`.
-      params: nested dicts of NumPy arrays, kernels (in, out).
+      model: the flax module: `model.apply(run.variables, run.normalize(images))`.
+      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch normalization.
     """
 
     workdir: Path
     epoch: int
     coordinates: dict[str, float | int]
     config: dict[str, Any] = field(repr=False)
-    model: nn.Module
-    params: dict = field(repr=False)
+    model: models.Network
+    variables: dict = field(repr=False)
+
+    @property
+    def params(self) -> dict:
+        """Its weights, layer by layer: kernels (in, out), of convolutions (3, 3, in, out)."""
+        return self.variables["params"]
 
     @functools.cached_property
     def dataset(self) -> datasets.Dataset:
@@ -83,13 +87,13 @@ class Run:
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
         # As it was measured; and a float64 network stays one.
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-            outputs = [_apply(self.model, method, self.params, self.normalize(part)) for part in parts]
+            outputs = [_apply(self.model, method, self.variables, self.normalize(part)) for part in parts]
             return np.concatenate([np.asarray(output) for output in outputs])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: nn.Module, method: str, params: dict, x: jax.Array) -> jax.Array:
-    return jnp.asarray(model.apply({"params": params}, x, method=method))
+def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) -> jax.Array:
+    return jnp.asarray(model.apply(variables, x, method=method))
 
 
 def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
@@ -118,7 +122,7 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
         try:
             facts = checkpoint.read_facts(folder, candidate)
             place = find(facts.axes, coordinates)
-            params = checkpoint.read_run(folder, candidate, place.number)
+            variables = checkpoint.read_run(folder, candidate, place.number)
         except checkpoint.Damaged as damage:
             if epoch is not None:
                 raise InputError("epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
@@ -128,8 +132,8 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
         if changed:
             line = f"config.json in {workdir} is not used, the checkpoint has another: {'; '.join(changed)}"
             warnings.warn(line, stacklevel=2)
-        model = make_model(facts.config, params)
-        return Run(workdir, candidate, place.coordinates, facts.config, model, params)
+        model = make_model(facts.config, variables["params"])
+        return Run(workdir, candidate, place.coordinates, facts.config, model, variables)
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
 
 
@@ -215,7 +219,7 @@ def load_data(config: Mapping[str, Any]) -> datasets.Dataset:
     return preflight.load_data(config["data"])
 
 
-def make_model(config: Mapping[str, Any], params: dict) -> nn.Module:
+def make_model(config: Mapping[str, Any], params: dict) -> models.Network:
     """The network of a parsed config.json; its head says how many classes there are."""
     settings = configuration.from_json(json.dumps(config))
     return models.make(settings.model, params["head"]["kernel"].shape[-1], settings.train.precision)

@@ -1,9 +1,8 @@
 """The compiled program: every run of a grid, trained and measured at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from ncjax import models, optim, parallel
+from ncjax.augment import augment
 from ncjax.data import Dataset
 from ncjax.evaluate import Data, Split, evaluate
 from ncjax.objective import Objective
@@ -31,8 +31,14 @@ class RunState(NamedTuple):
     """What training changes. Stacked over runs, every leaf gains a leading axis."""
 
     params: dict
+    model_state: dict  # other collections of the network: `batch_stats` of batch normalization
     opt_state: optax.OptState
     epoch: Int[Array, ""]
+
+    @property
+    def variables(self) -> dict:
+        """What flax applies the network to."""
+        return {"params": self.params, **self.model_state}
 
 
 class Recipe(NamedTuple):
@@ -41,15 +47,17 @@ class Recipe(NamedTuple):
     Attributes:
       model: the network.
       head_bias: none, free or decayed.
+      norms: scales and shifts of batch normalization: decayed or free.
       objective: loss and targets.
       optimizer, decay, adam_eps: see `optim.make_optimizer`.
       schedule: of the learning rate, see `optim.schedule_shape`.
       batch_size: examples per step; 0 is full batch. A partial last batch is dropped.
       epochs: length of the schedule.
       train_size: NC.
+      augment: none, crop or crop_flip.
     """
 
-    model: nn.Module
+    model: models.Network
     head_bias: str
     schedule: str
     batch_size: int
@@ -59,6 +67,8 @@ class Recipe(NamedTuple):
     optimizer: str = "sgd"
     decay: str = "coupled"
     adam_eps: float = 1e-8
+    norms: str = "decayed"
+    augment: str = "none"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,11 +81,14 @@ class Recipe(NamedTuple):
             hyper.weight_decay,
             hyper.learning_rate,
             hyper.momentum,
-            decayed=models.is_decayed(params, self.head_bias),
+            decayed=self.decayed(params),
             schedule=self.schedule,
             total_steps=self.epochs * self.steps_per_epoch,
             adam_eps=self.adam_eps,
         )
+
+    def decayed(self, params: dict) -> dict:
+        return models.is_decayed(params, self.head_bias, self.norms)
 
     def effective_decay(self, weight_decay: optim.Numbers, momentum: optim.Numbers) -> optim.Numbers:
         return optim.effective_decay(self.optimizer, self.decay, weight_decay, momentum)
@@ -83,9 +96,12 @@ class Recipe(NamedTuple):
 
 def init_run(key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Array, "1 *image"]) -> RunState:
     """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never on lambda."""
-    params = recipe.model.init(key, inputs)["params"]
-    params = jax.tree.map(lambda leaf: leaf * hyper.init_scale.astype(leaf.dtype), params)
-    return RunState(params, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32))
+    model_state = dict(recipe.model.init(key, inputs))
+    params = model_state.pop("params")
+    for layer in models.layer_names(params):
+        kernel = params[layer]["kernel"]
+        params[layer] |= {"kernel": kernel * hyper.init_scale.astype(kernel.dtype)}
+    return RunState(params, model_state, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32))
 
 
 def batch_indices(key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe) -> Int[Array, "steps B"]:
@@ -101,37 +117,45 @@ def batch_indices(key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe) ->
     return order[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
 
 
-def train_step(state: RunState, index: Int[Array, " B"], hyper: Hyper, data: Data, recipe: Recipe) -> RunState:
-    """One step of the optimizer on the examples `index`."""
+def train_step(
+    state: RunState, index: Int[Array, " B"], key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe
+) -> RunState:
+    """One step of the optimizer on the examples `index`; `key` decides how they are augmented."""
+    images, labels = augment(recipe.augment, key, data.train.images[index]), data.train.labels[index]
 
-    def fit(params: dict) -> Float[Array, ""]:
-        outputs = jnp.asarray(recipe.model.apply({"params": params}, data.normalize(data.train.images[index])))
-        y = recipe.objective.target(data.train.labels[index], outputs.shape[1], outputs.dtype)
-        return jnp.mean(recipe.objective.fit(outputs, y))
+    def fit(params: dict) -> tuple[Float[Array, ""], dict]:
+        variables, noted = {"params": params, **state.model_state}, list(state.model_state)
+        outputs, model_state = recipe.model.apply(variables, data.normalize(images), train=True, mutable=noted)
+        outputs = jnp.asarray(outputs)
+        y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
+        return jnp.mean(recipe.objective.fit(outputs, y)), dict(model_state)
 
-    updates, opt_state = recipe.make_tx(hyper, state.params).update(
-        jax.grad(fit)(state.params), state.opt_state, state.params
-    )
-    return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    gradients, model_state = jax.grad(fit, has_aux=True)(state.params)
+    updates, opt_state = recipe.make_tx(hyper, state.params).update(gradients, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    return RunState(params, model_state, opt_state, state.epoch)
 
 
 def train_epoch(state: RunState, key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe) -> RunState:
-    state, _ = lax.scan(
-        lambda state, index: (train_step(state, index, hyper, data, recipe), None),
-        state,
-        batch_indices(key, state.epoch, recipe),
-    )
+    epoch_key = jax.random.fold_in(key, state.epoch)
+
+    def step(state: RunState, batch: tuple[Array, Array]) -> tuple[RunState, None]:
+        number, index = batch
+        return train_step(state, index, jax.random.fold_in(epoch_key, number), hyper, data, recipe), None
+
+    indices = batch_indices(key, state.epoch, recipe)
+    state, _ = lax.scan(step, state, (jnp.arange(len(indices), dtype=jnp.uint32), indices))
     return state._replace(epoch=state.epoch + 1)
 
 
-def measure(params: dict, hyper: Hyper, data: Data, recipe: Recipe) -> dict[str, Array]:
+def measure(variables: dict, hyper: Hyper, data: Data, recipe: Recipe) -> dict[str, Array]:
     """`evaluate` of one run, at the lambda that its optimizer seeks the critical points of."""
     return evaluate(
-        params,
+        variables,
         recipe.effective_decay(hyper.weight_decay, hyper.momentum),
         data,
         model=recipe.model,
-        decayed=models.is_decayed(params, recipe.head_bias),
+        decayed=recipe.decayed(variables["params"]),
         objective=recipe.objective,
     )
 
@@ -150,19 +174,20 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
         def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
             return lax.fori_loop(0, n_epochs, lambda _, state: train_epoch(state, key, hyper, data, recipe), state)
 
-        def measure_run(params: dict, hyper: Hyper) -> dict[str, Array]:
-            return measure(params, hyper, data, recipe)
+        def measure_run(variables: dict, hyper: Hyper) -> dict[str, Array]:
+            return measure(variables, hyper, data, recipe)
 
-        train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform)
+        convolves = isinstance(recipe.model, models.HomogeneousConvNet)
+        train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform, convolves)
         states = _in_groups(train_run, train_group, states, keys, hyper)
 
-        def measure_all(params: dict) -> dict[str, Array]:
-            return _in_groups(measure_run, measure_group, params, hyper)
+        def measure_all(variables: dict) -> dict[str, Array]:
+            return _in_groups(measure_run, measure_group, variables, hyper)
 
-        def skip(params: dict) -> dict[str, Array]:
-            return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(measure_all, params))
+        def skip(variables: dict) -> dict[str, Array]:
+            return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(measure_all, variables))
 
-        return states, lax.cond(measured, measure_all, skip, states.params)
+        return states, lax.cond(measured, measure_all, skip, states.variables)
 
     by_run, everywhere = PartitionSpec("run"), PartitionSpec()
     sharded = jax.shard_map(

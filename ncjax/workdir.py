@@ -209,7 +209,7 @@ def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
                 parameters.append(Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype)))
     except Damaged as damage:
         return Saved(epoch, size, str(damage), parameters)
-    order = models.layer_names(dict.fromkeys(p.name.partition(".")[0] for p in parameters))
+    order = models.part_names(dict.fromkeys(p.name.partition(".")[0] for p in parameters))
     return Saved(epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0])))
 
 
@@ -256,20 +256,20 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def _make_measure(config: dict[str, Any]) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
-    """measure(params, coordinates): what a run records of its weights. Compiled once."""
+    """measure(variables, coordinates): what a run records of its network. Compiled once."""
     settings, dataset = configuration.from_json(json.dumps(config)), runs.load_data(config)
     recipe = experiment.make_recipe(settings, dataset)
     data = train.place_data(dataset, parallel.run_mesh(1), settings.train.precision)
 
     @jax.jit
-    def compiled(params: dict, hyper: train.Hyper, data: evaluate.Data) -> dict:
+    def compiled(variables: dict, hyper: train.Hyper, data: evaluate.Data) -> dict:
         effective = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
-        return train.measure(params, hyper, data, recipe) | {"effective_decay": effective}
+        return train.measure(variables, hyper, data, recipe) | {"effective_decay": effective}
 
-    def measure(params: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
             hyper = train.Hyper(*(jnp.asarray(coordinates[name], data.center.dtype) for name in train.Hyper._fields))
-            values = jax.device_get(compiled(params, hyper, data))
+            values = jax.device_get(compiled(variables, hyper, data))
         return values | {"mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))}
 
     return measure
@@ -283,13 +283,14 @@ def export(run: runs.Run, path: Path) -> None:
     """
     tensors = {
         checkpoint.leaf_name(at): np.ascontiguousarray(leaf)
-        for at, leaf in jax.tree_util.tree_leaves_with_path(run.params)
+        for collection in run.variables.values()  # of batch normalization: its scale, bias, mean and var
+        for at, leaf in jax.tree_util.tree_leaves_with_path(collection)
     }
     metadata = {
         "config": json.dumps(run.config),
         "coordinates": json.dumps(run.coordinates),
         "epoch": str(run.epoch),
-        "layout": "kernels are (in, out); inputs are normalized by the statistics of the training split",
+        "layout": "kernels are (in, out) or (3, 3, in, out); normalize inputs by the statistics of the training split",
     }
     if path.suffix == ".safetensors":
         import safetensors.numpy
