@@ -16,24 +16,24 @@ from rich.table import Table
 from benchmarks.noise import noise
 from ncjax import models, parallel, train
 
-# widths, inputs, runs, batch size, training examples
+# widths, shape of an input, runs, batch size, training examples
 CASES = {
-    "64-128-128-128-10": ((128, 128, 128), 64, 18, 64, 1450),
-    "784-512-512-512-10": ((512, 512, 512), 784, 16, 128, 2048),
-    "784-2048-2048-10": ((2048, 2048), 784, 4, 128, 1024),
+    "64-128-128-128-10": ((128, 128, 128), (64,), 18, 64, 1450),
+    "784-512-512-512-10": ((512, 512, 512), (784,), 16, 128, 2048),
+    "784-2048-2048-10": ((2048, 2048), (784,), 4, 128, 1024),
+    "32x32x3-32-64-128-256-10": ((32, 64, 128, 256), (32, 32, 3), 8, 128, 640),
 }
 
 
 def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tuple[float, float]:
     """Median seconds of (an epoch, a measurement) of all runs."""
-    widths, inputs, runs, batch_size, examples = CASES[name]
-    dataset = noise(inputs, examples, examples // 5)
+    widths, image, runs, batch_size, examples = CASES[name]
+    dataset = noise(image, examples, examples // 5)
     mesh = jax.make_mesh(
         (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
     )
-    recipe = train.Recipe(
-        models.HomogeneousMLP(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels)
-    )
+    network = models.HomogeneousMLP if len(image) == 1 else models.HomogeneousConvNet
+    recipe = train.Recipe(network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels))
     columns = {"weight_decay": [1e-3], "learning_rate": [0.05], "momentum": [0.9], "init_scale": [1.0]}
     columns = {key: values * runs for key, values in columns.items()} | {"seed": list(range(runs))}
     arrays = train.place_data(dataset, mesh, "float32")

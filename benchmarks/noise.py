@@ -5,15 +5,15 @@ import numpy as np
 from ncjax import data
 
 
-def noise(inputs: int, train_size: int, test_size: int, num_classes: int = 10) -> data.Dataset:
+def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10) -> data.Dataset:
     """uint8 noise, normalized as `data.load` would: pixels centred, mean input norm 2."""
     rng = np.random.default_rng(0)
 
     def split(size: int) -> data.Split:
         labels = (np.arange(size) % num_classes).astype(np.int32)
-        return data.Split(rng.integers(0, 256, (size, inputs), dtype=np.uint8), labels)
+        return data.Split(rng.integers(0, 256, (size, *image), dtype=np.uint8), labels)
 
     train, test = split(train_size), split(test_size)
     center = train.images.mean(0)
-    scale = np.array(2 / np.linalg.norm(train.images - center, axis=1).mean())
+    scale = np.array(2 / np.linalg.norm((train.images - center).reshape(train_size, -1), axis=1).mean())
     return data.Dataset(train, test, center, scale, tuple(map(str, range(num_classes))))

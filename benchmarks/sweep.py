@@ -15,14 +15,16 @@ Whoever trains one run at a time goes on with the same weights for the next run,
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,24 +45,32 @@ except ImportError:
 
 REPO = Path(__file__).resolve().parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CLASSES = 10
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-3
 # Okabe & Ito's colours, safe for the colour-blind.
 COLORS = {"sweep": "#0072B2", "one at a time": "#56B4E9", "pytorch": "#D55E00", "pytorch x cores": "#E69F00"}
 MARKERS = {"sweep": "o", "one at a time": "s", "pytorch": "^", "pytorch x cores": "v"}
+# Threads, whether compiled, and the layout of images (others have one).
 VARIANTS = {
-    "eager, all cores": (CORES, False),
-    "eager, 1 thread": (1, False),
-    "torch.compile, all cores": (CORES, True),
+    "eager, all cores": (CORES, False, "channels_last"),
+    "eager, all cores, channels first": (CORES, False, "contiguous_format"),
+    "eager, 1 thread": (1, False, "channels_last"),
+    "torch.compile, all cores": (CORES, True, "channels_last"),
 }
 
 
 class Network(NamedTuple):
-    """An MLP without biases. `samples`: how many a timed call trains on, over all runs; a second or two of work."""
+    """Without biases; of images (H, W, channels) a convolutional one.
 
-    sizes: tuple[int, ...]
+    `samples`: how many a timed call trains on, over all runs; a second or two of work.
+    """
+
+    image: tuple[int, ...]
+    widths: tuple[int, ...]
     batch: int
     examples: int
     samples: int
+    batch_norm: bool = False
 
     def epochs(self, runs: int) -> int:
         return max(1, round(self.samples / (runs * self.samples_per_epoch)))
@@ -72,21 +82,41 @@ class Network(NamedTuple):
     @property
     def flops(self) -> int:
         """Executed per sample: forward and both gradients, except that the input needs no gradient."""
-        weights = [a * b for a, b in zip(self.sizes[:-1], self.sizes[1:], strict=True)]
-        return 6 * sum(weights) - 2 * weights[0]
+        products = list(self.products())
+        return 6 * sum(products) - 2 * products[0]
+
+    @property
+    def convolves(self) -> bool:
+        return len(self.image) == 3
+
+    @property
+    def model(self) -> models.Network:
+        convolutional = models.BatchNormConvNet if self.batch_norm else models.HomogeneousConvNet
+        return (convolutional if self.convolves else models.HomogeneousMLP)(self.widths, CLASSES)
+
+    def products(self) -> Iterator[int]:
+        """Multiplications of each layer, per example."""
+        *sides, width = self.image
+        for next_width in self.widths:
+            sides = [-(-side // 2) for side in sides]
+            yield (9 if self.convolves else 1) * width * next_width * math.prod(sides)
+            width = next_width
+        yield width * math.prod(sides) * CLASSES
 
 
 NETWORKS = {
-    "64-128-128-128-10": Network((64, 128, 128, 128, 10), 64, 1450, 600_000),
-    "784-512-512-512-10": Network((784, 512, 512, 512, 10), 128, 1024, 65_536),
-    "784-2048-2048-10": Network((784, 2048, 2048, 10), 128, 1024, 16_384),
+    "64-128-128-128-10": Network((64,), (128, 128, 128), 64, 1450, 600_000),
+    "784-512-512-512-10": Network((784,), (512, 512, 512), 128, 1024, 65_536),
+    "784-2048-2048-10": Network((784,), (2048, 2048), 128, 1024, 16_384),
+    "32x32x3-32-64-128-256-10": Network((32, 32, 3), (32, 64, 128, 256), 128, 1024, 16_384),
 }
 # A measurement is compared with an epoch of this many (runs, training, test examples): digits' default sweep, MNIST, a
-# fifth of MNIST.
+# fifth of MNIST, a tenth of CIFAR-10.
 MEASURED = {
     "64-128-128-128-10": (18, 1450, 347),
     "784-512-512-512-10": (4, 60_000, 10_000),
     "784-2048-2048-10": (2, 12_000, 2_000),
+    "32x32x3-32-64-128-256-10": (4, 5_000, 1_000),
 }
 
 
@@ -103,9 +133,8 @@ class Program(NamedTuple):
 def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Program:
     """The sweep's program for `runs` runs, and its first states."""
     mesh = parallel.run_mesh(runs)
-    model = models.HomogeneousMLP(network.sizes[1:-1], network.sizes[-1])
-    recipe = train.Recipe(model, "none", "constant", network.batch, 1, train_size)
-    data = train.place_data(noise(network.sizes[0], train_size, test_size), mesh, "float32")
+    recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, train_size)
+    data = train.place_data(noise(network.image, train_size, test_size), mesh, "float32")
     constant = {"weight_decay": WEIGHT_DECAY, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "init_scale": 1.0}
     columns = {name: [value] * runs for name, value in constant.items()} | {"seed": list(range(runs))}
     return Program(train.make_advance(recipe, mesh), lambda: train.start(recipe, mesh, columns, data), data)
@@ -128,21 +157,25 @@ def jax_contender(network: Network, per_call: int, calls: int) -> Callable[[int]
 
 
 class TorchLoop:
-    """A tuned loop: inputs normalized and targets one-hot beforehand, one shuffled copy per epoch, fused SGD."""
+    """A tuned loop: inputs normalized and targets one-hot beforehand, one shuffled copy per epoch, fused SGD.
 
-    def __init__(self, network: Network, threads: int, compile_it: bool) -> None:
+    Of images, in the layout of `VARIANTS` (channels_last or PyTorch's own).
+    """
+
+    def __init__(self, network: Network, threads: int, compile_it: bool, layout: str) -> None:
         torch.manual_seed(0)
         self.network, self.threads = network, threads
-        pairs = zip(network.sizes[:-1], network.sizes[1:], strict=True)
-        layers = [module for a, b in pairs for module in (torch.nn.Linear(a, b, bias=False), torch.nn.ReLU())][:-1]
-        self.net = torch.nn.Sequential(*layers)
+        layout = getattr(torch, layout)
+        self.net = torch_network(network)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
         )
-        data = noise(network.sizes[0], network.examples, network.batch)
-        inputs = (data.train.images - data.center) * data.scale
-        self.inputs = torch.from_numpy(inputs.astype(np.float32))
-        self.targets = torch.eye(network.sizes[-1])[torch.from_numpy(data.train.labels).long()]
+        data = noise(network.image, network.examples, network.batch)
+        self.inputs = torch.from_numpy(((data.train.images - data.center) * data.scale).astype(np.float32))
+        if network.convolves:
+            self.net.to(memory_format=layout)
+            self.inputs = self.inputs.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        self.targets = torch.eye(CLASSES)[torch.from_numpy(data.train.labels).long()]
         self.loss = torch.compile(self.square_loss) if compile_it else self.square_loss
 
     def square_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -160,6 +193,15 @@ class TorchLoop:
                 self.optimizer.step()
 
 
+def torch_network(network: Network) -> torch.nn.Sequential:
+    layers: list[torch.nn.Module] = []
+    for a, b in pairwise((network.image[-1], *network.widths)):
+        layer = torch.nn.Conv2d(a, b, 3, 2, 1, bias=False) if network.convolves else torch.nn.Linear(a, b, bias=False)
+        layers += [layer, *[torch.nn.BatchNorm2d(b)] * network.batch_norm, torch.nn.ReLU()]
+    features = list(network.products())[-1] // CLASSES
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(features, CLASSES, bias=False))
+
+
 def best_variant(network: Network, names: list[str]) -> tuple[str, dict[str, float]]:
     """The fastest of the named `VARIANTS`, and the samples/s of each: the best of three short trials."""
     epochs = max(1, network.epochs(1) // 4)
@@ -172,7 +214,7 @@ def best_variant(network: Network, names: list[str]) -> tuple[str, dict[str, flo
 
 
 def _serve(pipe, network: Network) -> None:
-    loop = TorchLoop(network, 1, False)
+    loop = TorchLoop(network, 1, False, "channels_last")
     while epochs := pipe.recv():
         loop(epochs)
         pipe.send(None)
@@ -198,16 +240,17 @@ def torch_processes(network: Network, runs: int) -> Callable[[int], None]:
     return run
 
 
-def check_same_step() -> None:
+def check_same_step(network: Network) -> None:
     """Asserts that JAX and PyTorch, from the same weights, reach the same regularized loss in three steps."""
-    network = Network((64, 32, 32, 10), 60, 60, 60)  # one batch is all examples, so that their order does not matter
     advance, start, data = compiled(network, 1, 60, 60)
     states, keys, hyper = start()
-    loop = TorchLoop(network, 1, False)
+    loop = TorchLoop(network, 1, False, "channels_last")
     kernels = [np.array(states.params[name]["kernel"][0]) for name in ("layer_1", "layer_2", "head")]
+    if network.convolves:  # features are (H, W, channels) here and (channels, H, W) there
+        kernels[-1] = np.moveaxis(kernels[-1].reshape(2, 2, -1, CLASSES), 2, 0).reshape(-1, CLASSES)
     with torch.no_grad():
         for weight, kernel in zip(loop.net.parameters(), kernels, strict=True):
-            weight.copy_(torch.from_numpy(kernel.T))
+            weight.copy_(torch.from_numpy(np.moveaxis(kernel, (-1, -2), (0, 1))))
 
     def torch_loss() -> float:
         penalty = sum(float((weight.detach() ** 2).sum()) for weight in loop.net.parameters())
@@ -405,7 +448,9 @@ def main() -> None:
         names, runs, repeats, variants = names[:1], [1, 2], 2, variants[:1]
         networks = {name: network._replace(samples=network.samples // 50) for name, network in NETWORKS.items()}
         measured = {name: (2, network.examples, network.batch) for name, network in NETWORKS.items()}
-    check_same_step()
+    # One batch is all examples, so that their order does not matter.
+    for image in ((64,), (8, 8, 3)):
+        check_same_step(Network(image, (32, 32), 60, 60, 60))
     result = {"machine": machine(), "config": {"runs": runs, "repeats": repeats, "networks": {}}, "rows": []}
     result |= {"pytorch_variants": {}, "measurement": {}}
     matmuls = [matmul_rates()]
@@ -413,7 +458,8 @@ def main() -> None:
     for name in names:
         network = networks[name]
         result["config"]["networks"][name] = network._asdict()
-        chosen, trials = best_variant(network, variants)
+        tried = [name for name in variants if network.convolves or "channels" not in name]
+        chosen, trials = best_variant(network, tried)
         result["pytorch_variants"][name] = {"chosen": chosen, "samples_per_s": trials}
         for count in runs:
             print(f"{name}, {count} runs ...", file=sys.stderr)

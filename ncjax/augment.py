@@ -25,6 +25,6 @@ def _random_crop(key: Key[Array, ""], images: Shaped[Array, "B H W c"]) -> Shape
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * _BORDER + 1, jnp.int32)
 
     def cut(image: Array, corner: Array) -> Array:
-        return lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+        return lax.dynamic_slice(image, (corner[0], corner[1], jnp.zeros_like(corner[0])), images.shape[1:])
 
     return jax.vmap(cut)(padded, corners)

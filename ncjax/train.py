@@ -98,6 +98,8 @@ def init_run(key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Ar
     """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never on lambda."""
     model_state = dict(recipe.model.init(key, inputs))
     params = model_state.pop("params")
+    # Flax begins running statistics in float32 whatever becomes of them.
+    model_state = jax.tree.map(lambda leaf: leaf.astype(recipe.model.dtype), model_state)
     for layer in models.layer_names(params):
         kernel = params[layer]["kernel"]
         params[layer] |= {"kernel": kernel * hyper.init_scale.astype(kernel.dtype)}

@@ -85,7 +85,7 @@ def test_what_is_saved_comes_back_bit_for_bit_with_its_facts(saved):
 def test_one_run_is_read_alone(saved, folder):
     for run in range(RUNS):
         expected = states(5)["params"]
-        found = checkpoint.read_run(saved, 5, run)
+        found = checkpoint.read_run(saved, 5, run)["params"]
         assert found.keys() == expected.keys()
         for layer in expected:
             kernel = np.asarray(expected[layer]["kernel"])[run]
@@ -224,7 +224,7 @@ def test_the_newest_and_the_marked_are_kept(tmp_path, keep, marked, left):
     checkpoints.close()
     assert checkpoint.epochs_in(tmp_path / "checkpoints") == left
     for epoch in left:
-        np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", epoch, 1)["w"], epoch)
+        np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", epoch, 1)["params"]["w"], epoch)
 
 
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
@@ -243,7 +243,7 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
     checkpoints.save({"params": {"w": jnp.zeros((RUNS, 2))}}, facts(1))
     checkpoints.save({"params": {"w": jnp.ones((RUNS, 2))}}, facts(1))
     checkpoints.close()
-    np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", 1, 0)["w"], 1)
+    np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", 1, 0)["params"]["w"], 1)
 
 
 def test_deleting(folder):

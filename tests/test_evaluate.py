@@ -142,8 +142,8 @@ def compiled(head_bias, objective, dtype, rows, held):
     model = models.HomogeneousMLP(widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype)
 
     def measure(params, weight_decay, data):
-        decayed = models.is_decayed(params, head_bias)
-        return evaluate.evaluate(params, weight_decay, data, model=model, decayed=decayed, objective=objective)
+        decayed, variables = models.is_decayed(params, head_bias, "decayed"), {"params": params}
+        return evaluate.evaluate(variables, weight_decay, data, model=model, decayed=decayed, objective=objective)
 
     return jax.jit(measure)
 

@@ -24,8 +24,10 @@ def test_padding_repeats_the_last_run_and_is_dropped_again():
 
 @pytest.mark.parametrize(("runs", "group"), [(1, 1), (2, 2), (4, 2), (7, 7), (8, 2), (9, 3)])
 def test_a_cpu_trains_in_small_equal_groups_and_measures_singly(runs, group):
-    assert parallel.group_sizes(runs, "cpu") == (group, 1)
+    assert parallel.group_sizes(runs, "cpu", convolves=False) == (group, 1)
+    assert parallel.group_sizes(runs, "cpu", convolves=True) == (1, 1)
 
 
 def test_an_accelerator_takes_all_runs_at_once():
-    assert parallel.group_sizes(9, "gpu") == (9, 9)
+    for convolves in (False, True):
+        assert parallel.group_sizes(9, "gpu", convolves) == (9, 9)

@@ -127,7 +127,7 @@ def test_a_diverged_run_is_marked_and_leaves_its_neighbours_bitwise_alone():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
     two, expected = advance(*setup(dtype=np.float64), 2, measured=True)
-    monkeypatch.setattr(parallel, "group_sizes", lambda runs, platform: (1, 2 if devices == 1 else 1))
+    monkeypatch.setattr(parallel, "group_sizes", lambda runs, platform, convolves: (1, 2 if devices == 1 else 1))
     other, metrics = advance(*setup(dtype=np.float64, devices=devices), 2, measured=True)
     for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
