@@ -19,7 +19,7 @@ SUBSET = {"data__per_class": 200, "train__epochs": 150, "train__batch_size": 32}
 SUBSET_OF = {"homogeneous": SUBSET, "batch_norm": SUBSET | {"sweep__learning_rate": (0.04,)}}
 PANELS = (
     *figures.PANELS,
-    Panel("Loss (solid: train)", r"mean of $\frac{1}{2}\Vert y-f\Vert^2$", ("fit_loss",)),
+    Panel("Loss without the penalty", r"mean of $\frac{1}{2}\Vert y-f\Vert^2$", ("fit_loss",)),
     panels.HEAD_EQUILIBRIUM,
 )
 MEASURES = {

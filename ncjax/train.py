@@ -139,11 +139,12 @@ def train_step(
 
 
 def train_epoch(state: RunState, key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe) -> RunState:
-    epoch_key = jax.random.fold_in(key, state.epoch)
+    # The epoch itself makes the key of the batches.
+    views = jax.random.fold_in(key, ~state.epoch)
 
     def step(state: RunState, batch: tuple[Array, Array]) -> tuple[RunState, None]:
         number, index = batch
-        return train_step(state, index, jax.random.fold_in(epoch_key, number), hyper, data, recipe), None
+        return train_step(state, index, jax.random.fold_in(views, number), hyper, data, recipe), None
 
     indices = batch_indices(key, state.epoch, recipe)
     state, _ = lax.scan(step, state, (jnp.arange(len(indices), dtype=jnp.uint32), indices))
