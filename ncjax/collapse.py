@@ -13,13 +13,18 @@ than outputs, whose last digits they may be. Definitions after Papyan, Han & Don
 Banburski (ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ncjax.linalg import row_space, symmetric_part
+
+# Most entries of a class-by-class matrix that are held at once by what is a mean over pairs of classes.
+_MOST_PAIRS = 2**22
 
 
 class ClassSums(NamedTuple):
@@ -146,7 +151,7 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
     return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
 
 
-def nc1(along_means: Float[Array, " C"], frame: Frame, num_classes: int) -> Float[Array, ""]:
+def nc1(along_means: Float[Array, " k"], frame: Frame, num_classes: int) -> Float[Array, ""]:
     """tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2, s_j the singular values of Mdot/sqrt(C).
 
     `along_means` holds u_j^T Sigma_W u_j. NaN where the centred means vanish (rank 0).
@@ -154,14 +159,6 @@ def nc1(along_means: Float[Array, " C"], frame: Frame, num_classes: int) -> Floa
     kept = frame.singular_values > 0
     ratios = jnp.where(kept, along_means / jnp.where(kept, frame.singular_values, 1) ** 2, 0)
     return jnp.where(frame.rank > 0, ratios.sum() / num_classes, jnp.nan)
-
-
-def cdnv(variances: Float[Array, " C"], means: Float[Array, "C p"]) -> Float[Array, ""]:
-    """Class-distance normalized variance: mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)."""
-    gram = _gram(means)
-    square_norms = jnp.diagonal(gram)
-    distances = square_norms[:, None] + square_norms[None, :] - 2 * gram
-    return _mean_over_pairs((variances[:, None] + variances[None, :]) / (2 * distances))
 
 
 def _gram(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
@@ -188,23 +185,82 @@ def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
     return norms.std() / norms.mean()
 
 
-def equiangularity(rows: Float[Array, "C p"]) -> Float[Array, ""]:
-    """NC2: mean over pairs of |cos + 1/(C-1)|; 0 at the simplex ETF's angles."""
-    return _mean_over_pairs(jnp.abs(cosines(rows) + 1 / (len(rows) - 1)))
+def _means_over_pairs(terms: Callable[[Array | slice], tuple[Array, ...]], num_classes: int) -> tuple[Array, ...]:
+    """Means over pairs c != c' of what `terms` gives: of an index of classes, matrices of those rows and C columns.
+
+    Where a C x C matrix would be large, a few rows of it at a time.
+    """
+    pairs, rows = num_classes * (num_classes - 1), min(num_classes, max(1, _MOST_PAIRS // num_classes))
+    if rows == num_classes:
+        return tuple(_mean_over_pairs(term) for term in terms(slice(None)))
+
+    def add(sums: tuple, start: Array) -> tuple[tuple, None]:
+        index = start + jnp.arange(rows)
+        apart = (index[:, None] != jnp.arange(num_classes)[None]) & (index < num_classes)[:, None]
+        new = (jnp.where(apart, term, 0).sum() for term in terms(jnp.minimum(index, num_classes - 1)))
+        return tuple(total + term for total, term in zip(sums, new, strict=True)), None
+
+    zeros = tuple(jnp.zeros((), shape.dtype) for shape in jax.eval_shape(terms, jnp.arange(rows)))
+    sums, _ = lax.scan(add, zeros, jnp.arange(0, num_classes, rows))
+    return tuple(total / pairs for total in sums)
 
 
-def cosine_std(rows: Float[Array, "C p"]) -> Float[Array, ""]:
-    """Population standard deviation over pairs of cos; 0 when all angles are equal, whatever they are."""
-    cos = cosines(rows)
-    return jnp.sqrt(_mean_over_pairs((cos - _mean_over_pairs(cos)) ** 2))
+def _angle_terms(rows: Float[Array, "C p"]) -> Callable[[Array | slice, Array], tuple[Array, Array]]:
+    """Of an index of rows and their products with all rows: |cos + 1/(C-1)| and (cos - mean over pairs of cos)^2."""
+    num_classes, norms = len(rows), jnp.linalg.norm(rows, axis=1)
+    unit = rows / norms[:, None]
+    mean = (jnp.sum(unit.sum(0) ** 2) - jnp.sum(unit**2)) / (num_classes * (num_classes - 1))
+
+    def terms(index: Array | slice, products: Array) -> tuple[Array, Array]:
+        cos = products / (norms[index][:, None] * norms[None, :])
+        return jnp.abs(cos + 1 / (num_classes - 1)), (cos - mean) ** 2
+
+    return terms
 
 
-def etf_error(centred: Float[Array, "C p"]) -> Float[Array, ""]:
-    """||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up to scale and rotation."""
+def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
+    """NC2 of any rows, each name ending in `suffix`; 0 for a simplex ETF.
+
+    equinorm: see there. equiangular: mean over pairs of |cos + 1/(C-1)|. cosine_std: population standard deviation
+    over pairs of cos, 0 when all angles are equal, whatever they are.
+    """
+    angles = _angle_terms(rows)
+    equiangular, variance = _means_over_pairs(lambda index: angles(index, rows[index] @ rows.T), len(rows))
+    return {
+        f"nc2_equinorm_{suffix}": equinorm(rows),
+        f"nc2_equiangular_{suffix}": equiangular,
+        f"nc2_cosine_std_{suffix}": jnp.sqrt(variance),
+    }
+
+
+def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -> dict[str, Array]:
+    """What is a mean over pairs of classes, of centred class means, in one go: NC2 as `geometry` has it, and
+
+    cdnv: class-distance normalized variance, mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c - mu_c'||^2).
+    etf_error: ||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up to scale and
+    rotation.
+    """
     num_classes = len(centred)
-    gram = _gram(centred)
-    simplex = (jnp.eye(num_classes) - 1 / num_classes) / jnp.sqrt(num_classes - 1)
-    return jnp.linalg.norm(gram / jnp.linalg.norm(gram) - simplex)
+    square_norms = jnp.sum(centred**2, axis=1)
+    # Mdot^T Mdot and Mdot Mdot^T have one norm: that of the smaller.
+    size = jnp.linalg.norm(_gram(centred if num_classes <= centred.shape[1] else centred.T))
+    angles, across = _angle_terms(centred), 1 / jnp.sqrt(num_classes - 1)
+
+    def terms(index: Array | slice) -> tuple[Array, ...]:
+        products = centred[index] @ centred.T
+        distances = square_norms[index][:, None] + square_norms[None, :] - 2 * products
+        crowding = (variances[index][:, None] + variances[None, :]) / (2 * distances)
+        return *angles(index, products), crowding, (products / size + across / num_classes) ** 2
+
+    equiangular, variance, cdnv, off_etf = _means_over_pairs(terms, num_classes)
+    on_etf = jnp.sum((square_norms / size - (1 - 1 / num_classes) * across) ** 2)
+    return {
+        "cdnv": cdnv,
+        "nc2_equinorm_means": equinorm(centred),
+        "nc2_equiangular_means": equiangular,
+        "nc2_cosine_std_means": jnp.sqrt(variance),
+        "etf_error": jnp.sqrt(num_classes * (num_classes - 1) * off_etf + on_etf),
+    }
 
 
 def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Float[Array, ""]:
@@ -231,11 +287,7 @@ def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
     """Geometry of the head alone, float64."""
     with jax.enable_x64(True):
         (rows,) = _float64(head)
-        return {
-            "nc2_equinorm_head": equinorm(rows),
-            "nc2_equiangular_head": equiangularity(rows),
-            "nc2_cosine_std_head": cosine_std(rows),
-        }
+        return geometry(rows, "head")
 
 
 def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]) -> dict[str, Array]:
@@ -252,11 +304,7 @@ def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array
             "nc1_rank": frame.rank.astype(jnp.float64),
             "nc1_trace_ratio": trace_within / (jnp.sum(centred**2) / num_classes),
             "nc1_row_space": scatter.in_row_space / total / trace_within,
-            "cdnv": cdnv(scatter.within / scatter.examples, centred),
-            "nc2_equinorm_means": equinorm(centred),
-            "nc2_equiangular_means": equiangularity(centred),
-            "nc2_cosine_std_means": cosine_std(centred),
-            "etf_error": etf_error(centred),
+            **between_means(centred, scatter.within / scatter.examples),
             "nc3": self_duality(rows, centred),
             "nc3_centered": self_duality(rows - rows.mean(0, keepdims=True), centred),
             "nc4": scatter.disagreements / total,

@@ -294,3 +294,14 @@ def test_head_geometry_equals_its_definition():
     head = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
     got = collapse.measure_head(jnp.asarray(head))
     assert_equal({name: np.asarray(value) for name, value in got.items()}, oracle_geometry(head, "head"), 1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [5, 9])
+def test_pairs_of_classes_taken_a_few_rows_at_a_time_give_the_same(num_classes, monkeypatch):
+    features, outputs, labels, head = random_split(num_classes=num_classes)
+    expected = oracle_split(features, outputs, labels, head) | oracle_geometry(head, "head")
+    monkeypatch.setattr(collapse, "_MOST_PAIRS", 2 * num_classes)  # two rows at a time of an odd number
+    with jax.enable_x64(True):
+        got = measured(features, outputs, labels, head, dtype=np.float64, f=two_passes)
+        got |= {name: np.asarray(value) for name, value in collapse.measure_head(jnp.asarray(head)).items()}
+    assert_equal(got, expected, 1e-11, atol=1e-12)
