@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ncjax import measure
     from ncjax.runs import load_run
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "measure"]
 __version__ = "0.1.0"
 
 
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from ncjax.runs import load_run
 
         return load_run
+    if name == "measure":
+        import importlib
+
+        return importlib.import_module("ncjax.measure")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

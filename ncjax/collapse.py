@@ -273,13 +273,31 @@ def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]
 
     epsilon: by how much an example's own output falls short of its target on average; delta: the others exceed theirs.
     """
-    num_classes = len(mean_residuals)
-    epsilon, delta = jnp.trace(mean_residuals) / num_classes, -_mean_over_pairs(mean_residuals)
+    epsilon, delta = jnp.trace(mean_residuals) / len(mean_residuals), -_mean_over_pairs(mean_residuals)
+    return _interpolation(epsilon, delta, jnp.linalg.norm(symmetric_part(mean_residuals).rest), len(mean_residuals))
+
+
+def quasi_interpolation_of_head(
+    means: Float[Array, "C p"], head: Float[Array, "C p"], bias: Float[Array, " C"]
+) -> dict[str, Array]:
+    """`quasi_interpolation` of the mean residuals I - (mu_c^T W^T + b^T) of one-hot targets, never held whole."""
+    num_classes = len(means)
+    own = jnp.sum(means * head, axis=1) + bias
+    epsilon = 1 - own.mean()
+    total = means.sum(0) @ head.sum(0) + num_classes * bias.sum()
+    delta = (total - own.sum()) / (num_classes * (num_classes - 1))
+    # The symmetric part of the mean residuals has epsilon on its diagonal and -delta elsewhere.
+    (off,) = _means_over_pairs(lambda index: ((means[index] @ head.T + bias[None] - delta) ** 2,), num_classes)
+    asymmetry = jnp.sqrt(num_classes * (num_classes - 1) * off + jnp.sum((1 - own - epsilon) ** 2))
+    return _interpolation(epsilon, delta, asymmetry, num_classes)
+
+
+def _interpolation(epsilon: Array, delta: Array, asymmetry: Array, num_classes: int) -> dict[str, Array]:
     return {
         "epsilon": epsilon,
         "delta": delta,
         "sqi_gap": jnp.abs(delta - epsilon / (num_classes - 1)),
-        "output_asymmetry": jnp.linalg.norm(symmetric_part(mean_residuals).rest) / num_classes,
+        "output_asymmetry": asymmetry / num_classes,
     }
 
 

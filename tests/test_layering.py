@@ -23,7 +23,7 @@ SLOW = {
 # What each module may import, besides the leaves; "*" is all but main.
 LEAVES = {"errors", "files", "interrupts"}
 ALLOWED = {
-    "__init__": {"runs"},  # when asked for
+    "__init__": {"measure", "runs"},  # when asked for
     "errors": set(),
     "files": set(),
     "interrupts": set(),
@@ -58,9 +58,27 @@ ALLOWED = {
         *("checkpoint", "config", "evaluate", "experiment", "history", "models", "parallel", "runs", "theory", "train"),
     },
     "show": {"history", "journal", "report", "runs", "workdir"},
-    "measure": {"collapse", "theory", "parallel"},
+    "features": set(),
+    "moments": set(),
+    "streaming": {"moments"},
+    "findings": {"collapse", "linalg", "moments", "streaming", "theory"},
+    "measure_figures": {"panels"},
+    "measure": {
+        *(
+            "features",
+            "findings",
+            "history",
+            "journal",
+            "measure_figures",
+            "moments",
+            "parallel",
+            "report",
+            "streaming",
+        ),
+    },
 }
 MODULES = sorted(PACKAGE.glob("*.py"))
+AT_ONCE = ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -100,7 +118,13 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize(
     "path",
-    [*(PACKAGE / f"{name}.py" for name in ("__init__", "main", "show", "config", "data", "preflight")), *CONFIGS],
+    [
+        *(
+            PACKAGE / f"{name}.py"
+            for name in ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
+        ),
+        *CONFIGS,
+    ],
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_help_and_bad_input_wait_for_no_slow_import(path):
@@ -126,8 +150,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_6000_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 6000
+def test_the_package_stays_under_7000_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7000
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):

@@ -1,0 +1,316 @@
+"""Class means and the scatter about them, of examples that come in batches, in two passes over them.
+
+    sums = first_pass(batches, num_classes)
+    reference = findings.prepare(sums, head=W)
+    deviations = second_pass(batches, reference)
+    found = findings.find(reference, deviations)
+
+`batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits (B, C)), of NumPy,
+JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the devices in turn; every device keeps
+statistics of its own. `merge` adds up statistics of the same pass, of devices or of processes that saw other examples.
+
+Accuracy: the first pass sums h - pivot_c, the pivot an example of the class, in float64; the second one centres by
+class means in two parts, high + low, before it squares. A common offset of all features costs no digits. Memory:
+O(C p) and a chunk, whatever the number of examples.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ncjax.errors import InputError
+from ncjax.moments import LEAST_BLOCK, Deviations, Frames, Rows, Sums, add_deviations, add_sums, adopt, merge
+
+# Entries of the features of a chunk: 16 MiB in float32.
+_CHUNK = 2**22
+# Chunks on their way to one device; the next one is copied while the last is worked on.
+_IN_FLIGHT = 2
+_ALIGNMENT = 64  # bytes: of memory that XLA reads in place
+
+Statistics = TypeVar("Statistics", Sums, Deviations)
+Device = Any  # jax.Device, which type checkers take for a variable
+
+
+def first_pass(
+    batches: Iterable,
+    num_classes: int,
+    *,
+    float64: bool | None = None,
+    rows: int | None = None,
+    devices: Sequence[Device] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Sums:
+    """Counts and sums by class.
+
+    Args:
+      num_classes: C; labels are 0 to C - 1.
+      float64: whether to compute in float64; None: as the first batch's features are.
+      rows: of a chunk, at most; None: 16 MiB of them.
+      devices: that share the work; None: all of this process.
+      progress: called with the number of examples of every chunk.
+
+    Raises:
+      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite, no example.
+    """
+
+    def start(chunk: _Chunk) -> Sums:
+        dim = chunk.dim
+        dtype = np.float64 if chunk.float64 else np.float32
+        logits = None if chunk.logits is None else np.zeros((num_classes, num_classes))
+        return Sums(np.zeros(num_classes), np.zeros((num_classes, dim), dtype), np.zeros((num_classes, dim)), logits)
+
+    seen = collections.defaultdict(lambda: np.arange(num_classes + 1) == num_classes)  # padding, always
+
+    def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
+        met = seen[device]
+        fresh = np.flatnonzero(~met[chunk.labels])
+        if fresh.size:
+            labels, first = np.unique(chunk.labels[fresh], return_index=True)
+            met[labels] = True
+            target = np.full(len(chunk.labels), num_classes, np.int32)
+            target[fresh[first]] = labels
+            sums = sums._replace(pivots=adopt(sums.pivots, chunk.features, target))
+        return add_sums(sums, *chunk[:3], _counts(chunk.labels, num_classes))
+
+    parts = _run(batches, num_classes, start, step, float64, rows, devices, progress)
+    sums = merge(*parts)
+    for name, values in (("features", sums.features), ("logits", sums.logits)):
+        if values is not None and not np.isfinite(values).all():
+            label, column = np.argwhere(~np.isfinite(values))[0]
+            raise InputError(name, "a number that is not finite", f"look at class {label}, column {column}")
+    return sums
+
+
+def second_pass(
+    batches: Iterable,
+    reference: Any,
+    *,
+    rows: int | None = None,
+    devices: Sequence[Device] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Deviations:
+    """Squares and products of deviations from the class means of `reference`, made by `findings.prepare`.
+
+    The batches may come in another order than in the first pass, or be a part of them for `merge`.
+    """
+    frames, asked = reference.frames, reference.asked
+    num_classes, dim = frames.high.shape
+    all_classes = len(reference.examples)
+    position = np.full(all_classes + 1, -1, np.int32)
+    position[reference.present], position[-1] = np.arange(num_classes), num_classes
+    with_logits, with_head = reference.with_logits, frames.head is not None
+    linear = with_head and not with_logits and asked.loss == "square"
+
+    def start(chunk: _Chunk) -> Deviations:
+        def zeros(wanted: bool, *shape: int) -> np.ndarray | None:
+            return np.zeros(shape) if wanted else None
+
+        outputs = frames.near is not None
+        rank = len(frames.head_basis) if linear else num_classes
+        return Deviations(
+            *(np.zeros(num_classes), np.zeros(num_classes), np.zeros(len(frames.basis))),
+            along_head=zeros(with_head, len(frames.head_basis) if with_head else 0),
+            correct=zeros(outputs),
+            disagreements=zeros(outputs),
+            residuals=zeros(outputs and not linear),
+            residual_sums=zeros(outputs and asked.loss == "cross_entropy", num_classes, num_classes),
+            covariance=zeros(with_head and asked.weight_decay is not None, rank, dim),
+        )
+
+    held: dict[Device, Frames] = {}
+
+    def step(sums: Deviations, chunk: _Chunk, device: Device) -> tuple[Deviations, Array]:
+        if device not in held:
+            held[device] = jax.device_put(frames, device)
+        labels = position[chunk.labels]
+        if labels.min() < 0:
+            raise InputError("labels", int(chunk.labels[labels.argmin()]), "the first pass saw no example of it")
+        logits = chunk.logits if with_logits else None
+        if logits is not None and num_classes < all_classes:
+            logits = logits[:, reference.present]
+        counts = _counts(labels, num_classes)
+        return add_deviations(sums, held[device], chunk.features, labels, logits, counts, linear=linear)
+
+    float64 = frames.high.dtype == np.float64
+    return merge(*_run(batches, all_classes, start, step, float64, rows, devices, progress))
+
+
+def _counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    return np.bincount(labels, minlength=num_classes + 1)[:num_classes].astype(np.float64)
+
+
+# Batches and chunks
+
+
+class _Chunk(NamedTuple):
+    """Rows of a batch on a device; labels of C are padding, `size` of them are none."""
+
+    features: Rows
+    labels: np.ndarray
+    logits: Array | None
+    size: int
+    dim: int
+    float64: bool
+
+
+def _run(
+    batches: Iterable,
+    num_classes: int,
+    start: Callable[[_Chunk], Statistics],
+    step: Callable[[Statistics, _Chunk, Device], tuple[Statistics, Array]],
+    float64: bool | None,
+    rows: int | None,
+    devices: Sequence[Device] | None,
+    progress: Callable[[int], Any] | None,
+) -> list[Statistics]:
+    """Deals chunks out to the devices; statistics of each device that got one, as NumPy arrays."""
+    devices = list(devices or jax.local_devices())
+    states: dict[Device, Statistics] = {}
+    waiting: collections.deque = collections.deque()
+    turn, dim = 0, None
+    for batch in _fresh(batches):
+        features, labels, logits = check_batch(batch, num_classes, dim)
+        dim = features.shape[1]
+        if float64 is None:
+            float64 = bool(features.dtype == np.float64)
+        length = _length(len(labels), rows or max(LEAST_BLOCK, _CHUNK // dim))
+        for begin in range(0, len(labels), length):
+            device = devices[turn % len(devices)]
+            turn += 1
+            with _exactly():
+                chunk = _place(features, labels, logits, begin, length, num_classes, float64, device)
+                if device not in states:
+                    states[device] = jax.device_put(start(chunk), device)
+                states[device], token = step(states[device], chunk, device)
+            waiting.append(token)
+            if len(waiting) > _IN_FLIGHT * len(devices):
+                waiting.popleft().block_until_ready()
+            if progress is not None:
+                progress(chunk.size)
+        # What the batch's memory is used for next is its owner's affair.
+        jax.block_until_ready(tuple(waiting))
+        waiting.clear()
+    if not states:
+        raise InputError("batches", "no example", "give at least one batch with at least one example")
+    return [jax.tree.map(np.asarray, states.pop(device)) for device in list(states)]
+
+
+def _length(size: int, most: int) -> int:
+    """Rows of a chunk of a batch of `size`: equal chunks, of few different lengths, as each is compiled."""
+    rows = max(1, -(-size // max(1, -(-size // most))))
+    unit = max(1, (1 << (rows - 1).bit_length()) // 8)
+    return min(most, -(-rows // unit) * unit)
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """Not around the iteration over batches, which may run a model of the user's own."""
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        yield
+
+
+def _fresh(batches: Iterable) -> Iterator:
+    if iter(batches) is batches:
+        raise InputError("batches", type(batches).__name__, "it can be read once only; give a list, a data loader, ...")
+    return iter(batches)
+
+
+def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[Any, np.ndarray, Any]:
+    """(features, labels, logits or None) of a batch, as NumPy or JAX arrays; or InputError."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise InputError("batch", type(batch).__name__, "give (features, labels) or (features, labels, logits)")
+    arrays = [as_array(name, a) for name, a in zip(("features", "labels", "logits"), batch, strict=False)]
+    features, labels, logits = arrays[0], np.asarray(arrays[1]), arrays[2] if len(arrays) == 3 else None
+    if features.ndim != 2 or 0 in features.shape[1:] or (dim or features.shape[1]) != features.shape[1]:
+        raise InputError("features", features.shape, f"give (B, {dim or 'p'}), a row per example")
+    if labels.shape != features.shape[:1]:
+        raise InputError("labels", labels.shape, f"give one per row of features, ({len(features)},)")
+    if labels.dtype.kind not in "iu":
+        raise InputError("labels", str(labels.dtype), "give integers, 0 to C - 1")
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        bad = labels.min() if labels.min() < 0 else labels.max()
+        raise InputError("labels", int(bad), f"with {num_classes} classes they are 0 to {num_classes - 1}")
+    if logits is not None and logits.shape != (len(features), num_classes):
+        raise InputError("logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example")
+    return features, labels, logits
+
+
+def as_array(name: str, value: Any) -> np.ndarray | Array:
+    """A NumPy or JAX array of numbers, without a copy where the other library's memory can be read; or InputError."""
+    if not isinstance(value, np.ndarray | jax.Array):
+        value = value.detach() if hasattr(value, "detach") else value
+        if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:  # not in a CPU's memory
+            value = jax.dlpack.from_dlpack(value)
+        elif hasattr(value, "__dlpack__"):
+            try:
+                value = np.from_dlpack(value)
+            except (BufferError, RuntimeError, TypeError):  # bfloat16, which NumPy has not
+                value = jax.dlpack.from_dlpack(value)
+        else:
+            value = np.asarray(value)
+    if value.dtype.kind not in "iuf" and value.dtype != jnp.bfloat16:
+        raise InputError(name, str(value.dtype), "give an array of numbers")
+    return value
+
+
+def _place(
+    features: Any,
+    labels: np.ndarray,
+    logits: Any,
+    begin: int,
+    length: int,
+    num_classes: int,
+    float64: bool,
+    device: Device,
+) -> _Chunk:
+    """Rows of a batch from `begin` on, on a device. Where the batch ends they begin earlier, with padding as labels of
+    those that another chunk has; a batch that is shorter is filled up."""
+    first = max(0, min(begin, len(labels) - length))
+    part, fresh = slice(first, first + length), slice(begin, begin + length)
+    padded = np.full(length, num_classes, np.int32)
+    own = labels[fresh]
+    padded[begin - first : begin - first + len(own)] = own
+    logits = None if logits is None else jax.device_put(_filled(logits[part], length, float64), device)
+    view, skipped = _aligned(features, part) if len(labels) >= length else (None, 0)
+    if view is None:
+        view = _filled(features[part], length, float64).reshape(-1)
+    rows = Rows(jax.device_put(view, device, may_alias=True), np.asarray(skipped))
+    return _Chunk(rows, padded, logits, len(own), features.shape[1], float64)
+
+
+_DEVICE_TYPES = ("float16", "float32", "float64", "bfloat16")
+
+
+def _filled(part: Any, rows: int, float64: bool) -> Any:
+    """Rows of zeros at the end, and a type that every device computes with."""
+    if str(part.dtype) not in _DEVICE_TYPES or (part.dtype == np.float64 and not float64):
+        part = part.astype(np.float64 if float64 else np.float32)
+    if len(part) == rows:
+        return part
+    pad = np.pad if isinstance(part, np.ndarray) else jnp.pad
+    return pad(part, ((0, rows - len(part)), (0, 0)))
+
+
+def _aligned(features: Any, part: slice) -> tuple[np.ndarray | None, int]:
+    """Rows of an array as a flat view that begins a few numbers earlier, at an address XLA reads without a copy.
+
+    None where there is no such view: of another layout or type, or at the very beginning of memory that is not aligned.
+    """
+    size = features.dtype.itemsize
+    if (
+        not isinstance(features, np.ndarray)
+        or not features.flags.c_contiguous
+        or str(features.dtype) not in _DEVICE_TYPES
+    ):
+        return None, 0
+    first = part.start * features.shape[1]
+    begin, odd = divmod((features.ctypes.data + first * size) % _ALIGNMENT, size)
+    if odd or begin > first:
+        return None, 0
+    return features.reshape(-1)[first - begin : part.stop * features.shape[1]], begin
