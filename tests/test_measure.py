@@ -541,3 +541,32 @@ def test_help_and_a_bad_file_wait_for_no_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
     assert "--head FILE" in done.stdout
+
+
+def examples():
+    text = (ROOT / "docs" / "measure.md").read_text()
+    return re.findall(r"```python( torch)?\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    ours = [text for torch, text in examples() if not torch]
+    assert len(ours) == 3
+    scope: dict = {}
+    for example in ours:
+        exec(compile(example, "docs/measure.md", "exec"), scope)
+    out = capsys.readouterr().out
+    assert "'nc1': 0.0" in out
+    recorded = scope["run"].history.sel(split="train", epoch=6)
+    for name in ("nc1", "nc3", "nc4", "epsilon", "cdnv", "output_spread"):
+        assert scope["metrics"][name] == pytest.approx(float(recorded[name]), rel=1e-3, abs=1e-5), name
+    assert scope["found"].metrics["nc3"] == pytest.approx(scope["metrics"]["nc3"], rel=1e-6)
+
+
+def test_the_pytorch_example_of_the_documentation_runs(capsys):
+    pytest.importorskip("torch")
+    scope: dict = {}
+    exec(compile(next(text for torch, text in examples() if torch), "docs/measure.md", "exec"), scope)
+    assert 0 < scope["found"].metrics["nc4"] < 1
