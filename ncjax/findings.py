@@ -137,16 +137,17 @@ def prepare(
         raise InputError("classes", len(present), f"beyond {MOST_SQUARE}, give no logits but a head, and loss square")
     rows, offsets, tolerance = _check_head(head, bias, sums.pivots.shape)
     dtype = sums.pivots.dtype
-    remainders = sums.features[present] / sums.examples[present, None]
-    means: Any = sums.pivots[present].astype(np.float64) + remainders
-    weights = sums.examples[present] if global_mean == "examples" else np.ones(len(present))
-    centred = means - np.average(means, axis=0, weights=weights)
+    counts = sums.examples[present]
+    means: Any = sums.features[present] / counts[:, None]
+    means += sums.pivots[present]
+    weights = counts if global_mean == "examples" else np.ones(len(present))
+    centred: Any = means - (weights / weights.sum()) @ means
     # Single precision tells the directions of a set of means apart down to 1e-5 of the largest.
     most = min(len(present) - 1, means.shape[1])
-    spectrum, basis = _span(centred / np.sqrt(len(present)), 1e-12 if dtype == np.float64 else 1e-5, most)
+    values, basis = _span(centred, 1e-12 if dtype == np.float64 else 1e-5, most)
     high = means.astype(dtype)
-    frames: dict[str, Any] = {"high": high, "low": means - high, "basis": basis}
-    outputs: Any = None if sums.logits is None else (sums.logits[present] / sums.examples[present, None])[:, present]
+    frames: dict[str, Any] = {"high": high, "low": (means - high).astype(dtype), "basis": basis}
+    outputs: Any = None if sums.logits is None else (sums.logits[present] / counts[:, None])[:, present]
     if rows is not None:
         rows, offsets = rows[present], offsets[present]
         _, frames["head_basis"] = _span(rows, tolerance, min(rows.shape))
@@ -166,12 +167,12 @@ def prepare(
         present=present,
         means=means,
         centred=centred,
-        spectrum=spectrum,
+        spectrum=values / np.sqrt(len(present)),
         head=rows,
         bias=offsets,
         outputs=outputs,
         with_logits=sums.logits is not None,
-        frames=jax.tree.map(lambda a: a.astype(dtype), Frames(**frames)),
+        frames=jax.tree.map(lambda a: a.astype(dtype, copy=False), Frames(**frames)),
     )
 
 

@@ -97,18 +97,20 @@ def merge(first: Any, *others: Any) -> Any:
     A class keeps the pivot of the first part that has it; the others' sums are moved to it:
     sum(h - pivot) = sum(h - pivot') + n (pivot' - pivot).
     """
-    for other in others:
-        first = _merge_sums(first, other) if isinstance(first, Sums) else _add(first, other)
-    return first
+    add: Any = _merge_sums if isinstance(first, Sums) else _add
+    return functools.reduce(add, others, first)
 
 
 def _merge_sums(a: Sums, b: Sums) -> Sums:
     if a.pivots.shape != b.pivots.shape:
         raise InputError("merge", b.pivots.shape, f"the other statistics have (classes, features) {a.pivots.shape}")
     pivots = np.where(a.examples[:, None] > 0, a.pivots, b.pivots)
-    moved = b.examples[:, None] * np.subtract(b.pivots, pivots, dtype=np.float64)
+    features = np.subtract(b.pivots, pivots, dtype=np.float64)
+    features *= b.examples[:, None]
+    features += b.features
+    features += a.features
     logits = None if a.logits is None or b.logits is None else a.logits + b.logits
-    return Sums(a.examples + b.examples, pivots, a.features + b.features + moved, logits)
+    return Sums(a.examples + b.examples, pivots, features, logits)
 
 
 def _add(a: Deviations, b: Deviations) -> Deviations:
@@ -144,10 +146,12 @@ class Rows(NamedTuple):
         return lax.dynamic_slice(self.numbers, (self.begin + first * dim,), (count * dim,)).reshape(count, dim)
 
 
-def _in_blocks(add: Callable, state: Any, features: Rows, labels: Array, logits: Array | None, dim: int) -> Any:
-    """Folds add(state, features, labels, logits) over the blocks of a chunk."""
+def _in_blocks(
+    add: Callable, state: Any, features: Rows, labels: Array, logits: Array | None, dim: int, width: int = 0
+) -> Any:
+    """Folds add(state, features, labels, logits) over the blocks of a chunk; `width`: of its other large matrices."""
     size = len(labels)
-    count = math.gcd(size, max(LEAST_BLOCK, 1 << (_BLOCK // dim).bit_length() - 1))
+    count = math.gcd(size, max(LEAST_BLOCK, 1 << (_BLOCK // max(dim, width)).bit_length() - 1))
 
     def body(state: Any, first: Array) -> tuple[Any, None]:
         of_block = (None if a is None else lax.dynamic_slice_in_dim(a, first, count) for a in (labels, logits))
@@ -194,7 +198,9 @@ def add_deviations(
 ) -> tuple[Deviations, Array]:
     """A label of C is padding."""
     add = functools.partial(_deviations_of_block, frames, linear)
-    added = _in_blocks(add, sums, features, labels, logits, frames.high.shape[1])
+    num_classes, dim = frames.high.shape
+    width = num_classes if frames.near is not None else 0
+    added = _in_blocks(add, sums, features, labels, logits, dim, width)
     return added._replace(examples=sums.examples + counts), labels[0]
 
 

@@ -173,10 +173,13 @@ def _run(
     devices = list(devices or jax.local_devices())
     states: dict[Device, Statistics] = {}
     waiting: collections.deque = collections.deque()
-    turn, dim = 0, None
+    turn, dim, with_logits = 0, None, None
     for batch in _fresh(batches):
         features, labels, logits = check_batch(batch, num_classes, dim)
         dim = features.shape[1]
+        if with_logits not in (None, logits is not None):
+            raise InputError("logits", "some batches with and some without", "give them with all or with none")
+        with_logits = logits is not None
         if float64 is None:
             float64 = bool(features.dtype == np.float64)
         length = _length(len(labels), rows or max(LEAST_BLOCK, _CHUNK // dim))
@@ -216,9 +219,10 @@ def _exactly() -> Iterator[None]:
 
 
 def _fresh(batches: Iterable) -> Iterator:
-    if iter(batches) is batches:
+    iterator = iter(batches)
+    if iterator is batches:
         raise InputError("batches", type(batches).__name__, "it can be read once only; give a list, a data loader, ...")
-    return iter(batches)
+    return iterator
 
 
 def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[Any, np.ndarray, Any]:
@@ -303,11 +307,9 @@ def _aligned(features: Any, part: slice) -> tuple[np.ndarray | None, int]:
     None where there is no such view: of another layout or type, or at the very beginning of memory that is not aligned.
     """
     size = features.dtype.itemsize
-    if (
-        not isinstance(features, np.ndarray)
-        or not features.flags.c_contiguous
-        or str(features.dtype) not in _DEVICE_TYPES
-    ):
+    if not isinstance(features, np.ndarray) or str(features.dtype) not in _DEVICE_TYPES:
+        return None, 0
+    if not features.flags.c_contiguous:
         return None, 0
     first = part.start * features.shape[1]
     begin, odd = divmod((features.ctypes.data + first * size) % _ALIGNMENT, size)
