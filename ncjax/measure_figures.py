@@ -85,11 +85,11 @@ def angles(found: "Measurement") -> "Figure":
     cosines, etf = unit @ unit.T, -1 / (num_classes - 1)
     if num_classes > _MOST_IN_HEAT_MAP:
         off = cosines[np.triu_indices(len(shown), 1)]
-        caption += "" if len(shown) == num_classes else f"; angles between {len(shown):,} of the classes, evenly chosen"
+        caption += "" if len(shown) == num_classes else f"\nangles of {len(shown):,} classes, evenly chosen"
         figure, (axes,) = panels.frame(1, "", caption)
         axes.hist(off[np.isfinite(off)], bins=100, color=_BLUE)
-        axes.axvline(etf, color="black", linewidth=1, label=f"simplex ETF: {etf:.3g}")
-        axes.legend(fontsize=panels.SMALL, frameon=False)
+        line = axes.axvline(etf, color="black", linewidth=1, label=rf"simplex ETF: {panels.number(etf)}")
+        panels.legend(figure, [line], "")
         axes.set_yscale("log")
         _words(axes, "Angles between centred class means", "cosine", "pairs of classes")
         return figure
@@ -120,7 +120,7 @@ def classes(found: "Measurement") -> "Figure":
     sizes, many = found.examples[present], len(present) > _MOST_IN_HEAT_MAP
     look: dict[str, Any] = {"s": 4 if many else 10, "linewidths": 0}
     if sizes.min() < sizes.max():
-        points = axes.scatter(distances, spread, c=sizes, cmap="viridis", **look)
+        points = axes.scatter(distances, spread, c=sizes, cmap="viridis", norm="log", **look)
         bar = figure.colorbar(points, ax=axes, aspect=25)
         bar.set_label("examples", size=panels.SIZE)
         bar.ax.tick_params(labelsize=panels.SMALL)
@@ -139,7 +139,7 @@ _LAYER_PANELS = (
     panels.Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
     panels.Panel("CDNV", r"$\overline{(v_c+v_{c'})/(2\Vert\mu_c-\mu_{c'}\Vert^2)}$", ("cdnv",)),
     panels.Panel("NC2: angles", r"$\overline{|\cos+1/(C-1)|}$", ("nc2_equiangular_means",)),
-    panels.Panel("NC2: distance to a simplex ETF", "etf_error", ("etf_error",)),
+    panels.Panel("NC2: distance to a simplex ETF", r"$\Vert\hat K-(I-J/C)/\sqrt{C-1}\Vert_F$", ("etf_error",)),
 )
 
 
