@@ -145,6 +145,9 @@ class Rows(NamedTuple):
         """`count` rows of `dim` numbers."""
         return lax.dynamic_slice(self.numbers, (self.begin + first * dim,), (count * dim,)).reshape(count, dim)
 
+    def pick(self, index: Array, dim: int) -> Array:
+        return jax.vmap(lambda i: self.block(i, 1, dim)[0])(index)
+
 
 def _in_blocks(
     add: Callable, state: Any, features: Rows, labels: Array, logits: Array | None, dim: int, width: int = 0
@@ -161,9 +164,9 @@ def _in_blocks(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def adopt(pivots: Array, features: Rows, target: Array) -> Array:
-    """Rows of features become the pivots of the classes that `target` names; C: of none."""
-    return pivots.at[target].set(features.block(0, len(target), pivots.shape[1]).astype(pivots.dtype), mode="drop")
+def adopt(pivots: Array, features: Rows, index: Array, labels: Array) -> Array:
+    """Those rows of features become the pivots of the classes `labels`; C: of none."""
+    return pivots.at[labels].set(features.pick(index, pivots.shape[1]).astype(pivots.dtype), mode="drop")
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -73,9 +73,10 @@ def first_pass(
         if fresh.size:
             labels, first = np.unique(chunk.labels[fresh], return_index=True)
             met[labels] = True
-            target = np.full(len(chunk.labels), num_classes, np.int32)
-            target[fresh[first]] = labels
-            sums = sums._replace(pivots=adopt(sums.pivots, chunk.features, target))
+            # Filled up to a power of two: few lengths, of which each is compiled.
+            padding = (0, (1 << (len(labels) - 1).bit_length()) - len(labels))
+            index, labels = np.pad(fresh[first], padding), np.pad(labels, padding, constant_values=num_classes)
+            sums = sums._replace(pivots=adopt(sums.pivots, chunk.features, index, labels))
         return add_sums(sums, *chunk[:3], _counts(chunk.labels, num_classes))
 
     parts = _run(batches, num_classes, start, step, float64, rows, devices, progress)
