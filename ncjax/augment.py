@@ -8,7 +8,7 @@ from jaxtyping import Array, Key, Shaped
 _BORDER = 4
 
 
-def augment(name: str, key: Key[Array, ""], images: Shaped[Array, "B H W c"]) -> Shaped[Array, "B H W c"]:
+def augment(name: str, key: Key[Array, ""], images: Shaped[Array, "B *image"]) -> Shaped[Array, "B *image"]:
     """`crop`: pad by 4 zeros on each side and cut at a random place; `crop_flip`: mirror every second one as well."""
     if name == "none":
         return images

@@ -252,12 +252,13 @@ def test_differences_name_field_and_both_values():
     assert configuration.differences(config, stored) == []
     stored["train"]["epochs"] = 7
     stored["sweep"]["seed"] = [0, 1]
-    del stored["units"]
+    stored["units"] = "torch"
+    del stored["train"]["augment"]  # younger than what was stored: its default
     seeds, epochs, units = configuration.differences(config, stored)
     assert seeds.startswith("config.sweep.seed is ")
     assert seeds.endswith("there")
     assert epochs == "config.train.epochs is 300 here and 7 there"
-    assert units == "config.units is 'ours' here and None there"
+    assert units == "config.units is 'ours' here and 'torch' there"
 
 
 def test_every_field_is_described():
