@@ -158,6 +158,7 @@ def test_classes_without_examples_are_named_and_left_out():
     assert_same(by_logits, {name: expected[name] for name in by_logits}, 1e-10)
 
 
+@pytest.mark.slow
 def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     h, labels, head, bias = split(num_classes=23, dim=6, per_class=4)
     expected = measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2)
@@ -209,7 +210,9 @@ def passes(parts, num_classes, **about):
 
 
 @INVARIANT
-@given(seed=st.integers(0, 2**16), cuts=st.tuples(st.integers(0, 41), st.integers(0, 41)))
+@given(
+    seed=st.integers(0, 2**16), cuts=st.tuples(*[st.sampled_from([0, 7, 20, 41])] * 2)
+)  # every length is a compilation
 def test_parts_merge_to_the_whole_in_any_grouping(seed, cuts):
     h, labels, head, bias = split(seed=seed, sizes=[5, 9, 12, 12, 3])
     edges = [0, *sorted(cuts), 41]
@@ -232,6 +235,7 @@ def test_one_device_and_two_give_the_same():
     assert_same(two, one, 1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_half_each_give_the_same(tmp_path):
     h, labels, head, _ = split(per_class=20, dtype=np.float32)
     np.savez(tmp_path / "all.npz", features=h, labels=labels, head=head)
@@ -283,7 +287,7 @@ def test_batches_of_any_size_and_arrays_of_any_kind_give_the_same():
     h, labels, head, bias = split(per_class=60)
     h = h.astype(np.float32)
     expected = measure.measure(h, labels, head=head, bias=bias)
-    edges = [0, 1, 8, 40, 41, 200, 300]
+    edges = [0, 1, 33, 65, 300]
     cut = [(h[i:j], labels[i:j]) for i, j in itertools.pairwise(edges)]
 
     class Loader:

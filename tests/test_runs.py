@@ -14,7 +14,8 @@ import xarray as xr
 from conftest import ROOT
 
 import ncjax
-from ncjax import checkpoint, runs
+from ncjax import checkpoint, preflight, runs
+from ncjax import config as configuration
 from ncjax.errors import InputError
 
 RUN = {"weight_decay": 1e-3, "seed": 0}  # the third of the grid: number 2
@@ -197,3 +198,18 @@ def test_the_examples_of_the_documentation_run_and_find_what_the_history_says(tr
         assert float(scope["metrics"][name]) == pytest.approx(float(recorded[name]), rel=1e-3, abs=1e-5)
     assert (tmp_path / "cosines.png").stat().st_size > 1000
     assert "nc1" in capsys.readouterr().out
+
+
+def test_a_workdir_of_an_older_version_lacks_the_younger_fields_and_is_still_its_own(copied):
+    config = json.loads((copied / "config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = ncjax.load_run(copied, **RUN).params
+        for section, field in (("data", "pad"), ("model", "normalization"), ("model", "norms"), ("train", "augment")):
+            del config[section][field]
+        (copied / "config.json").write_text(json.dumps(config))
+        np.testing.assert_array_equal(
+            ncjax.load_run(copied, **RUN).params["head"]["kernel"], expected["head"]["kernel"]
+        )
+    whole = configuration.from_json(json.dumps(config))
+    assert preflight.prepare(whole, copied).config.train.augment == "none"
