@@ -7,6 +7,7 @@ once and no global state changes.
 
 import itertools
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -104,6 +105,7 @@ def against(
     """Panels of curves against `epoch` or `relaxation_time`."""
     from matplotlib.lines import Line2D
 
+    panels = _measured(panels, [curve.run for curve in curves])
     figure, all_axes = frame(len(panels), CLOCKS[clock], title)
     times = np.concatenate([clock_of(curve.run, clock) for curve in curves])
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -119,6 +121,11 @@ def against(
         curves = []
     legend(figure, [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves], caption)
     return figure
+
+
+def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[Panel]:
+    """Those with something to draw: below batch normalization a layer has no equilibrium. All, if none has."""
+    return [p for p in panels if any(run[name].notnull().any() for run in runs for name in p.drawn)] or panels
 
 
 def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndarray:
@@ -177,6 +184,7 @@ def against_lambda(
     from matplotlib.lines import Line2D
 
     title = "".join(histories) if len(histories) == 1 else ""
+    drawn_panels = _measured(drawn_panels, [training(history) for history in histories.values()])
     figure, all_axes = frame(len(drawn_panels), r"weight decay $\lambda$", title)
     looks = zip(histories, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     styles: list[dict[str, Any]] = [{"color": colour, "marker": marker} for _, colour, marker in looks]
@@ -306,9 +314,16 @@ def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
     # Mathematics takes less room than its source; seven characters are the line and the gaps.
     lengths = [len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles]
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 16 / max(lengths, default=1))))
+    caption = "\n".join(part for line in caption.splitlines() for part in _wrapped(line, figure.get_figwidth()))
     words: dict[str, Any] = {"fontsize": SMALL, "title": caption, "title_fontsize": SMALL}
     legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words)
     legend.get_title().set_multialignment("center")
+
+
+def _wrapped(line: str, inches: float) -> list[str]:
+    """A line of a caption as lines that fit; mathematics stays whole."""
+    whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), line)
+    return [part.replace("\0", " ") for part in textwrap.wrap(whole, int(19 * inches), break_long_words=False)]
 
 
 def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[Curve]) -> None:

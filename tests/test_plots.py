@@ -430,3 +430,15 @@ def test_another_netcdf_file_is_not_taken_for_a_history(tmp_path, capsys):
 def test_importing_plots_imports_neither_matplotlib_nor_jax():
     code = "import sys, ncjax.plots; print({'matplotlib', 'jax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_layer_without_equilibrium_has_no_panel_and_captions_fit_what_is_left():
+    """As below batch normalization."""
+    history = make_history()
+    history["equilibrium_residual"].loc[{"layer": "layer_1"}] = np.nan
+    for figure in (theory_figures.equilibrium_against_epoch(history), figures.collapse_against_epoch(history)):
+        titles = [axes.get_title() for axes in figure.axes]
+        assert "layer 1" not in titles
+        lines = figure.legends[0].get_title().get_text().splitlines()
+        assert max(map(len, lines)) <= 19 * figure.get_figwidth()
+    assert "head" in [axes.get_title() for axes in theory_figures.equilibrium_against_epoch(history).axes]
