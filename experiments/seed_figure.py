@@ -50,7 +50,7 @@ def main(name: str, get_config: Callable[[str], Config], claim: str | None) -> N
                 common.record(stem, config, every_epoch=True)
             report(common.load(stem), name, stem)
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
