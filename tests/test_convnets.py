@@ -48,6 +48,7 @@ def trained_only(sweep, *chunks):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(sweep.states))]
 
 
+@pytest.mark.slow
 def test_chunks_of_any_length_are_bitwise_the_same(tmp_path):
     fields = {"model__normalization": "batch", "train__augment": "crop_flip"}
     whole, parts = (trained_only(start(tmp_path, **fields), *chunks) for chunks in ((3,), (1, 2)))
@@ -55,6 +56,7 @@ def test_chunks_of_any_length_are_bitwise_the_same(tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 def test_augmentation_changes_what_is_trained_on_and_not_the_order(tmp_path):
     plain, cropped = (trained_only(start(tmp_path / a, train__augment=a), 1) for a in ("none", "crop"))
     assert any(not np.array_equal(a, b) for a, b in zip(plain, cropped, strict=True))
@@ -139,6 +141,7 @@ def test_measurements_are_of_eval_mode_and_nan_where_normalization_leaves_no_mea
     assert loss == pytest.approx(fit + 0.5e-2 * squares, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_without_normalization_every_layer_has_its_equilibrium(tmp_path):
     recorded = experiment.record(preflight.prepare(make_config(train__precision="float64"), tmp_path))
     final = recorded.sel(weight_decay=1e-2).isel(epoch=-1)
@@ -160,6 +163,7 @@ def test_free_norms_do_not_decay(tmp_path):
     np.testing.assert_allclose(scale["decayed"][1], scale["decayed"][0] - 0.02 * 5.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_show_verifies_and_exports_statistics_with_the_weights(normalized, tmp_path, capsys):
     file = tmp_path / "net.safetensors"
     run = "--run=weight_decay=1e-2,seed=0"

@@ -61,7 +61,11 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-4), (np.float64, 1e-10)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [pytest.param(np.float32, 1e-4, marks=pytest.mark.slow), (np.float64, 1e-10)],
+    ids=["float32", "float64"],
+)
 def test_every_metric_equals_its_definition(shape, dtype, rtol):
     h, labels, head, bias = split(**shape, dtype=dtype)
     expected = oracle(h, labels, head, bias)
@@ -78,7 +82,7 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
 
 
 @pytest.mark.parametrize(("float64", "rtol"), [(False, 1e-4), (True, 1e-10)], ids=["float32", "float64"])
-@pytest.mark.parametrize("rows", [64, None])
+@pytest.mark.parametrize("rows", [64, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_norm_5(float64, rtol, rows):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(10), 60))
@@ -177,7 +181,7 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
             measure.measure(h, labels, **options)
 
 
-INVARIANT = settings(max_examples=8, deadline=None)
+INVARIANT = settings(max_examples=4, deadline=None)
 
 
 @INVARIANT
@@ -283,6 +287,7 @@ def test_statistics_are_read_back_as_they_were_and_nothing_else_is(tmp_path):
 # What comes in
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_and_arrays_of_any_kind_give_the_same():
     h, labels, head, bias = split(per_class=60)
     h = h.astype(np.float32)
@@ -552,6 +557,7 @@ def examples():
     return re.findall(r"```python( torch)?\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
