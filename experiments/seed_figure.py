@@ -60,8 +60,8 @@ def report(history: xr.Dataset, name: str, stem: str) -> None:
     title = f"{stem}: {per_class:,} images a class, {epochs} epochs"
     decays = [f"wd {wd:g}" for wd in history["weight_decay"].attrs["torch_weight_decay"]]
     common.show(f"{title}; mean±sd over {history.sizes['seed']} seeds", ("at the end", *decays), rows(history))
-    halves = history["weight_decay"].values[-1] / history["weight_decay"].attrs["torch_weight_decay"][-1]
-    figure = panels.against(panels.one_per_lambda(history), PANELS, rf"{title}; $\lambda$ = {halves:g} wd of PyTorch")
+    factor = history["weight_decay"].values[-1] / history["weight_decay"].attrs["torch_weight_decay"][-1]
+    figure = panels.against(panels.one_per_lambda(history), PANELS, rf"{title}; $\lambda$ = {factor:g} wd of PyTorch")
     common.save(figure, name, stem)
 
 

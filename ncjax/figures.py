@@ -82,11 +82,7 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
         places = range(len(names) if len(names) <= _MOST_LABELLED_CLASSES else 0)
         axes.set_xticks(places, names[: len(places)], rotation=90 if max(map(len, names)) > 2 else 0)
         axes.set_yticks(places, names[: len(places)])
-    bar = figure.colorbar(all_axes[0].images[0], ax=all_axes, shrink=0.85, aspect=25)
-    bar.set_label("cosine between centred class means", size=panels.SIZE)
-    ticks = etf + reach * np.linspace(-1, 1, 5)
-    words = [f"{tick:.3f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
-    bar.set_ticks(list(ticks), labels=[*words[:2], f"{words[2]} (ETF)", *words[3:]], size=panels.SMALL)
+    bar = panels.cosine_bar(figure, all_axes, etf, reach, "cosine between centred class means")
     bar.ax.axhline(etf, color="black", linewidth=1)
     return figure
 

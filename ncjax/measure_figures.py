@@ -1,4 +1,4 @@
-"""Figures of a measurement: spectra, angles, classes one by one, and layers beside each other.."""
+"""Figures of a measurement: spectra, angles, classes one by one, and layers beside each other."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,16 +99,12 @@ def angles(found: "Measurement") -> "Figure":
     figure = Figure(figsize=(panels.WIDTH + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained")
     figure.suptitle(caption, size=panels.SIZE)
     axes = figure.add_subplot()
-    image = axes.imshow(off, cmap="PuOr", norm=CenteredNorm(etf, reach))
+    axes.imshow(off, cmap="PuOr", norm=CenteredNorm(etf, reach))
     axes.set_facecolor("0.85")
     axes.tick_params(length=0, labelsize=panels.SMALL)
     _words(axes, "Angles between centred class means", "class", "class")
     axes.locator_params(integer=True)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85, aspect=25)
-    bar.set_label("cosine", size=panels.SIZE)
-    ticks = etf + reach * np.linspace(-1, 1, 5)
-    words = [f"{tick:.3f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
-    bar.set_ticks(list(ticks), labels=[*words[:2], f"{words[2]} (ETF)", *words[3:]], size=panels.SMALL)
+    panels.cosine_bar(figure, [axes], etf, reach, "cosine")
     return figure
 
 

@@ -19,6 +19,7 @@ from ncjax.history import extinct
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -318,6 +319,16 @@ def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
     words: dict[str, Any] = {"fontsize": SMALL, "title": caption, "title_fontsize": SMALL}
     legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words)
     legend.get_title().set_multialignment("center")
+
+
+def cosine_bar(figure: "Figure", panels: Sequence["Axes"], etf: float, reach: float, label: str) -> "Colorbar":
+    """Beside images of cosines: a scale around that of a simplex ETF, to `reach` on either side."""
+    bar = figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.85, aspect=25)
+    bar.set_label(label, size=SIZE)
+    ticks = etf + reach * np.linspace(-1, 1, 5)
+    words = [f"{tick:.3f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
+    bar.set_ticks(list(ticks), labels=[*words[:2], f"{words[2]} (ETF)", *words[3:]], size=SMALL)
+    return bar
 
 
 def _wrapped(line: str, inches: float) -> list[str]:

@@ -69,6 +69,13 @@ def copied(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "copy")
 
 
+@pytest.fixture
+def float64():
+    """JAX computes in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return a @ b / np.sqrt(a @ a * (b @ b))
 

@@ -39,12 +39,6 @@ def by_definition(x, kernel, strides, pads):
     return y
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("height", "width", "window", "strides", "padding"), CASES)
 def test_values_and_gradients_are_those_of_lax_conv(height, width, window, strides, padding):

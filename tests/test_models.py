@@ -129,12 +129,6 @@ def convolved(x, kernel):
     return y
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.usefixtures("float64")
 def test_convolutional_forward_pass_equals_numpy():
     model, variables, x = conv_network()
