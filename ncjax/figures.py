@@ -69,7 +69,7 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     etf = -1 / (len(names) - 1)
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = [np.where(np.eye(len(names)), np.nan, run[COSINES].squeeze("seed")) for run in shown]
-    reach = np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01)
+    reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
     figure = Figure(figsize=(panels.WIDTH * len(off) + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained")
     figure.suptitle(", ".join(setting_words(history)), size=panels.SIZE)
     all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)

@@ -95,7 +95,7 @@ def angles(found: "Measurement") -> "Figure":
         return figure
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = np.where(np.eye(num_classes), np.nan, cosines)
-    reach = np.nan_to_num(np.abs(off - etf)).max(initial=0.01)
+    reach = float(np.nan_to_num(np.abs(off - etf)).max(initial=0.01))
     figure = Figure(figsize=(panels.WIDTH + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained")
     figure.suptitle(caption, size=panels.SIZE)
     axes = figure.add_subplot()
