@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jaxtyping import Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
 from ncjax import collapse, theory
 from ncjax.errors import InputError
@@ -85,9 +85,8 @@ class Measurement(NamedTuple):
     notes: list[str]
 
 
-_between_means = jax.jit(collapse.between_means)
-_of_head = jax.jit(collapse.quasi_interpolation_of_head)
-_geometry_of = jax.jit(collapse.geometry, static_argnums=1)
+_interpolation = jax.jit(collapse.quasi_interpolation)
+_interpolation_of_head = jax.jit(collapse.quasi_interpolation_of_head)
 
 
 @functools.cache
@@ -212,12 +211,19 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         seen = f"{int(deviations.examples.sum()):,} examples"
         raise InputError("batches", seen, f"the first pass saw {int(counts.sum()):,}; both must see the same")
     with jax.enable_x64(True):
-        metrics, notes = _geometry(reference, deviations), []
+        basis, spectrum = reference.frames.basis, reference.spectrum
+        metrics: dict[str, Any] = _of_means(
+            reference.centred, basis, spectrum, counts, deviations.within, deviations.along_means
+        )
+        notes: list[str] = []
+        if reference.head is not None:
+            metrics |= _of_head(reference.head, reference.centred, deviations.within, deviations.along_head)
+        residuals = None if reference.outputs is None else _mean_residuals(reference, deviations)
         if reference.frames.near is not None:
-            metrics |= _outputs(reference, deviations)
+            metrics |= _outputs(reference, deviations, residuals)
         if reference.asked.weight_decay is not None:
-            metrics |= _equilibrium(reference, deviations, notes)
-        metrics = {name: float(value) for name, value in metrics.items()}
+            metrics |= _equilibrium(reference, deviations, residuals, notes)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     missing = np.flatnonzero(reference.examples == 0).tolist()
     return Measurement(
         metrics=metrics,
@@ -231,28 +237,30 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     )
 
 
-def _geometry(reference: Reference, deviations: Deviations) -> dict[str, Any]:
-    """NC1 and NC2, and NC3 with a head."""
-    counts, centred = reference.examples[reference.present], jnp.asarray(reference.centred)
-    num_classes, total = len(counts), counts.sum()
-    trace_within = np.sum(deviations.within) / total
-    rank = jnp.asarray(np.count_nonzero(reference.spectrum))
-    frame = collapse.Frame(jnp.asarray(reference.frames.basis), jnp.asarray(reference.spectrum), rank)
-    metrics = {
-        "nc1": collapse.nc1(jnp.asarray(deviations.along_means) / total, frame, num_classes),
-        "nc1_rank": rank,
-        "nc1_trace_ratio": trace_within / (jnp.sum(centred**2) / num_classes),
-        **_between_means(centred, jnp.asarray(deviations.within / counts)),
+@jax.jit
+def _of_means(
+    centred: Array, basis: Array, spectrum: Array, counts: Array, within: Array, along_means: Array
+) -> dict[str, Array]:
+    """NC1 and NC2 of features."""
+    num_classes, total = len(centred), counts.sum()
+    frame = collapse.Frame(basis, spectrum, jnp.count_nonzero(spectrum))
+    return {
+        "nc1": collapse.nc1(along_means / total, frame, num_classes),
+        "nc1_rank": frame.rank,
+        "nc1_trace_ratio": within.sum() / total / (jnp.sum(centred**2) / num_classes),
+        **collapse.between_means(centred, within / counts),
     }
-    if reference.head is not None:
-        head = jnp.asarray(reference.head)
-        metrics |= _geometry_of(head, "head") | {
-            "nc1_row_space": jnp.sum(jnp.asarray(deviations.along_head)) / total / trace_within,
-            "nc3": collapse.self_duality(head, centred),
-            "nc3_centered": collapse.self_duality(head - head.mean(0, keepdims=True), centred),
-            "weight_norm_sq": jnp.sum(head**2),
-        }
-    return metrics
+
+
+@jax.jit
+def _of_head(head: Array, centred: Array, within: Array, along_head: Array) -> dict[str, Array]:
+    """NC2 and NC3 of a head, and the share of the scatter that it sees."""
+    return collapse.geometry(head, "head") | {
+        "nc1_row_space": along_head.sum() / within.sum(),
+        "nc3": collapse.self_duality(head, centred),
+        "nc3_centered": collapse.self_duality(head - head.mean(0, keepdims=True), centred),
+        "weight_norm_sq": jnp.sum(head**2),
+    }
 
 
 def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:
@@ -264,15 +272,14 @@ def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:
     return np.eye(len(outputs)) - outputs
 
 
-def _outputs(reference: Reference, deviations: Deviations) -> dict[str, Any]:
+def _outputs(reference: Reference, deviations: Deviations, residuals: np.ndarray | None) -> dict[str, Any]:
     """What outputs say: NC4 and quasi-interpolation."""
     counts = reference.examples[reference.present]
     num_classes, total = len(counts), counts.sum()
-    if reference.outputs is not None:
-        interpolation = collapse.quasi_interpolation(jnp.asarray(_mean_residuals(reference, deviations)))
+    if residuals is not None:
+        interpolation = _interpolation(residuals)
     else:
-        arrays: tuple = (reference.means, reference.head, reference.bias)
-        interpolation = _of_head(*arrays)
+        interpolation = _interpolation_of_head(reference.means, reference.head, reference.bias)
     if deviations.residuals is None:  # ||W d||^2 = sum_j s_j^2 (v_j^T d)^2
         spread = np.sum(_head_strengths(reference) * deviations.along_head)
     else:
@@ -293,7 +300,7 @@ def _head_strengths(reference: Reference) -> np.ndarray:
     return np.sum((reference.head @ np.asarray(reference.frames.head_basis, np.float64).T) ** 2, axis=0)
 
 
-def _equilibrium(reference: Reference, deviations: Deviations, notes: list[str]) -> dict[str, Any]:
+def _equilibrium(reference: Reference, deviations: Deviations, residuals: Any, notes: list[str]) -> dict[str, Any]:
     """What theory says of a head that was trained with weight decay lambda."""
     assert reference.head is not None
     counts = reference.examples[reference.present]
@@ -304,12 +311,12 @@ def _equilibrium(reference: Reference, deviations: Deviations, notes: list[str])
     if deviations.residuals is None:  # r - rbar_c = -W (h - mu_c)
         covariance = -(head @ jnp.asarray(reference.frames.head_basis, jnp.float64).T) @ covariance
     shares = jnp.asarray(counts / total)[:, None]
-    if reference.outputs is None:  # rbar_c = e_c - W mu_c - b, and no C x C array
+    if residuals is None:  # rbar_c = e_c - W mu_c - b, and no C x C array
         weighted, bias = shares * means, jnp.asarray(reference.bias)
         products = head @ (means.T @ weighted) + jnp.outer(bias, weighted.sum(0))
-        residuals, between = None, weighted - products
+        between = weighted - products
     else:
-        residuals = jnp.asarray(_mean_residuals(reference, deviations))
+        residuals = jnp.asarray(residuals)
         between = residuals.T @ (shares * means)
     pull = between + covariance  # mean(r h^T), minus the gradient of the fit term
     metrics = {
@@ -324,7 +331,7 @@ def _equilibrium(reference: Reference, deviations: Deviations, notes: list[str])
     logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)
     solution = theory.symmetric_solution(logit_part, residual_part, num_classes, decay)
     terms = theory.budget(residuals, means, covariance, decay * head - pull)
-    epsilon = collapse.quasi_interpolation(residuals)["epsilon"]
+    epsilon = _interpolation(residuals)["epsilon"]
     return metrics | {
         "theorem_residual": theory.theorem_residual(epsilon, head, centred, decay),
         "nc3_floor": solution.nc3_floor,

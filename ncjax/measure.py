@@ -81,7 +81,7 @@ def measure_batches(
         cross-entropy: equilibrium residual, predictions and budget. PyTorch's MSELoss has another unit, docs/theory.md.
       global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same for balanced classes.
       float64: compute in float64; None: where the features are of it.
-      rows: at most so many examples at once; None: 16 MiB of features.
+      rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read in place.
       devices: JAX devices that share the work; None: all of this process.
       progress: called with the number of examples of every chunk, in both passes.
 
@@ -152,7 +152,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = "mu_G, where classes are not of one size: the mean of their means (default) or of all examples"
     add("--global-mean", choices=("classes", "examples"), default="classes", help=words)
     add("--float64", action="store_true", help="compute in float64 (default: where the features are)")
-    add("--batch", metavar="ROWS", type=int, help="examples at once (default: 16 MiB of features)")
+    add("--batch", metavar="ROWS", type=int, help="examples at once (default: 16 to 64 MiB of features)")
     add("--figures", metavar="DIR", type=Path, help="writes spectra, angles and a scatter of classes, or of layers")
     add("--json", action="store_true", help="one JSON object; its `metrics` are flat, null where undefined")
     return parser.parse_args(argv)

@@ -27,8 +27,8 @@ from jaxtyping import Array
 from ncjax.errors import InputError
 from ncjax.moments import LEAST_BLOCK, Deviations, Frames, Rows, Sums, add_deviations, add_sums, adopt, merge
 
-# Entries of the features of a chunk: 16 MiB in float32.
-_CHUNK = 2**22
+# Entries of the features of a chunk: 16 MiB in float32 where they are copied, 64 MiB where they are read in place.
+_COPIED, _IN_PLACE = 2**22, 2**24
 # Chunks on their way to one device; the next one is copied while the last is worked on.
 _IN_FLIGHT = 2
 _ALIGNMENT = 64  # bytes: of memory that XLA reads in place
@@ -51,7 +51,7 @@ def first_pass(
     Args:
       num_classes: C; labels are 0 to C - 1.
       float64: whether to compute in float64; None: as the first batch's features are.
-      rows: of a chunk, at most; None: 16 MiB of them.
+      rows: of a chunk, at most; None: 16 MiB of them, 64 MiB of those that can be read in place.
       devices: that share the work; None: all of this process.
       progress: called with the number of examples of every chunk.
 
@@ -69,13 +69,14 @@ def first_pass(
 
     def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
         met = seen[device]
-        fresh = np.flatnonzero(~met[chunk.labels])
-        if fresh.size:
-            labels, first = np.unique(chunk.labels[fresh], return_index=True)
+        if not met.all():
+            first = np.full(num_classes + 1, -1)
+            first[chunk.labels[::-1]] = np.arange(len(chunk.labels))[::-1]  # of several values the last one stays
+            labels = np.flatnonzero((first >= 0) & ~met)
             met[labels] = True
             # Filled up to a power of two: few lengths, of which each is compiled.
             padding = (0, (1 << (len(labels) - 1).bit_length()) - len(labels))
-            index, labels = np.pad(fresh[first], padding), np.pad(labels, padding, constant_values=num_classes)
+            index, labels = np.pad(first[labels], padding), np.pad(labels, padding, constant_values=num_classes)
             sums = sums._replace(pivots=adopt(sums.pivots, chunk.features, index, labels))
         return add_sums(sums, *chunk[:3], _counts(chunk.labels, num_classes))
 
@@ -183,12 +184,11 @@ def _run(
         with_logits = logits is not None
         if float64 is None:
             float64 = bool(features.dtype == np.float64)
-        length = _length(len(labels), rows or max(LEAST_BLOCK, _CHUNK // dim))
-        for begin in range(0, len(labels), length):
+        for fresh, length in _cut(features, logits, rows, len(devices)):
             device = devices[turn % len(devices)]
             turn += 1
             with _exactly():
-                chunk = _place(features, labels, logits, begin, length, num_classes, float64, device)
+                chunk = _place(features, labels, logits, fresh, length, num_classes, float64, device)
                 if device not in states:
                     states[device] = jax.device_put(start(chunk), device)
                 states[device], token = step(states[device], chunk, device)
@@ -205,11 +205,33 @@ def _run(
     return [jax.tree.map(np.asarray, states.pop(device)) for device in list(states)]
 
 
-def _length(size: int, most: int) -> int:
-    """Rows of a chunk of a batch of `size`: equal chunks, of few different lengths, as each is compiled."""
-    rows = max(1, -(-size // max(1, -(-size // most))))
-    unit = max(1, (1 << (rows - 1).bit_length()) // 8)
-    return min(most, -(-rows // unit) * unit)
+def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator[tuple[slice, int]]:
+    """Rows of the chunks of a batch, and the length that each is brought to.
+
+    More than a chunk are equal ones, as many for each device, and two at least: one is placed while another is worked
+    on.
+    """
+    size, dim = features.shape
+    outputs = 1 if logits is None else logits.shape[1]
+    most, begin = rows or max(LEAST_BLOCK, _COPIED // max(dim, outputs)), 0
+    parts = 1 if size <= most else 2 * devices
+    if size > most >= LEAST_BLOCK and _readable(features):
+        most = rows or max(most, min(_IN_PLACE // dim, _COPIED // outputs))
+        if features.ctypes.data % _ALIGNMENT:
+            begin = -(-_ALIGNMENT // features[0].nbytes)  # the rows before are copied, at the end, on their own
+    count = parts * max(1, -(-(size - begin) // (parts * most)))
+    length = min(most, _rounded(max(1, -(-(size - begin) // count))))
+    for first in range(begin, size, length):
+        yield slice(first, min(size, first + length)), length
+    if begin:
+        yield slice(0, begin), LEAST_BLOCK
+
+
+def _rounded(rows: int) -> int:
+    """A number of rows not much greater, one of few, as each is compiled, and divisible into blocks."""
+    octave = 1 << (rows - 1).bit_length()
+    unit = max(1, octave // 16, min(LEAST_BLOCK, octave // 8))
+    return -(-rows // unit) * unit
 
 
 @contextlib.contextmanager
@@ -268,19 +290,19 @@ def _place(
     features: Any,
     labels: np.ndarray,
     logits: Any,
-    begin: int,
+    fresh: slice,
     length: int,
     num_classes: int,
     float64: bool,
     device: Device,
 ) -> _Chunk:
-    """Rows of a batch from `begin` on, on a device. Where the batch ends they begin earlier, with padding as labels of
-    those that another chunk has; a batch that is shorter is filled up."""
-    first = max(0, min(begin, len(labels) - length))
-    part, fresh = slice(first, first + length), slice(begin, begin + length)
+    """The fresh rows of a batch and others, up to the length, on a device. The others are labelled as padding: rows
+    before or after them, and zeros where the batch is shorter than the length."""
+    first = max(0, min(fresh.start, len(labels) - length))
+    part = slice(first, first + length)
     padded = np.full(length, num_classes, np.int32)
     own = labels[fresh]
-    padded[begin - first : begin - first + len(own)] = own
+    padded[fresh.start - first : fresh.stop - first] = own
     logits = None if logits is None else jax.device_put(_filled(logits[part], length, float64), device)
     view, skipped = _aligned(features, part) if len(labels) >= length else (None, 0)
     if view is None:
@@ -302,18 +324,23 @@ def _filled(part: Any, rows: int, float64: bool) -> Any:
     return pad(part, ((0, rows - len(part)), (0, 0)))
 
 
+def _readable(features: Any) -> bool:
+    """Whether XLA can read an array where it lies, from an aligned address on."""
+    return (
+        isinstance(features, np.ndarray)
+        and str(features.dtype) in _DEVICE_TYPES
+        and features.flags.c_contiguous
+        and features.ctypes.data % features.itemsize == 0
+    )
+
+
 def _aligned(features: Any, part: slice) -> tuple[np.ndarray | None, int]:
     """Rows of an array as a flat view that begins a few numbers earlier, at an address XLA reads without a copy.
 
     None where there is no such view: of another layout or type, or at the very beginning of memory that is not aligned.
     """
-    size = features.dtype.itemsize
-    if not isinstance(features, np.ndarray) or str(features.dtype) not in _DEVICE_TYPES:
-        return None, 0
-    if not features.flags.c_contiguous:
+    if not _readable(features):
         return None, 0
     first = part.start * features.shape[1]
-    begin, odd = divmod((features.ctypes.data + first * size) % _ALIGNMENT, size)
-    if odd or begin > first:
-        return None, 0
-    return features.reshape(-1)[first - begin : part.stop * features.shape[1]], begin
+    begin = (features.ctypes.data // features.itemsize + first) % (_ALIGNMENT // features.itemsize)
+    return (None, 0) if begin > first else (features.reshape(-1)[first - begin : part.stop * features.shape[1]], begin)

@@ -321,6 +321,41 @@ def test_a_large_array_is_read_where_it_lies():
     assert len(view) - skipped == 512 * 64
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 70_000),
+    st.sampled_from([1, 3, 512]),
+    st.sampled_from([None, 1, 100, 300, 5000]),
+    st.integers(1, 3),
+    st.integers(0, 17),
+    st.booleans(),
+)
+def test_chunks_hold_every_row_once(size, dim, rows, devices, skipped, with_logits):
+    memory = np.lib.stride_tricks.as_strided(np.zeros(32, np.float32)[skipped:], (size, dim), (4 * dim, 4))  # unread
+    logits = np.empty((size, 40)) if with_logits else None
+    chunks = list(streaming._cut(memory, logits, rows, devices))
+    held = np.zeros(size, int)
+    for fresh, length in chunks:
+        held[fresh] += 1
+        assert 0 < fresh.stop - fresh.start <= length <= (rows or max(streaming._IN_PLACE // dim, 256))
+    assert (held == 1).all()
+    assert len({length for _, length in chunks}) <= 2
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_large_array_is_measured_as_a_small_one_is(offset, monkeypatch):
+    h, labels, head, bias = split(per_class=1000, dtype=np.float32)
+    expected = measure.measure(h, labels, head=head, bias=bias)
+    monkeypatch.setattr(streaming, "_COPIED", 256 * h.shape[1])
+    bytes_of = bytearray(h.nbytes + 64 + offset)
+    begin = -np.frombuffer(bytes_of, np.uint8).ctypes.data % 64 + offset
+    placed = np.frombuffer(bytes_of, np.float32, h.size, begin).reshape(h.shape)
+    placed[:] = h
+    chunks = list(streaming._cut(placed, None, None, 2))
+    assert len(chunks) == 4 + (offset > 0)
+    assert_same(measure.measure(placed, labels, head=head, bias=bias, devices=jax.devices()[:2]), expected, 1e-5)
+
+
 def test_memory_that_its_owner_uses_again_is_read_in_time():
     h, labels, _, _ = split(per_class=400, dtype=np.float32)
     buffer = np.empty((500, 8), np.float32)
