@@ -168,11 +168,12 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     expected = measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2)
     monkeypatch.setattr(findings, "MOST_SQUARE", 10)
     monkeypatch.setattr(collapse, "_MOST_PAIRS", 100)
-    for f in (findings._between_means, findings._geometry_of, findings._of_head):
-        f.clear_cache()
+    compiled = findings._of_means, findings._of_head, findings._interpolation_of_head
+    for function in compiled:
+        function.clear_cache()
     found = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=1e-2)
-    for f in (findings._between_means, findings._geometry_of, findings._of_head):
-        f.clear_cache()
+    for function in compiled:
+        function.clear_cache()
     assert_same(found.metrics, {name: expected[name] for name in found.metrics}, 1e-9)
     assert {"nc4", "output_asymmetry", "equilibrium_residual", "norm_target"} <= found.metrics.keys()
     assert "at most 10 classes" in found.notes[0]
