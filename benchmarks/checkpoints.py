@@ -32,14 +32,14 @@ def training_seconds(every: int, folder: Path) -> tuple[float, float]:
     config.data.per_class, config.train.epochs = 1000, EPOCHS
     config.log.epochs, config.checkpoint.every = (EPOCHS,), every
     begin, compiled = time.perf_counter(), []
-    advance = experiment._Sweep.advance
+    advance = experiment.Sweep.advance
 
     def timed(sweep, epochs, measured):
         values, seconds = advance(sweep, epochs, measured)
         compiled.append(seconds if epochs == 0 else 0.0)
         return values, seconds
 
-    with mock.patch.object(experiment._Sweep, "advance", timed):
+    with mock.patch.object(experiment.Sweep, "advance", timed):
         experiment.record(preflight.prepare(config, folder))
     seconds = time.perf_counter() - begin - sum(compiled)
     newest = folder / "checkpoints" / str(EPOCHS)

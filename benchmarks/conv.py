@@ -89,7 +89,7 @@ class Sweep:
 def call_per_step(network: sweep.Network) -> Callable[[int], None]:
     """lax.conv outside of any loop: a compiled step of one run, called from Python, one run after another."""
     with mock.patch.object(conv, "convolve", lax_conv):
-        mesh = parallel.run_mesh(1)
+        mesh = parallel.make_mesh(1)
         recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, network.examples)
         data = train.place_data(noise(network.image, network.examples, network.batch), mesh, "float32")
         columns: dict[str, Any] = {"weight_decay": [1e-3], "learning_rate": [0.01], "momentum": [0.9]}

@@ -29,9 +29,7 @@ def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tu
     """Median seconds of (an epoch, a measurement) of all runs."""
     widths, image, runs, batch_size, examples = CASES[name]
     dataset = noise(image, examples, examples // 5)
-    mesh = jax.make_mesh(
-        (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+    mesh = parallel.make_mesh(runs, run=devices)
     network = models.HomogeneousMLP if len(image) == 1 else models.HomogeneousConvNet
     recipe = train.Recipe(network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels))
     columns = {"weight_decay": [1e-3], "learning_rate": [0.05], "momentum": [0.9], "init_scale": [1.0]}

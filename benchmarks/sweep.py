@@ -132,7 +132,7 @@ class Program(NamedTuple):
 @functools.cache
 def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Program:
     """The sweep's program for `runs` runs, and its first states."""
-    mesh = parallel.run_mesh(runs)
+    mesh = parallel.make_mesh(runs)
     recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, train_size)
     data = train.place_data(noise(network.image, train_size, test_size), mesh, "float32")
     constant = {"weight_decay": WEIGHT_DECAY, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "init_scale": 1.0}

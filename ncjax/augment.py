@@ -1,28 +1,41 @@
 """Random views of training images, made inside the step: He et al. (2016), section 4.2, for CIFAR-10."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key, Shaped
+from jaxtyping import Array, Int, Key, Shaped
 
 _BORDER = 4
 
 
-def augment(name: str, key: Key[Array, ""], images: Shaped[Array, "B *image"]) -> Shaped[Array, "B *image"]:
-    """`crop`: pad by 4 zeros on each side and cut at a random place; `crop_flip`: mirror every second one as well."""
+def augment(
+    name: str,
+    key: Key[Array, ""],
+    images: Shaped[Array, "b *image"],
+    size: int | None = None,
+    part: Callable[[Array], Array] = lambda drawn: drawn,
+) -> Shaped[Array, "b *image"]:
+    """`crop`: pad by 4 zeros on each side and cut at a random place; `crop_flip`: mirror every second one as well.
+
+    Of a batch of `size` that is spread over devices, `images` are the `part` that is this device's: random numbers are
+    drawn for the whole batch, so that they are the same wherever it is computed.
+    """
     if name == "none":
         return images
+    size = len(images) if size is None else size
     place_key, flip_key = jax.random.split(key)
     if name == "crop_flip":
-        mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        mirrored = part(jax.random.bernoulli(flip_key, shape=(size, 1, 1, 1)))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
-    return _random_crop(place_key, images)
+    corners = part(jax.random.randint(place_key, (size, 2), 0, 2 * _BORDER + 1, jnp.int32))
+    return _crop(images, corners)
 
 
-def _random_crop(key: Key[Array, ""], images: Shaped[Array, "B H W c"]) -> Shaped[Array, "B H W c"]:
+def _crop(images: Shaped[Array, "b H W c"], corners: Int[Array, "b 2"]) -> Shaped[Array, "b H W c"]:
     sides = [(_BORDER, _BORDER)] * 2
     padded = jnp.pad(images, [(0, 0), *sides, (0, 0)])
-    corners = jax.random.randint(key, (len(images), 2), 0, 2 * _BORDER + 1, jnp.int32)
 
     def cut(image: Array, corner: Array) -> Array:
         return lax.dynamic_slice(image, (corner[0], corner[1], jnp.zeros_like(corner[0])), images.shape[1:])

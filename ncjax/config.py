@@ -119,12 +119,24 @@ SCHEMA: dict[str, Field] = {
     "sweep.momentum": _each((0.9,), "momentum of SGD, beta_1 of Adam", *_MOMENTA),
     "sweep.init_scale": _each((1.0,), "factor on the He initialization of every weight", *_POSITIVE),
     "sweep.seed": _each((0,), "initialization and order of batches", *_SEEDS),
+    "sweep.runs_per_program": _integer(0, "most runs at once, the rest after them (0: as many as memory holds)", 0),
+    "mesh.run": _integer(0, "devices over which runs are spread (0: all that are of use)", 0),
+    "mesh.data": _integer(1, "devices over which the batch of each run is spread", 1),
     "units": _choice("ours", "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss", "torch"),
     "log.epochs": _each((), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True),
     "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
     "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
     "checkpoint.marked": _each((), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True),
+    "profile.dir": Field(
+        "", "where a jax.profiler trace of one epoch goes (empty: none)", "must be a path", lambda v: isinstance(v, str)
+    ),
+    "compile.cache": _choice(
+        "user", "keep compiled programs in the user's cache folder; $JAX_COMPILATION_CACHE_DIR moves them", "off"
+    ),
 }
+
+# Where and how a run is computed, not what: a WORKDIR goes on whatever they are.
+_MACHINE = ("sweep.runs_per_program", "mesh.run", "mesh.data", "profile.dir", "compile.cache")
 
 # Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing axis.
 SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
@@ -226,10 +238,10 @@ def _flatten(config: Config, prefix: str = "") -> dict[str, object]:
 def differences(config: Config, other: dict) -> list[str]:
     """What keeps `config` from continuing a run of `other`, a parsed config.json; a line per field, with both values.
 
-    More epochs are no hindrance where the learning rate of those behind does not depend on them.
+    More epochs are no hindrance where the learning rate of those behind does not depend on them; nor is another mesh.
     """
     mine, theirs = (_flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
-    fields = sorted(mine.keys() | theirs.keys())
+    fields = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
     longer: Any = (theirs.get("train.epochs"), mine.get("train.epochs"))
     fixed = mine.get("train.schedule") == "constant" or mine.get("train.schedule_epochs")
     if fixed and None not in longer and longer[0] < longer[1]:

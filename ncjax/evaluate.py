@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ncjax import collapse, models, theory
 from ncjax.linalg import symmetric_part
 from ncjax.objective import Objective, decay_penalty
+from ncjax.parallel import Share
 
 # Most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in a core's cache.
 _ROWS = 256
@@ -60,12 +61,14 @@ def evaluate(
     model: models.Network,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
+    share: Share = Share(),  # noqa: B008
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
 
     Args:
       variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is then in eval mode.
       weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
+      share: of the examples, where several devices measure one run: sums are added up, features stay where they are.
 
     Returns:
       name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
@@ -86,8 +89,8 @@ def evaluate(
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
             return (gradient, sums), held
 
-        (gradient_sum, train_sums), train_held = _sum_over_batches(with_gradient, data.train)
-        test_sums, test_held = _sum_over_batches(lambda *batch: first_pass(params, *batch)[1], data.test)
+        (gradient_sum, train_sums), train_held = _sum_over_batches(with_gradient, data.train, share)
+        test_sums, test_held = _sum_over_batches(lambda *batch: first_pass(params, *batch)[1], data.test, share)
         train_means, test_means = (collapse.class_means(sums.classes) for sums in (train_sums, test_sums))
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
 
@@ -97,7 +100,7 @@ def evaluate(
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
                 return collapse.class_scatter(h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head), ()
 
-            scatter, _ = _sum_over_batches(second_pass, split, held)
+            scatter, _ = _sum_over_batches(second_pass, split, share, held)
             fit, penalty = first.fit / len(split.labels), decay_penalty(params, decayed, weight_decay)
             metrics = {"loss": fit + penalty, "fit_loss": fit, "accuracy": first.correct / len(split.labels)}
             return metrics | collapse.measure(means, scatter, frame, head), scatter
@@ -148,27 +151,33 @@ def _first_pass(
     return fit, (sums, (features, outputs))
 
 
-def _sum_over_batches(f: Callable[..., tuple[T, tuple]], split: Split, held: tuple = ()) -> tuple[T, tuple]:
+def _sum_over_batches(
+    f: Callable[..., tuple[T, tuple]], split: Split, share: Share, held: tuple = ()
+) -> tuple[T, tuple]:
     """Sum over a split of the first result of f(images, labels, *held), and what it gives to be held, per batch.
 
-    The last batch is filled up with label -1, which `f` must leave out. Only a small split's second results are kept.
+    Where devices share the split, each goes over its own rows, and their sums are added up at the end. The last batch
+    is filled up with label -1, which `f` must leave out. Only a small split's second results are kept.
     """
     size = len(split.labels)
-    batches = -(-size // _ROWS)
-    rows = -(-size // batches)
+    mine = -(-size // share.devices)
+    batches = -(-mine // _ROWS)
+    rows = -(-mine // batches)
     keep = size <= _HELD_ROWS
 
     def add(total: T, batch: tuple) -> tuple[T, tuple]:
         number, *held = batch
-        index = number * rows + jnp.arange(rows)
+        place = number * rows + jnp.arange(rows)
+        index = share.first(mine) + place
         images = split.images.at[index].get(mode="clip")
-        labels = jnp.where(index < size, split.labels.at[index].get(mode="clip"), -1)
+        labels = jnp.where((place < mine) & (index < size), split.labels.at[index].get(mode="clip"), -1)
         term, to_hold = f(images, labels, *held)
         return jax.tree.map(jnp.add, total, term), to_hold if keep else ()
 
     shapes, _ = jax.eval_shape(f, split.images[:rows], split.labels[:rows], *(a[0] for a in held))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.scan(add, zeros, (jnp.arange(batches), *held))
+    total, to_hold = lax.scan(add, zeros, (jnp.arange(batches), *held))
+    return share.sum(total), to_hold
 
 
 def _equilibrium(

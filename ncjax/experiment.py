@@ -6,7 +6,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -17,11 +16,14 @@ import xarray as xr
 from ncjax import (
     checkpoint,
     closed_forms,
+    compilation,
+    distributed,
     history,
     interrupts,
     journal,
     lock,
     models,
+    outline,
     parallel,
     plots,
     report,
@@ -29,11 +31,10 @@ from ncjax import (
     train,
 )
 from ncjax import config as configuration
-from ncjax.data import Dataset
 from ncjax.errors import InputError
 from ncjax.files import remove_leftovers, write_atomically
-from ncjax.objective import Objective
 from ncjax.preflight import Plan
+from ncjax.sweep import Sweep, make_program
 
 # A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live progress line.
 _CHUNK_SECONDS = 2.0
@@ -42,10 +43,17 @@ _CHUNK_SECONDS = 2.0
 def run(plan: Plan) -> xr.Dataset:
     """`record`, then draws WORKDIR/figures and says what was found."""
     recorded = record(plan)
-    plots.draw_all(recorded, plan.workdir / "figures")
-    report.show_results(recorded, report.make_console())
-    print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+    if distributed.is_leader():
+        plots.draw_all(recorded, plan.workdir / "figures")
+        report.show_results(recorded, report.make_console())
+        print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
     return recorded
+
+
+def preview(plan: Plan) -> None:
+    """Compiles what a plan would train, and says all there is to know before; writes nothing."""
+    _start_jax(plan)
+    outline.show(plan, make_program(plan), report.make_console(quiet=not distributed.is_leader()))
 
 
 def record(plan: Plan) -> xr.Dataset:
@@ -53,87 +61,49 @@ def record(plan: Plan) -> xr.Dataset:
 
     WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement, checkpoints/ at
     `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A WORKDIR that holds part of the run
-    is continued.
+    is continued. Of several processes each returns the history, and the first writes it.
 
     Raises:
       InputError: WORKDIR is another process's, or nothing in it can be trusted.
       Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
-    parallel.use_every_core()
+    _start_jax(plan)
     config, workdir = plan.config, plan.workdir
-    with lock.owned(workdir), interrupts.Requests() as requests:
-        remove_leftovers(workdir)
+    owned = lock.owned(workdir) if distributed.is_leader() else contextlib.nullcontext()
+    with owned, interrupts.Requests() as requests:
+        if distributed.is_leader():
+            remove_leftovers(workdir)
         saved = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.marked)
         try:
-            sweep = _Sweep(plan)
+            sweep = Sweep(plan)
             recorded = _resume(sweep, saved)
-            write_atomically(workdir / "config.json", configuration.to_json(config).encode())
+            if distributed.is_leader():
+                write_atomically(workdir / "config.json", configuration.to_json(config).encode())
             if recorded is not None and sweep.epoch == config.train.epochs:
-                print(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
+                _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
                 recorded = _train(sweep, recorded, saved, requests)
         except interrupts.Interrupted:
             saved.close()  # it promises that all is on disk; where that is not so, this is the error to report
             raise
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to report
-                saved.close()
+            if jax.process_count() == 1:  # several would wait for each other
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    saved.close()
             raise
         saved.close()
     return recorded
 
 
-def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
-    """What a config says of the compiled program."""
-    return train.Recipe(
-        model=models.make(config.model, dataset.num_classes, config.train.precision),
-        head_bias=config.model.head_bias,
-        schedule=config.train.schedule,
-        batch_size=config.train.batch_size,
-        epochs=config.train.schedule_epochs or config.train.epochs,
-        train_size=len(dataset.train.labels),
-        objective=Objective(config.loss, config.targets),
-        optimizer=config.train.optimizer,
-        decay=config.train.decay,
-        norms=config.model.norms,
-        augment=config.train.augment,
-        adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
-    )
+def _start_jax(plan: Plan) -> None:
+    """What must be set before JAX computes; then that all processes are to do the same."""
+    parallel.use_every_core()
+    compilation.use_cache(plan.config.compile.cache)
+    distributed.check_same(plan)
 
 
-class _Sweep:
-    """The compiled program of a plan and the states of its runs, on the devices."""
-
-    def __init__(self, plan: Plan):
-        config, dataset = plan.config, plan.dataset
-        self.plan, self.epoch = plan, 0
-        self.mesh = parallel.run_mesh(plan.grid.size)
-        self.data = train.place_data(dataset, self.mesh, config.train.precision)
-        self.recipe = make_recipe(config, dataset)
-        self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
-        self.states, self.keys, self.hyper = train.start(self.recipe, self.mesh, self.columns, self.data)
-        self._advance = train.make_advance(self.recipe, self.mesh)
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Over all runs; padding does not count."""
-        batch = self.recipe.batch_size or self.recipe.train_size
-        return self.plan.grid.size * self.recipe.steps_per_epoch * batch
-
-    def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
-        """Trains, then measures; returns (R, ...) measurements (NaN if not measured) and the seconds it took."""
-        begin = time.perf_counter()
-        self.states, metrics = self._advance(self.states, self.keys, self.hyper, self.data, epochs, measured)
-        values = parallel.drop_padding(jax.device_get(metrics), self.plan.grid.size)
-        self.epoch += epochs
-        return values, time.perf_counter() - begin
-
-    def unpadded(self) -> train.RunState:
-        return parallel.drop_padding(self.states, self.plan.grid.size)
-
-
-def _resume(sweep: _Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
+def _resume(sweep: Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
     """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None: there are none.
 
     A checkpoint counts if its bits are those that were saved and all it had seen measured is in the history. One that
@@ -147,29 +117,32 @@ def _resume(sweep: _Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
             # First: nothing can be loaded into a program of another config, and that is no damage.
             _check_config(sweep.plan, checkpoint.read_facts(workdir / "checkpoints", epoch))
             with jax.enable_x64(True):
-                states, facts = saved.load(epoch, sweep.unpadded())
+                states, facts = saved.load(epoch, sweep.shapes)
             lost = sorted(set(facts.measured) - known)
             if lost:
                 raise checkpoint.Damaged(f"history.nc lacks epoch {lost[0]}, measured before it")
         except checkpoint.Damaged as damage:
             _warn(f"checkpoint {epoch} in {workdir} is not used: {damage}")
             continue
+        sweep.restore(states, epoch)
+        recorded = history.up_to(recorded, epoch) if facts.measured and recorded is not None else None
+        distributed.wait_for_all("read")  # before anything is removed or written
         for later in (e for e in epochs if e > epoch):
             saved.delete(later)
-        sweep.epoch = epoch
-        with jax.enable_x64(True):
-            sweep.states = parallel.pad_runs(states, sweep.mesh)
-        recorded = history.up_to(recorded, epoch) if facts.measured and recorded is not None else None
         text = configuration.to_json(sweep.plan.config)
-        if recorded is not None and recorded.attrs["config"] != text:  # of fewer epochs
+        grown = recorded is not None and recorded.attrs["config"] != text  # more epochs, or another mesh
+        if recorded is not None and grown:
             recorded = recorded.assign_attrs(config=text)
-            history.save(recorded, workdir / "history.nc")
-        journal.mend(workdir / "metrics.jsonl", recorded)
+        if distributed.is_leader():
+            if recorded is not None and grown:
+                history.save(recorded, workdir / "history.nc")
+            journal.mend(workdir / "metrics.jsonl", recorded)
         return recorded
     if epochs:
         way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
         raise InputError("--workdir", str(workdir), way_out)
-    journal.mend(workdir / "metrics.jsonl", None)
+    if distributed.is_leader():
+        journal.mend(workdir / "metrics.jsonl", None)
     return None
 
 
@@ -182,24 +155,30 @@ def _check_config(plan: Plan, facts: checkpoint.Facts) -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    if distributed.is_leader():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    if distributed.is_leader():
+        print(line)
 
 
 def _train(
-    sweep: _Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints, requests: interrupts.Requests
+    sweep: Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints, requests: interrupts.Requests
 ) -> xr.Dataset:
     """The loop from where the sweep stands to its last epoch."""
-    config, workdir = sweep.plan.config, sweep.plan.workdir
-    last, every, due = config.train.epochs, config.checkpoint.every, _measured_epochs(config)
+    config, workdir, leads = sweep.plan.config, sweep.plan.workdir, distributed.is_leader()
+    last, every, due = config.train.epochs, config.checkpoint.every, set(outline.measured_epochs(config))
     kept = {last, *config.checkpoint.marked, *(range(every, last, every) if every else ())}
     stops = sorted(due | kept)
     attrs = _provenance(sweep)
-    trained, costs = 0.0, []
+    trained, costs, traces = 0.0, [], 0
     first = sweep.epoch
-    with report.Progress(last, sweep.samples_per_epoch) as progress:
-        progress.say(_headline(sweep))
+    with report.Progress(last, sweep.program.samples_per_epoch, quiet=not leads) as progress:
+        progress.say(outline.headline(sweep.plan, sweep.program))
         _, seconds = sweep.advance(0, measured=False)
-        progress.say(f"compiled in {seconds:.1f} s")
+        progress.say(f"compiled in {seconds:.1f} s: {outline.summary(sweep.program)}")
         if recorded is not None:
             progress.say(f"continuing from epoch {sweep.epoch}")
         while True:
@@ -209,23 +188,32 @@ def _train(
                 costs.append(seconds)
                 values |= _derived(sweep, values.pop("class_mean_logits"))
                 recorded = history.append(recorded, _label(sweep, values, attrs))
-                history.save(recorded, workdir / "history.nc")
-                times = {"train_seconds": trained, "measure_seconds": sum(costs)}
-                journal.append(workdir / "metrics.jsonl", epoch, times, values)
+                if leads:
+                    history.save(recorded, workdir / "history.nc")
+                    times = {"train_seconds": trained, "measure_seconds": sum(costs)}
+                    journal.append(workdir / "metrics.jsonl", epoch, times, values)
                 progress.measured(epoch, values["nc1"][:, 0])
             is_new = epoch > first or epoch == 0
-            stopping = bool(requests)  # asked once: what stops here is also saved here
-            if is_new and (epoch in kept or stopping):
-                saved.save(sweep.unpadded(), _facts(sweep, recorded, attrs))
+            pace = trained / (epoch - first) if epoch > first else float("inf")
+            stop = min((stop for stop in stops if stop > epoch), default=last)
+            chunk = min(stop - epoch, max(1, int(_CHUNK_SECONDS * len(sweep.program.slices) / pace)))
+            # The first epoch warms up.
+            tracing = leads and bool(config.profile.dir) and not traces and (epoch > first or epoch + 1 == last)
+            chunk = 1 if tracing else chunk
+            # Asked once: what stops here is also saved here. All processes stop, and go on, alike.
+            signum, chunk = distributed.agree(requests.signum if requests else 0, chunk)
+            if is_new and (epoch in kept or signum):
+                saved.save(sweep.states, _facts(sweep, recorded, attrs))
             if epoch == last:
                 break
-            if stopping:
-                requests.raise_if_any()
-            pace = trained / (epoch - first) if epoch > first else float("inf")
-            stop = min(stop for stop in stops if stop > epoch)
-            _, seconds = sweep.advance(min(stop - epoch, max(1, int(_CHUNK_SECONDS / pace))), measured=False)
-            trained += seconds
+            if signum:
+                raise interrupts.Interrupted(signum)
+            with compilation.traced(config.profile.dir if tracing else "", progress.say):
+                _, seconds = sweep.advance(chunk, measured=False)
+            trained, traces = trained + seconds, traces + tracing
             progress.trained(sweep.epoch, trained / (sweep.epoch - first))
+            if epoch == first and seconds / chunk * (last - first) > _CHUNK_SECONDS:
+                progress.say(outline.remaining(sweep.program, seconds / chunk, last - sweep.epoch))
         progress.say(_cost(trained, last - first, costs))
     assert recorded is not None  # some epoch up to the last is always measured
     return recorded
@@ -240,7 +228,7 @@ def _cost(trained: float, epochs: int, costs: list[float]) -> str:
     return line
 
 
-def _facts(sweep: _Sweep, recorded: xr.Dataset | None, attrs: dict[str, str]) -> checkpoint.Facts:
+def _facts(sweep: Sweep, recorded: xr.Dataset | None, attrs: dict[str, str]) -> checkpoint.Facts:
     grid, config = sweep.plan.grid, json.loads(configuration.to_json(sweep.plan.config))
     return checkpoint.Facts(
         epoch=sweep.epoch,
@@ -252,34 +240,7 @@ def _facts(sweep: _Sweep, recorded: xr.Dataset | None, attrs: dict[str, str]) ->
     )
 
 
-def _measured_epochs(config) -> set[int]:
-    return set(config.log.epochs or configuration.log_spaced_epochs(config.train.epochs))
-
-
-def _headline(sweep: _Sweep) -> str:
-    grid, dataset = sweep.plan.grid, sweep.plan.dataset
-    shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
-    return (
-        f"{grid.size} runs ({shape}) of {_network(sweep)} on {sweep.plan.config.data.name}: "
-        f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test examples, "
-        f"{sweep.mesh.size} {_device()} devices"
-    )
-
-
-def _network(sweep: _Sweep) -> str:
-    """784-512-512-10, or 32x32x3-32-64-10 (conv, batch norm)."""
-    model, image = sweep.plan.config.model, sweep.plan.dataset.center.shape
-    inputs = "x".join(map(str, image)) if model.kind == "conv" else int(np.prod(image))
-    words = [model.kind] * (model.kind != "mlp") + ["batch norm"] * (model.normalization == "batch")
-    layers = "-".join(map(str, (inputs, *model.widths, sweep.plan.dataset.num_classes)))
-    return layers + (f" ({', '.join(words)})" if words else "")
-
-
-def _device() -> str:
-    return jax.devices()[0].device_kind
-
-
-def _derived(sweep: _Sweep, class_mean_logits: np.ndarray) -> dict[str, np.ndarray]:
+def _derived(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np.ndarray]:
     """What no device needs to measure: the clocks, the modes, and the closed form where the network has one."""
     columns, recipe, config = sweep.columns, sweep.recipe, sweep.plan.config
     weight_decay = recipe.effective_decay(columns["weight_decay"], columns["momentum"])
@@ -310,13 +271,13 @@ def _is_unconstrained(config: configuration.Config) -> bool:
     )
 
 
-def _label(sweep: _Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -> xr.Dataset:
+def _label(sweep: Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -> xr.Dataset:
     """A measurement as one epoch of history."""
     newest = history.one_epoch(
         sweep.epoch,
         values,
         grid=sweep.plan.grid,
-        layers=models.layer_names(sweep.states.params),
+        layers=models.layer_names(sweep.shapes.params),
         label_names=sweep.plan.dataset.label_names,
         attrs=attrs,
     )
@@ -325,13 +286,13 @@ def _label(sweep: _Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) 
     return newest
 
 
-def _provenance(sweep: _Sweep) -> dict[str, str]:
+def _provenance(sweep: Sweep) -> dict[str, str]:
     packages = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "config": configuration.to_json(sweep.plan.config),
         "versions": json.dumps({"python": platform.python_version()} | {p: metadata.version(p) for p in packages}),
         "per_class": str(len(sweep.plan.dataset.train.labels) // sweep.plan.dataset.num_classes),
-        "device": f"{sweep.mesh.size} x {_device()}",
+        "device": f"{sweep.mesh.size} x {outline.device()}",
         "git_revision": _git_revision(),
     }
 

@@ -40,6 +40,11 @@ class Requests:
         word = signal.Signals(signum).name
         print(f"{word}: stopping after this chunk and a checkpoint; again: at once", file=sys.stderr, flush=True)
 
+    @property
+    def signum(self) -> int:
+        """Of the signal noted; 0: none."""
+        return self._noted
+
     def raise_if_any(self) -> None:
         if self._noted:
             raise Interrupted(self._noted)

@@ -6,11 +6,18 @@
 --config names a Python file, or file:variant (configs/digits.py where it is left out); --config.FIELD=VALUE overrides a
 field, a,b,c where it takes several values. The same command run again continues where it stopped, or says that the run
 is complete.
+
+--dry-run           checks config, data and devices, prints what would be trained, and writes nothing
+--coordinator=HOST:PORT --processes=N --process=I
+                    one of N processes that train together, on as many hosts as there are; HOST:PORT is process 0. Tasks
+                    of a SLURM step and hosts of a TPU slice need none of these; elsewhere, --coordinator=auto may do
 """
 
 import difflib
+import os
 import shlex
 import sys
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -21,25 +28,44 @@ from ncjax.errors import InputError
 from ncjax.interrupts import Interrupted, Requests
 
 
+class _Arguments(NamedTuple):
+    """A command line that can be parsed: workdir is empty only of a dry run; processes None of one that is alone."""
+
+    config: configuration.Config
+    workdir: str
+    dry_run: bool
+    processes: preflight.Processes | None
+
+
 def main(argv: list[str]) -> int:
     """Runs one command line (`argv[0]` is the program); returns the exit code.
 
-    0; 1 WORKDIR can be written no more; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM.
+    0; 1 WORKDIR can be written no more, or another process was lost; 2 bad input; 130 and 143 stopped by SIGINT and
+    SIGTERM.
     """
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nFields of the config, with their defaults:\n\n{configuration.describe_fields()}")
         return 0
     try:
-        plan = preflight.prepare(*_parse(argv))
+        arguments = _parse(argv)
+        if arguments.dry_run:
+            plan = preflight.examine(arguments.config, arguments.workdir or None)
+        else:
+            plan = preflight.prepare(arguments.config, arguments.workdir)
     except InputError as error:
         return _refuse(error)
 
-    command = f"python -m ncjax.main {shlex.join(argv[1:])}"
+    return _run(arguments, plan, f"python -m ncjax.main {shlex.join(argv[1:])}")
+
+
+def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
+    """Trains, or says what would be trained; returns the exit code."""
     try:
         with Requests() as requests:  # an exception in the middle of an import may be swallowed by it
-            from ncjax import experiment  # imports JAX, which takes longer than to see that a flag is wrong
+            from ncjax import distributed, experiment  # import JAX, which takes longer than to see that a flag is wrong
         requests.raise_if_any()
-        experiment.run(plan)
+        with distributed.joined(arguments.processes, command):
+            (experiment.preview if arguments.dry_run else experiment.run)(plan)
     except InputError as error:
         return _refuse(error)
     except Interrupted as interruption:
@@ -57,8 +83,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> tuple[configuration.Config, str]:
-    """Config and WORKDIR of a command line, or InputError."""
+def _parse(argv: list[str]) -> _Arguments:
+    """A command line, or InputError."""
     for argument in argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name.startswith("config.") and name.removeprefix("config.") not in configuration.SCHEMA:
@@ -69,15 +95,20 @@ def _parse(argv: list[str]) -> tuple[configuration.Config, str]:
     try:
         config_flag = config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values, sys_argv=argv)
         workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
+        dry_run = flags.DEFINE_boolean("dry-run", False, "", flag_values=values)
+        coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
+        count, number = (flags.DEFINE_integer(name, None, "", flag_values=values) for name in ("processes", "process"))
         surplus = values(argv)[1:]
         config = config_flag.value.copy_and_resolve_references()
     except Exception as error:  # the config is the user's Python file: anything may be wrong in it
         raise InputError("command line", " ".join(argv[1:]), _last_line(error)) from error
     if surplus:
-        raise InputError("command line", surplus[0], "no such argument; there are --config, --config.FIELD, --workdir")
-    if not workdir.value:
+        known = "there are --config, --config.FIELD, --workdir and others; see --help"
+        raise InputError("command line", surplus[0], f"no such argument; {known}")
+    if not workdir.value and not dry_run.value:
         raise InputError("--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits")
-    return config, workdir.value
+    processes = preflight.find_processes(coordinator.value, count.value, number.value, os.environ)
+    return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 
 def _last_line(error: Exception) -> str:
@@ -92,4 +123,8 @@ def _refuse(error: InputError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code:  # of several processes, one that failed must not wait for the others, as JAX would
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -111,6 +111,9 @@ class BatchNormConvNet(HomogeneousConvNet):
     known, whose head is a 2x2 convolution, dense over the 1024 features.
     """
 
+    # Mesh axis over which a batch is spread, so that its statistics are those of the whole; None: it is on one device.
+    batch_axis: str | None = None
+
     is_homogeneous = False
 
     def setup(self):
@@ -120,6 +123,7 @@ class BatchNormConvNet(HomogeneousConvNet):
                 momentum=0.9,
                 # E[x^2] - E[x]^2 in float32 can come out negative.
                 use_fast_variance=False,
+                axis_name=self.batch_axis,
                 dtype=self.dtype,
                 param_dtype=self.dtype,
                 name=f"norm_{k}",
@@ -146,6 +150,11 @@ def make(settings: Any, num_classes: int, precision: str) -> Network:
         use_head_bias=settings.head_bias != "none",
         dtype=jnp.dtype(precision),
     )
+
+
+def over_devices(model: Network, batch_axis: str | None) -> Network:
+    """The same network on batches that are spread over a mesh axis."""
+    return model.clone(batch_axis=batch_axis) if isinstance(model, BatchNormConvNet) else model
 
 
 def part_names(params: dict) -> tuple[str, ...]:

@@ -1,14 +1,20 @@
-"""Where runs live: one mesh axis, `run`, over the devices; runs padded to fill it."""
+"""Where runs live: a mesh of devices, `run` x `data`; runs padded to fill it, and each device's share of a batch."""
 
 import contextlib
 import os
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int, Shaped
+
+from ncjax.errors import InputError
 
 T = TypeVar("T")
+RUN, DATA = "run", "data"
 
 
 def use_every_core() -> None:
@@ -23,36 +29,116 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
-def run_mesh(num_runs: int) -> Mesh:
-    """The fewest devices that still finish first: no device could be spared without another taking a run more."""
-    available = jax.device_count()
-    runs_per_device = -(-num_runs // available)
-    devices = -(-num_runs // runs_per_device)
-    return jax.make_mesh((devices,), ("run",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+def make_mesh(num_runs: int, run: int = 0, data: int = 0) -> Mesh:
+    """A mesh of `run` x `data` devices: runs are spread over the first axis, the batch of each over the second.
+
+    0 leaves the choice: 1 for `data`; for `run` the fewest devices that still finish first, of which none could be
+    spared without another taking a run more. Several processes use all their devices.
+
+    Raises:
+      InputError: there are not so many devices.
+    """
+    available, several = jax.device_count(), jax.process_count() > 1
+    name = f"{available} {jax.devices()[0].platform} device{'s' * (available > 1)}"
+    hint = " (JAX_NUM_CPU_DEVICES simulates more)" if jax.devices()[0].platform == "cpu" else ""
+    if data > available:
+        raise InputError("config.mesh.data", data, f"there is no more than {name}{hint}")
+    data = data or 1
+    most = available // data
+    if run > most:
+        raise InputError("config.mesh.run", run, f"there is no more than {name}, so at most {most}{hint}")
+    if not run:
+        run = most if several else _ceil(num_runs, _ceil(num_runs, most))
+    if several and run * data != available:
+        way_out = f"several processes use all of their {name}: config.mesh.run x config.mesh.data must be {available}"
+        raise InputError("config.mesh", (run, data), way_out)
+    devices = jax.devices()[: run * data]
+    return jax.make_mesh((run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def by_run(mesh: Mesh) -> NamedSharding:
+    """Of (padded, ...) leaves: runs over the mesh's `run` axis, each the same on all devices of the `data` axis."""
+    return NamedSharding(mesh, PartitionSpec(RUN))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def padded(num_runs: int, mesh: Mesh) -> int:
     """The number of runs, filled up to a multiple of the `run` axis."""
-    return -(-num_runs // mesh.shape["run"]) * mesh.shape["run"]
+    return _ceil(num_runs, mesh.shape[RUN]) * mesh.shape[RUN]
 
 
-def pad_runs(tree: T, mesh: Mesh) -> T:
-    """Repeats the last run of every (R, ...) leaf up to `padded(R)`, and shards the result over the mesh."""
-
-    def pad(leaf: jax.Array) -> jax.Array:
-        missing = padded(len(leaf), mesh) - len(leaf)
-        return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)]) if missing else leaf
-
-    return jax.device_put(jax.tree.map(pad, tree), NamedSharding(mesh, PartitionSpec("run")))
+def pad_runs(tree: T, total: int) -> T:
+    """Repeats the last run of every (R, ...) NumPy leaf up to `total`."""
+    return jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], total - len(leaf), axis=0)]), tree)
 
 
-def drop_padding(tree: T, num_runs: int) -> T:
-    """Inverse of `pad_runs` on (padded, ...) leaves; those already of length R are returned as they are."""
-    return jax.tree.map(lambda leaf: leaf if len(leaf) == num_runs else leaf[:num_runs], tree)
+def place(tree: T, sharding: NamedSharding) -> T:
+    """NumPy leaves, the same in every process, as arrays that all processes share."""
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
 
 
-def replicate(tree: T, mesh: Mesh) -> T:
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def fetch(tree: T) -> T:
+    """Leaves as NumPy arrays, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils  # of several processes alone
+
+    with jax.enable_x64(True):
+        return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes on the smallest device; None: devices do not say (CPUs)."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    smallest = min(s.get("bytes_limit", 0) for s in stats)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        mebibytes = multihost_utils.process_allgather(np.array([smallest >> 20], np.int32))
+        smallest = int(mebibytes.min()) << 20
+    return smallest or None
+
+
+class Share(NamedTuple):
+    """What one device of the `data` axis has of a batch. To be used under shard_map over that axis, unless it is 1.
+
+    Attributes:
+      devices: d, on the axis.
+    """
+
+    devices: int = 1
+
+    def first(self, rows: int) -> Int[Array, ""] | int:
+        """Where this device's rows begin, if each has `rows`."""
+        return lax.axis_index(DATA) * rows if self.devices > 1 else 0
+
+    def part(self, whole: Shaped[Array, "B ..."]) -> tuple[Shaped[Array, "b ..."], Bool[Array, " b"]]:
+        """This device's b = ceil(B/d) rows, the last ones filled up by repetition; and which are no filling."""
+        if self.devices == 1:
+            return whole, jnp.ones(len(whole), bool)
+        rows = _ceil(len(whole), self.devices)
+        places = self.first(rows) + jnp.arange(rows)
+        return whole.at[places].get(mode="clip"), places < len(whole)
+
+    def sum(self, tree: T) -> T:
+        """Sums over the devices, to the same bits on each: one all-reduce per type of leaf."""
+        if self.devices == 1:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        for dtype in {leaf.dtype for leaf in leaves}:
+            chosen = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+            total = lax.psum(jnp.concatenate([leaves[i].ravel() for i in chosen]), DATA)
+            ends = np.cumsum([leaves[i].size for i in chosen])
+            for i, part in zip(chosen, jnp.split(total, ends[:-1]), strict=True):
+                leaves[i] = part.reshape(leaves[i].shape)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[int, int]:
@@ -67,3 +153,7 @@ def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[i
     if convolves:
         return 1, 1
     return next((g for g in (2, 3, 4) if runs_per_device % g == 0), runs_per_device), 1
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figu
 
 
 class Plan(NamedTuple):
-    """A run that can start: a valid config, its WORKDIR, its data and its grid."""
+    """A run that can start: a valid config, its WORKDIR (of a dry run that names none, any), its data and its grid."""
 
     config: configuration.Config
     workdir: Path
@@ -22,10 +23,27 @@ class Plan(NamedTuple):
     grid: configuration.Grid
 
 
+class Processes(NamedTuple):
+    """This process among several: the arguments of `jax.distributed.initialize`; None is for the environment to say."""
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+
+
 def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
+    plan = examine(config, workdir)
+    _make_folder("--workdir", plan.workdir)
+    if plan.config.profile.dir:
+        _make_folder("config.profile.dir", Path(plan.config.profile.dir))
+    return plan
+
+
+def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
+    """`prepare`, but nothing is made; a WORKDIR need not be named."""
     config = configuration.validate(config)
-    workdir = _check_workdir(workdir, config)
+    checked = Path() if workdir is None else _check_workdir(workdir, config)
     dataset = load_data(config.data)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
@@ -35,8 +53,30 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
             f"the training split has {train_size} examples; take fewer, or 0 for full batch",
         )
     _check_images(config, dataset)
-    _make_workdir(workdir)
-    return Plan(config, workdir, dataset, configuration.make_grid(config, dataset.num_classes))
+    return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
+
+
+def find_processes(
+    coordinator: str, count: int | None, number: int | None, environment: Mapping[str, str]
+) -> Processes | None:
+    """Whether this is one process of several, by --coordinator, --processes and --process or by its environment.
+
+    Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find out by itself.
+    """
+    if not coordinator and count is None and number is None:
+        tasks, hosts = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("TPU_WORKER_HOSTNAMES", "")
+        return Processes(None, None, None) if tasks != "1" or "," in hosts else None
+    if coordinator == "auto" and count is None and number is None:
+        return Processes(None, None, None)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        way_out = "name process 0 as host:port, the same in all processes, or auto and no more"
+        raise InputError("--coordinator", coordinator, way_out)
+    if count is None or count < 1:
+        raise InputError("--processes", count, "say how many there are in all, an integer >= 1")
+    if number is None or not 0 <= number < count:
+        raise InputError("--process", number, f"must be an integer from 0 to {count - 1}, another in each process")
+    return Processes(coordinator, count, number)
 
 
 def load_data(settings: configuration.Config) -> data.Dataset:
@@ -84,10 +124,11 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     return workdir
 
 
-def _make_workdir(workdir: Path) -> None:
+def _make_folder(field: str, folder: Path) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError("--workdir", str(workdir), f"cannot be written ({error.strerror}); choose another") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise InputError(field, str(folder), f"cannot be written ({reason}); choose another") from error

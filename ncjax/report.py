@@ -49,13 +49,13 @@ _MET = 1e-6  # relative: a closed form is met, or another solution was
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line per measurement."""
+    """One live line on a terminal; elsewhere a plain line per measurement. `quiet`: nothing at all."""
 
-    def __init__(self, epochs: int, samples_per_epoch: int):
+    def __init__(self, epochs: int, samples_per_epoch: int, quiet: bool = False):
         self._epochs, self._samples = epochs, samples_per_epoch
         self._seconds_per_epoch = float("nan")
         self._nc1 = "not measured yet"
-        self._console = make_console()
+        self._console = make_console(quiet)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -92,8 +92,10 @@ class Progress:
         )
 
 
-def make_console() -> Console:
-    """Standard output; wide where nobody looks at it, so that a log holds whole tables."""
+def make_console(quiet: bool = False) -> Console:
+    """Standard output; wide where nobody looks at it, so that a log holds whole tables. `quiet`: it prints nothing."""
+    if quiet:
+        return Console(quiet=True, force_terminal=False)
     console = Console()
     return console if console.is_terminal else Console(width=220)
 

@@ -16,6 +16,7 @@ from ncjax.augment import augment
 from ncjax.data import Dataset
 from ncjax.evaluate import Data, Split, evaluate
 from ncjax.objective import Objective
+from ncjax.parallel import DATA, RUN, Share
 
 
 class Hyper(NamedTuple):
@@ -120,38 +121,59 @@ def batch_indices(key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe) ->
 
 
 def train_step(
-    state: RunState, index: Int[Array, " B"], key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe
+    state: RunState,
+    index: Int[Array, " B"],
+    key: Key[Array, ""],
+    hyper: Hyper,
+    data: Data,
+    recipe: Recipe,
+    share: Share = Share(),  # noqa: B008 (immutable)
 ) -> RunState:
-    """One step of the optimizer on the examples `index`; `key` decides how they are augmented."""
-    images, labels = augment(recipe.augment, key, data.train.images[index]), data.train.labels[index]
+    """One step of the optimizer on the examples `index`; `key` decides how they are augmented.
+
+    Of a batch that is spread over devices each computes its share, and gradients are summed: one all-reduce.
+    """
+    mine, is_mine = share.part(index)
+    images, labels = data.train.images[mine], data.train.labels[mine]
+    images = augment(recipe.augment, key, images, len(index), lambda drawn: share.part(drawn)[0])
 
     def fit(params: dict) -> tuple[Float[Array, ""], dict]:
         variables, noted = {"params": params, **state.model_state}, list(state.model_state)
         outputs, model_state = recipe.model.apply(variables, data.normalize(images), train=True, mutable=noted)
         outputs = jnp.asarray(outputs)
         y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
-        return jnp.mean(recipe.objective.fit(outputs, y)), dict(model_state)
+        losses = jnp.where(is_mine, recipe.objective.fit(outputs, y), 0)
+        return jnp.sum(losses) / len(index), dict(model_state)
 
     gradients, model_state = jax.grad(fit, has_aux=True)(state.params)
+    gradients = share.sum(gradients)
     updates, opt_state = recipe.make_tx(hyper, state.params).update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     return RunState(params, model_state, opt_state, state.epoch)
 
 
-def train_epoch(state: RunState, key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe) -> RunState:
+def train_epoch(
+    state: RunState, key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe, share: Share
+) -> RunState:
     # The epoch itself makes the key of the batches.
     views = jax.random.fold_in(key, ~state.epoch)
 
     def step(state: RunState, batch: tuple[Array, Array]) -> tuple[RunState, None]:
         number, index = batch
-        return train_step(state, index, jax.random.fold_in(views, number), hyper, data, recipe), None
+        return train_step(state, index, jax.random.fold_in(views, number), hyper, data, recipe, share), None
 
     indices = batch_indices(key, state.epoch, recipe)
     state, _ = lax.scan(step, state, (jnp.arange(len(indices), dtype=jnp.uint32), indices))
     return state._replace(epoch=state.epoch + 1)
 
 
-def measure(variables: dict, hyper: Hyper, data: Data, recipe: Recipe) -> dict[str, Array]:
+def measure(
+    variables: dict,
+    hyper: Hyper,
+    data: Data,
+    recipe: Recipe,
+    share: Share = Share(),  # noqa: B008 (immutable)
+) -> dict[str, Array]:
     """`evaluate` of one run, at the lambda that its optimizer seeks the critical points of."""
     return evaluate(
         variables,
@@ -160,10 +182,29 @@ def measure(variables: dict, hyper: Hyper, data: Data, recipe: Recipe) -> dict[s
         model=recipe.model,
         decayed=recipe.decayed(variables["params"]),
         objective=recipe.objective,
+        share=share,
     )
 
 
-def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
+class Advance:
+    """The one program of a sweep: advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics)."""
+
+    def __init__(self, jitted: Any):
+        self._jitted = jitted
+
+    # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the precision of
+    # training. The whole trace must stand in the context: vmap batches the bodies of loops after tracing them.
+    def __call__(self, *arguments: Any) -> tuple[RunState, dict[str, Array]]:
+        with jax.enable_x64(True):
+            return self._jitted(*arguments)
+
+    def compile(self, *arguments: Any) -> jax.stages.Compiled:
+        """For arguments of these shapes, which need not exist."""
+        with jax.enable_x64(True):
+            return self._jitted.lower(*arguments).compile()
+
+
+def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
     """Compiles to the one program of a sweep.
 
     Returns:
@@ -172,13 +213,19 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
       of any length share one trace. Metrics are those of `evaluate`, each with a leading run axis; NaN where not
       measured.
     """
+    share = Share(mesh.shape[DATA])
+    model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
+    recipe = recipe._replace(model=model)
 
     def on_one_device(states, keys, hyper, data, n_epochs, measured):
         def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
-            return lax.fori_loop(0, n_epochs, lambda _, state: train_epoch(state, key, hyper, data, recipe), state)
+            def epoch(_: Array, state: RunState) -> RunState:
+                return train_epoch(state, key, hyper, data, recipe, share)
+
+            return lax.fori_loop(0, n_epochs, epoch, state)
 
         def measure_run(variables: dict, hyper: Hyper) -> dict[str, Array]:
-            return measure(variables, hyper, data, recipe)
+            return measure(variables, hyper, data, recipe, share)
 
         convolves = isinstance(recipe.model, models.HomogeneousConvNet)
         train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform, convolves)
@@ -192,24 +239,13 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Callable:
 
         return states, lax.cond(measured, measure_all, skip, states.variables)
 
-    by_run, everywhere = PartitionSpec("run"), PartitionSpec()
-    sharded = jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(by_run, by_run, by_run, everywhere, everywhere, everywhere),
-        out_specs=by_run,
-        # Runs are independent: no collective, hence nothing for the replication checker to check.
-        check_vma=False,
-    )
-    compiled = jax.jit(sharded, donate_argnums=0)
-
-    def advance(states, keys, hyper, data, n_epochs, measured):
-        # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the precision of
-        # training. The whole trace must stand in the context: vmap batches the bodies of loops after tracing them.
-        with jax.enable_x64(True):
-            return compiled(states, keys, hyper, data, n_epochs, measured)
-
-    return advance
+    by_run, everywhere = PartitionSpec(RUN), PartitionSpec()
+    specs = (by_run, by_run, by_run, everywhere, everywhere, everywhere)
+    # Gradients and sums are added up over `data` where they arise, in one explicit all-reduce each. The replication
+    # checker would add its own to every gradient.
+    sharded = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False)
+    placed = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return Advance(jax.jit(sharded, in_shardings=placed, out_shardings=placed[0], donate_argnums=0))
 
 
 def _in_groups(f: Callable, group: int, *runs):
@@ -219,26 +255,50 @@ def _in_groups(f: Callable, group: int, *runs):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
 
+def host_data(dataset: Dataset, precision: str) -> Data:
+    """A data set as the program takes it, to be normalized in `precision`; NumPy arrays."""
+    splits: Any = (dataset.train, dataset.test)
+    statistics = [np.asarray(a, precision) for a in (dataset.center, dataset.scale)]
+    fields: Any = [*(Split(split.images, split.labels) for split in splits), *statistics]
+    return Data(*fields)
+
+
 def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
-    """A data set on every device of the mesh, to be normalized in `precision`."""
+    """`host_data` on every device of the mesh."""
     with jax.enable_x64(True):
-        train, test = (Split(jnp.asarray(s.images), jnp.asarray(s.labels)) for s in (dataset.train, dataset.test))
-        statistics = (jnp.asarray(a, precision) for a in (dataset.center, dataset.scale))
-        return parallel.replicate(Data(train, test, *statistics), mesh)
+        return parallel.place(host_data(dataset, precision), parallel.everywhere(mesh))
 
 
 def start(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple[RunState, Key[Array, " R"], Hyper]:
     """Fresh states, keys and hyperparameters of a grid's runs (`Grid.columns`), padded and sharded over the mesh."""
+    begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
-        hyper = Hyper(*(jnp.asarray(columns[name], data.center.dtype) for name in Hyper._fields))
-        keys = jax.vmap(jax.random.key)(jnp.asarray(columns["seed"], jnp.uint32))
-        keys, hyper = parallel.pad_runs((keys, hyper), mesh)
+        placed = jax.jit(begin, out_shardings=parallel.by_run(mesh))
+        return placed(seeds, hyper, data)
+
+
+def start_shapes(recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data) -> tuple:
+    """What `start` returns, as shapes and types; `data` may be `host_data`."""
+    begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
+    with jax.enable_x64(True):
+        return jax.eval_shape(begin, seeds, hyper, data)
+
+
+def _beginning(recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data) -> tuple:
+    """(function of seeds, hyper and data; seeds; hyper), the latter padded NumPy arrays."""
+    numbers: Any = [np.asarray(columns[name], data.center.dtype) for name in Hyper._fields]
+    hyper = Hyper(*numbers)
+    seeds = np.asarray(columns["seed"], np.uint32)
+    seeds, hyper = parallel.pad_runs((seeds, hyper), parallel.padded(len(seeds), mesh))
+
+    def begin(seeds: Array, hyper: Hyper, data: Data) -> tuple[RunState, Array, Hyper]:
+        keys = jax.vmap(jax.random.key)(seeds)
         inputs = data.normalize(data.train.images[:1])
-        by_run = NamedSharding(mesh, PartitionSpec("run"))
-        init = jax.jit(jax.vmap(lambda key, hyper: init_run(key, hyper, recipe, inputs)), out_shardings=by_run)
-        return init(keys, hyper), keys, hyper
+        return jax.vmap(lambda key, hyper: init_run(key, hyper, recipe, inputs))(keys, hyper), keys, hyper
+
+    return begin, seeds, hyper
 
 
 def flow_time(recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray) -> np.ndarray:

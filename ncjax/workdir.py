@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, evaluate, experiment, models, parallel, runs, theory, train
+from ncjax import checkpoint, evaluate, models, parallel, runs, sweep, theory, train
 from ncjax import config as configuration
 from ncjax import history as histories
 from ncjax.checkpoint import Damaged, Facts
@@ -258,8 +258,8 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 def _make_measure(config: dict[str, Any]) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
     settings, dataset = configuration.from_json(json.dumps(config)), runs.load_data(config)
-    recipe = experiment.make_recipe(settings, dataset)
-    data = train.place_data(dataset, parallel.run_mesh(1), settings.train.precision)
+    recipe = sweep.make_recipe(settings, dataset)
+    data = train.place_data(dataset, parallel.make_mesh(1), settings.train.precision)
 
     @jax.jit
     def compiled(variables: dict, hyper: train.Hyper, data: evaluate.Data) -> dict:

