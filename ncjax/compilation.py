@@ -14,18 +14,22 @@ def use_cache(where: str) -> None:
 
     By host, for homes that machines of several kinds share: a program is compiled for the processor it runs on.
     """
-    if where == "off" or jax.config.jax_compilation_cache_dir is not None:
+    if where == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(home / "ncjax" / "jax" / socket.gethostname()))
 
 
-@contextlib.contextmanager
-def traced(folder: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Writes a profile of what happens within it into a folder; empty: none. docs/scaling.md says how to read it."""
-    if not folder:
-        yield
-        return
-    with jax.profiler.trace(folder, create_perfetto_trace=True):
-        yield
-    say(f"a trace of the last epoch is in {folder}")
+class Profile:
+    """One trace in a folder, or none where that is empty. docs/scaling.md says how to read it."""
+
+    def __init__(self, folder: str, say: Callable[[str], None]):
+        self._folder, self._say, self.is_wanted = folder, say, bool(folder)
+
+    @contextlib.contextmanager
+    def traced(self) -> Iterator[None]:
+        """Writes what JAX does within it."""
+        self.is_wanted = False
+        with jax.profiler.trace(self._folder, create_perfetto_trace=True):
+            yield
+        self._say(f"a trace of one epoch is in {self._folder}")

@@ -166,6 +166,7 @@ class _Watch:
         beats, seen = 0, {other: ("", time.monotonic()) for other in range(self._count) if other != self._me}
         while not self._done.wait(_BEAT_SECONDS):
             beats += 1
+            signs = failed = {}
             try:
                 _state().client.key_value_set(f"ncjax/alive/{self._me}", str(beats), allow_overwrite=True)
                 signs = dict(_state().client.key_value_dir_get("ncjax/alive/"))

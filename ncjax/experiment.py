@@ -173,9 +173,10 @@ def _train(
     kept = {last, *config.checkpoint.marked, *(range(every, last, every) if every else ())}
     stops = sorted(due | kept)
     attrs = _provenance(sweep)
-    trained, costs, traces = 0.0, [], 0
+    trained, costs = 0.0, []
     first = sweep.epoch
     with report.Progress(last, sweep.program.samples_per_epoch, quiet=not leads) as progress:
+        profile = compilation.Profile(config.profile.dir if leads else "", progress.say)
         progress.say(outline.headline(sweep.plan, sweep.program))
         _, seconds = sweep.advance(0, measured=False)
         progress.say(f"compiled in {seconds:.1f} s: {outline.summary(sweep.program)}")
@@ -195,22 +196,20 @@ def _train(
                 progress.measured(epoch, values["nc1"][:, 0])
             is_new = epoch > first or epoch == 0
             pace = trained / (epoch - first) if epoch > first else float("inf")
+            tracing = profile.is_wanted and (epoch > first or epoch + 1 == last)  # the first epoch warms up
+            most = 1 if tracing else max(1, int(_CHUNK_SECONDS * len(sweep.program.slices) / pace))
             stop = min((stop for stop in stops if stop > epoch), default=last)
-            chunk = min(stop - epoch, max(1, int(_CHUNK_SECONDS * len(sweep.program.slices) / pace)))
-            # The first epoch warms up.
-            tracing = leads and bool(config.profile.dir) and not traces and (epoch > first or epoch + 1 == last)
-            chunk = 1 if tracing else chunk
             # Asked once: what stops here is also saved here. All processes stop, and go on, alike.
-            signum, chunk = distributed.agree(requests.signum if requests else 0, chunk)
+            signum, chunk = distributed.agree(requests.signum if requests else 0, min(stop - epoch, most))
             if is_new and (epoch in kept or signum):
                 saved.save(sweep.states, _facts(sweep, recorded, attrs))
             if epoch == last:
                 break
             if signum:
                 raise interrupts.Interrupted(signum)
-            with compilation.traced(config.profile.dir if tracing else "", progress.say):
+            with profile.traced() if tracing else contextlib.nullcontext():
                 _, seconds = sweep.advance(chunk, measured=False)
-            trained, traces = trained + seconds, traces + tracing
+            trained += seconds
             progress.trained(sweep.epoch, trained / (sweep.epoch - first))
             if epoch == first and seconds / chunk * (last - first) > _CHUNK_SECONDS:
                 progress.say(outline.remaining(sweep.program, seconds / chunk, last - sweep.epoch))

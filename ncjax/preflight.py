@@ -1,6 +1,7 @@
 """Everything that can be wrong is found here, before JAX is imported and long before anything is compiled."""
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +35,7 @@ class Processes(NamedTuple):
 def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
     plan = examine(config, workdir)
-    _make_folder("--workdir", plan.workdir)
-    if plan.config.profile.dir:
-        _make_folder("config.profile.dir", Path(plan.config.profile.dir))
+    _make_workdir(plan.workdir)
     return plan
 
 
@@ -53,6 +52,7 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
             f"the training split has {train_size} examples; take fewer, or 0 for full batch",
         )
     _check_images(config, dataset)
+    _check_profile(config.profile.dir)
     return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
 
 
@@ -124,11 +124,23 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     return workdir
 
 
-def _make_folder(field: str, folder: Path) -> None:
+def _check_profile(name: str) -> None:
+    """A trace is written long after this: it must not be the first to find that it cannot."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        folder = Path(name)
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} is no folder that can be written")
+    except (OSError, ValueError) as error:  # too long a name; a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError("config.profile.dir", name, f"{reason}; choose another folder") from error
+
+
+def _make_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
             pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)
-        raise InputError(field, str(folder), f"cannot be written ({reason}); choose another") from error
+    except OSError as error:
+        raise InputError("--workdir", str(workdir), f"cannot be written ({error.strerror}); choose another") from error

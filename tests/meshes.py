@@ -51,9 +51,9 @@ def recorded(folder, *mesh, **fields):
 
 
 def trained(folder, *mesh, **fields):
-    """States after all epochs, without what measures: most of a program."""
+    """States after all epochs."""
     config = make_config(*mesh, **fields)
-    with mock.patch.object(train, "evaluate", return_value={}):
+    with mock.patch.object(train, "evaluate", nothing):
         begun = sweep.Sweep(preflight.prepare(config, folder))
         begun.advance(config.train.epochs, measured=False)
     return jax.device_get(begun.states)
@@ -66,10 +66,30 @@ def deviation(found, expected):
     return max(workdir.deviation(found[name].values, expected[name].values) for name in names)
 
 
+@contextlib.contextmanager
+def compiled_once():
+    """Within it, programs of one recipe, mesh and size are compiled once."""
+    made, compile_ = {}, sweep.Program.compiled.func
+
+    def compiled(program):
+        key = (program.recipe, program.mesh, program.runs, train.evaluate)
+        if key not in made:
+            made[key] = compile_(program)
+        return made[key]
+
+    with mock.patch.object(sweep.Program, "compiled", property(compiled)):
+        yield
+
+
+def nothing(*_, **__):
+    """In the place of what measures, which is most of a program."""
+    return {}
+
+
 def collectives(folder, run, data, measures, **fields):
     """kind -> how many there are in the compiled program, of training alone or with what measures."""
     plan = preflight.prepare(make_config(run, data, **fields), folder)
-    with mock.patch.object(train, "evaluate", train.evaluate if measures else lambda *_, **__: {}):
+    with mock.patch.object(train, "evaluate", train.evaluate if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
     kinds = re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
     return {kind: kinds.count(kind) for kind in set(kinds)}
@@ -99,4 +119,5 @@ def main(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    with compiled_once():
+        print(json.dumps(main(Path(sys.argv[1]))))
