@@ -1,31 +1,28 @@
 """Several processes, one run: JAX's own distributed runtime, and what the host loops must agree on.
 
 Every process runs the same host loop on its own devices; process 0 alone writes history, figures and what is printed.
-A process that dies leaves the others waiting in a collective: each watches for signs of life of all, and ends.
+When one is lost, JAX's runtime ends the others: by an error of the collective they wait in, or by abort from C++, as
+when heartbeats fail to come or process 0 is gone.
 """
 
 import contextlib
 import os
 import subprocess
 import sys
-import threading
 import time
-import traceback
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from ncjax import config as configuration
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 from ncjax.interrupts import Interrupted
 from ncjax.preflight import Plan, Processes
 
-# A process that has given no sign of life for so long is lost.
-_SILENCE_SECONDS = 20.0
-_BEAT_SECONDS = 1.0
+# A process whose heartbeats have not come for so long is lost.
+_HEARTBEAT_SECONDS = 40
 # Until all processes have come.
 _PATIENCE_SECONDS = 300
 # Until process 0 has drawn its figures and saved its last checkpoint.
@@ -50,7 +47,9 @@ def agree(signum: int, epochs: int) -> tuple[int, int]:
 def wait_for_all(name: str) -> None:
     """Returns once every process is here."""
     if jax.process_count() > 1:
-        _state().client.wait_at_barrier(f"ncjax/{name}", 1000 * _PATIENCE_SECONDS)
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def check_same(plan: Plan) -> None:
@@ -73,129 +72,58 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
     """Within it, this process is one of several (`where`), or alone (None). `command` continues what is lost.
 
     Raises:
-      InputError: the others did not come.
+      InputError: the environment does not say where the others are.
     """
     if where is None:
         yield
         return
     jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from `interrupts`
-    try:
-        jax.distributed.initialize(*where, initialization_timeout=_PATIENCE_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        way_out = f"the processes did not come together ({_last_line(error)})"
-        raise InputError("--coordinator", where.coordinator, way_out) from error
-    last_word = _LastWord(command)
-    watch = _Watch(command, last_word)
+    with _last_word(command):
+        try:
+            jax.distributed.initialize(
+                *where,
+                initialization_timeout=_PATIENCE_SECONDS,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=_PARTING_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            way_out = f"the processes did not come together ({last_line(error)})"
+            raise InputError("--coordinator", where.coordinator or "auto", way_out) from error
+        try:
+            yield
+        except Interrupted:  # all of them, at one epoch
+            jax.distributed.shutdown()
+            raise
+        except Exception as error:
+            if not _is_of_runtime(error):
+                raise
+            print(f"error: {last_line(error)}", file=sys.stderr, flush=True)
+            os._exit(1)
+        jax.distributed.shutdown()  # together: process 0 has figures to draw
+
+
+@contextlib.contextmanager
+def _last_word(command: str) -> Iterator[None]:
+    """Within it, a process beside this one waits to say how to go on, should this one be killed or aborted."""
+    text = "this or another process was lost or never came; started again in all processes, this continues:"
+    script = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    beside = subprocess.Popen(
+        [sys.executable, "-c", script, f"{text}\n    {command}"], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         yield
-    except Interrupted:  # all of them, at one epoch
-        watch.part()
-        raise
-    except BaseException as error:
-        watch.explain(error)
-        raise
-    else:
-        watch.part()
     finally:
-        last_word.spare()
+        beside.communicate(b"spoken")
 
 
-class _LastWord:
-    """A process beside this one that says how to go on, should this one end without a word.
-
-    It will when process 0 is lost: JAX's client of the store then aborts from C++, before any Python can run.
-    """
-
-    _SCRIPT = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
-
-    def __init__(self, command: str):
-        text = _farewell("process 0, or this one, was lost", command)
-        arguments = [sys.executable, "-c", self._SCRIPT, text]
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, start_new_session=True)
-
-    def spare(self) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.communicate(b"spoken", timeout=5)
+def leave(code: int) -> None:
+    """Ends this process at once: JAX would first wait for the others, which wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(1)  # where all have the same to say: the others are aborted once process 0 is gone
+    os._exit(code)
 
 
-def _farewell(reason: str, command: str) -> str:
-    return f"error: {reason}, and so this process ends; started again in all processes, this continues:\n    {command}"
-
-
-class _Watch:
-    """A thread that gives signs of life, and ends this process once another gives none or has said that it failed.
-
-    Signs are numbers in the store of the process that coordinates, process 0; they count on, so that no clocks are
-    compared.
-    """
-
-    def __init__(self, command: str, last_word: _LastWord):
-        self._command, self._last_word, self._done = command, last_word, threading.Event()
-        self._me, self._count = _state().process_id, _state().num_processes  # JAX has not started yet
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def part(self) -> None:
-        """Takes leave together with the others, of which process 0 has figures to draw."""
-        _state().client.wait_at_barrier("ncjax/end", 1000 * _PARTING_SECONDS)
-        self._stop()
-        jax.distributed.shutdown()
-
-    def _stop(self) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def explain(self, error: BaseException) -> None:
-        """This process fails. If that is because another one did, never returns; else lets the others know.
-
-        A collective fails within a moment where another process has died, before its silence can be told from work.
-        """
-        if not isinstance(error, (InputError, KeyboardInterrupt)):
-            self._thread.join(_SILENCE_SECONDS + 10 * _BEAT_SECONDS)
-        self._stop()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _state().client.key_value_set(f"ncjax/failed/{self._me}", _last_line(error), allow_overwrite=True)
-        if self._me == 0:
-            time.sleep(3 * _BEAT_SECONDS)  # the store is gone with this process; the others are to read why
-        if not isinstance(error, (InputError, OSError, KeyboardInterrupt)):  # of which `main` makes a line
-            traceback.print_exception(error)
-            self._last_word.spare()
-            os._exit(1)  # JAX would first wait for the others
-
-    def _watch(self) -> None:
-        beats, seen = 0, {other: ("", time.monotonic()) for other in range(self._count) if other != self._me}
-        while not self._done.wait(_BEAT_SECONDS):
-            beats += 1
-            signs = failed = {}
-            try:
-                _state().client.key_value_set(f"ncjax/alive/{self._me}", str(beats), allow_overwrite=True)
-                signs = dict(_state().client.key_value_dir_get("ncjax/alive/"))
-                failed = dict(_state().client.key_value_dir_get("ncjax/failed/"))
-            except jax.errors.JaxRuntimeError:
-                self._leave("process 0 was lost")
-            for name, reason in failed.items():
-                self._leave(f"process {name.rpartition('/')[2]} failed: {reason}")
-            for other, (last, since) in seen.items():
-                sign = signs.get(f"ncjax/alive/{other}", "")
-                if sign != last:
-                    seen[other] = sign, time.monotonic()
-                elif time.monotonic() - since > _SILENCE_SECONDS:
-                    self._leave(f"process {other} was lost")
-
-    def _leave(self, reason: str) -> None:
-        """At once: the main thread may wait for the lost process, and so would JAX's own leave-taking."""
-        if not self._done.is_set():
-            print(_farewell(reason, self._command), file=sys.stderr, flush=True)
-            self._last_word.spare()
-            os._exit(1)
-
-
-def _state() -> Any:
-    from jax._src import distributed  # the store has no public name
-
-    return distributed.global_state
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+def _is_of_runtime(error: Exception) -> bool:
+    """Whether JAX's runtime raised it, as of a collective whose other end is gone; on CPUs that is a ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)

@@ -15,6 +15,12 @@ def listed(values: Iterable[float | int]) -> str:
     return ", ".join(f"{value:.10g}" for value in values) or "none"
 
 
+def last_line(error: BaseException) -> str:
+    """What went wrong, without the traceback that some libraries put into their messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def _shown(value: object) -> str:
     try:
         text = repr(value)

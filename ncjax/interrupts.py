@@ -48,6 +48,3 @@ class Requests:
     def raise_if_any(self) -> None:
         if self._noted:
             raise Interrupted(self._noted)
-
-    def __bool__(self) -> bool:
-        return bool(self._noted)

@@ -17,6 +17,7 @@ import difflib
 import os
 import shlex
 import sys
+import traceback
 from typing import NamedTuple
 
 from absl import flags
@@ -24,7 +25,7 @@ from ml_collections import config_flags
 
 from ncjax import config as configuration
 from ncjax import preflight
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 from ncjax.interrupts import Interrupted, Requests
 
 
@@ -54,8 +55,12 @@ def main(argv: list[str]) -> int:
             plan = preflight.prepare(arguments.config, arguments.workdir)
     except InputError as error:
         return _refuse(error)
+    code = _run(arguments, plan, f"python -m ncjax.main {shlex.join(argv[1:])}")
+    if code and arguments.processes:
+        from ncjax import distributed
 
-    return _run(arguments, plan, f"python -m ncjax.main {shlex.join(argv[1:])}")
+        distributed.leave(code)
+    return code
 
 
 def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
@@ -80,6 +85,11 @@ def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
             f"error: {reason}; what is in {plan.workdir} is whole, and this continues:\n    {command}", file=sys.stderr
         )
         return 1
+    except Exception:
+        if not arguments.processes:
+            raise
+        traceback.print_exc()
+        return 1
     return 0
 
 
@@ -101,7 +111,7 @@ def _parse(argv: list[str]) -> _Arguments:
         surplus = values(argv)[1:]
         config = config_flag.value.copy_and_resolve_references()
     except Exception as error:  # the config is the user's Python file: anything may be wrong in it
-        raise InputError("command line", " ".join(argv[1:]), _last_line(error)) from error
+        raise InputError("command line", " ".join(argv[1:]), last_line(error)) from error
     if surplus:
         known = "there are --config, --config.FIELD, --workdir and others; see --help"
         raise InputError("command line", surplus[0], f"no such argument; {known}")
@@ -111,20 +121,10 @@ def _parse(argv: list[str]) -> _Arguments:
     return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 
-def _last_line(error: Exception) -> str:
-    """What went wrong, without the traceback that ml_collections puts into its messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def _refuse(error: InputError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    code = main(sys.argv)
-    if code:  # of several processes, one that failed must not wait for the others, as JAX would
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.exit(main(sys.argv))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,19 @@ def find_processes(
         raise InputError("--processes", count, "say how many there are in all, an integer >= 1")
     if number is None or not 0 <= number < count:
         raise InputError("--process", number, f"must be an integer from 0 to {count - 1}, another in each process")
+    _check_address(coordinator, host, int(port), number)
     return Processes(coordinator, count, number)
+
+
+def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
+    """JAX would wait for a host that is unknown, and crash over a port that is taken."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+        if number == 0:
+            socket.create_server(("", port)).close()
+    except OSError as error:
+        way_out = f"{error.strerror}; name process 0 as host:port, and a port that is free"
+        raise InputError("--coordinator", coordinator, way_out) from error
 
 
 def load_data(settings: configuration.Config) -> data.Dataset:

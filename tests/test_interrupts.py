@@ -99,7 +99,7 @@ def test_a_save_that_failed_is_not_passed_off_as_one_that_continues(tmp_path, mo
 
 def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(tmp_path, monkeypatch):
     """Between the question whether to save and the question whether to stop."""
-    asked = interrupts.Requests.__bool__
+    asked = interrupts.Requests.signum.fget
 
     def too_late(self):
         answer = asked(self)
@@ -114,7 +114,7 @@ def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(t
         state["epoch"] = epoch
 
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts.Requests, "__bool__", too_late)
+        patch.setattr(interrupts.Requests, "signum", property(too_late))
         patch.setattr(report.Progress, "measured", note)
         with pytest.raises(interrupts.Interrupted):
             experiment.record(preflight.prepare(chaos.small_config(), tmp_path))
@@ -127,7 +127,7 @@ import os, signal
 from ncjax.interrupts import Requests
 with Requests() as requests:
     os.kill(os.getpid(), signal.{first})
-    assert requests
+    assert requests.signum
     os.kill(os.getpid(), signal.{second})
     print("still here")
 """
