@@ -178,8 +178,8 @@ def _train(
     with report.Progress(last, sweep.program.samples_per_epoch, quiet=not leads) as progress:
         profile = compilation.Profile(config.profile.dir if leads else "", progress.say)
         progress.say(outline.headline(sweep.plan, sweep.program))
-        _, seconds = sweep.advance(0, measured=False)
-        progress.say(f"compiled in {seconds:.1f} s: {outline.summary(sweep.program)}")
+        sweep.advance(0, measured=False)
+        progress.say(outline.summary(sweep.program))
         if recorded is not None:
             progress.say(f"continuing from epoch {sweep.epoch}")
         while True:
@@ -200,7 +200,7 @@ def _train(
             most = 1 if tracing else max(1, int(_CHUNK_SECONDS * len(sweep.program.slices) / pace))
             stop = min((stop for stop in stops if stop > epoch), default=last)
             # Asked once: what stops here is also saved here. All processes stop, and go on, alike.
-            signum, chunk = distributed.agree(requests.signum if requests else 0, min(stop - epoch, most))
+            signum, chunk = distributed.agree(requests.signum, min(stop - epoch, most))
             if is_new and (epoch in kept or signum):
                 saved.save(sweep.states, _facts(sweep, recorded, attrs))
             if epoch == last:

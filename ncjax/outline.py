@@ -5,7 +5,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ncjax import models, parallel
+from ncjax import models, parallel, report
 from ncjax.config import Config, log_spaced_epochs
 from ncjax.errors import listed
 from ncjax.preflight import Plan
@@ -25,17 +25,16 @@ def headline(plan: Plan, program: Program) -> str:
 def summary(program: Program) -> str:
     """Of a compiled program, in a line."""
     return (
-        f"{_programs(program)} on {_mesh(program)}; a run has {program.parameters:,} parameters and takes "
-        f"{_bytes(program.bytes_per_run)}; {_flops(program.flops_per_epoch)} an epoch"
+        f"compiled in {program.compile_seconds:.1f} s: {_programs(program)} on {_mesh(program)}; "
+        f"a run has {program.parameters:,} parameters and takes {_bytes(program.bytes_per_run)}; "
+        f"{_flops(program.flops_per_epoch)} an epoch"
     )
 
 
 def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
     """After the first chunk: what is left to train, measuring not counted."""
-    seconds = seconds_per_epoch * epochs
-    left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else ""
     rate = program.flops_per_epoch / seconds_per_epoch
-    return f"about {left or f'{seconds / 3600:.1f} h'} of training left, at {_flops(rate)}/s"
+    return f"about {report.duration(seconds_per_epoch * epochs)} of training left, at {_flops(rate)}/s"
 
 
 def show(plan: Plan, program: Program, console: Console) -> None:

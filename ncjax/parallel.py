@@ -29,11 +29,11 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
-def make_mesh(num_runs: int, run: int = 0, data: int = 0) -> Mesh:
+def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
     """A mesh of `run` x `data` devices: runs are spread over the first axis, the batch of each over the second.
 
-    0 leaves the choice: 1 for `data`; for `run` the fewest devices that still finish first, of which none could be
-    spared without another taking a run more. Several processes use all their devices.
+    `run` = 0 leaves the choice: the fewest devices that still finish first, of which none could be spared without
+    another taking a run more. Several processes use all their devices.
 
     Raises:
       InputError: there are not so many devices.
@@ -43,7 +43,6 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 0) -> Mesh:
     hint = " (JAX_NUM_CPU_DEVICES simulates more)" if jax.devices()[0].platform == "cpu" else ""
     if data > available:
         raise InputError("config.mesh.data", data, f"there is no more than {name}{hint}")
-    data = data or 1
     most = available // data
     if run > most:
         raise InputError("config.mesh.run", run, f"there is no more than {name}, so at most {most}{hint}")

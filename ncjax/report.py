@@ -88,7 +88,7 @@ class Progress:
         left = (self._epochs - epoch) * self._seconds_per_epoch
         return (
             f"epoch {epoch}/{self._epochs}  {rate:.3g} epochs/s  {rate * self._samples:,.0f} samples/s  "
-            f"{_duration(left)} left  {self._nc1}"
+            f"{duration(left)} left  {self._nc1}"
         )
 
 
@@ -100,7 +100,7 @@ def make_console(quiet: bool = False) -> Console:
     return console if console.is_terminal else Console(width=220)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

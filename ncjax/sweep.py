@@ -58,21 +58,28 @@ class Program:
         self.runs = parallel.padded(size, self.mesh)
         self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
         self._data = train.host_data(plan.dataset, plan.config.train.precision)
-        self.advance = train.make_advance(self.recipe, self.mesh)
+        self.compile_seconds = 0.0
 
     def columns_of(self, part: slice) -> dict[str, np.ndarray]:
         """`Grid.columns` of a slice, filled up so that all slices are of one size."""
         return {name: parallel.pad_runs(values[part], self.runs) for name, values in self.columns.items()}
 
     @functools.cached_property
+    def _started(self) -> tuple:
+        """Shapes of a slice's states, keys and hyperparameters."""
+        return train.start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)
+
+    @property
     def shapes(self) -> train.RunState:
         """Of the states of a slice."""
-        return train.start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)[0]
+        return self._started[0]
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        started = train.start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)
-        return self.advance.compile(*started, self._data, 0, False)
+        begin = time.perf_counter()
+        compiled = train.make_advance(self.recipe, self.mesh).compile(*self._started, self._data, 0, False)
+        self.compile_seconds = time.perf_counter() - begin
+        return compiled
 
     @property
     def runs_per_device(self) -> int:
@@ -172,16 +179,17 @@ class Sweep:
             self._fixed.append(fixed)
 
     def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
-        """Trains, then measures; returns (R, ...) measurements (NaN if not measured) and the seconds it took."""
+        """Trains, then measures; returns (R, ...) measurements ({} if not measured) and the seconds it took."""
         begin, measurements = time.perf_counter(), []
         for i, (part, fixed) in enumerate(zip(self.program.slices, self._fixed, strict=True)):
             states = jax.device_put(self._states[i], parallel.by_run(self.mesh))
             with jax.enable_x64(True):
                 states, metrics = self.program.compiled(states, *fixed, self.data, epochs, measured)
-            measurements.append(_first(parallel.fetch(metrics), part.stop - part.start))
-            self._states[i] = self._set_aside(states)
+            if measured:
+                measurements.append(_first(parallel.fetch(metrics), part.stop - part.start))
+            self._states[i] = self._set_aside(jax.block_until_ready(states))
         self.epoch += epochs
-        return _join(measurements), time.perf_counter() - begin
+        return _join(measurements) if measured else {}, time.perf_counter() - begin
 
     @property
     def states(self) -> train.RunState:

@@ -64,6 +64,7 @@ def test_a_dry_run_of_a_workdir_of_another_config_is_refused(tmp_path, capsys):
     assert "config.units is 'ours' here and 'torch' there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_says_its_plan_before_it_trains_and_where_its_profile_is(tmp_path, capsys):
     folder = tmp_path / "profile"
     run(tmp_path / "run", sweep__runs_per_program=2, profile__dir=str(folder))
@@ -80,7 +81,7 @@ def test_a_run_says_its_plan_before_it_trains_and_where_its_profile_is(tmp_path,
 
 @pytest.mark.parametrize(
     ("seconds", "epochs", "said"),
-    [(0.5, 100, "about 50 s of training left"), (2.0, 600, "about 20 min"), (36.0, 1000, "about 10.0 h")],
+    [(0.5, 100, "about 50 s of training left"), (2.0, 600, "about 20 min"), (36.0, 1000, "about 10 h 0 min")],
 )
 def test_what_is_left_is_said_in_a_unit_one_can_read(seconds, epochs, said, tmp_path):
     program = sweep.make_program(preflight.prepare(small_config(), tmp_path))
