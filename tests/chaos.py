@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import xarray as xr
@@ -315,30 +316,32 @@ class Corruption(NamedTuple):
 
 @contextlib.contextmanager
 def one_program() -> Iterator[None]:
-    """Within it, experiments of one recipe share their compiled program and their drawn initialization."""
-    from ncjax import train
+    """Within it, experiments of one recipe, mesh and size share their compiled program and drawn initialization."""
+    import jax
+    import jax.numpy as jnp
 
-    made, begun, make, begin = {}, {}, train.make_advance, train.start
+    from ncjax import sweep, train
 
-    def make_once(recipe, mesh):
-        if recipe not in made:
-            made[recipe] = make(recipe, mesh)
-        return made[recipe]
+    made, begun, compile_, begin = {}, {}, sweep.Program.compiled, train.start
+
+    def compile_once(program):
+        key = (program.recipe, program.mesh, program.runs, train.evaluate)
+        if key not in made:
+            made[key] = compile_.func(program)
+        return made[key]
 
     def start_once(recipe, mesh, columns, data):
-        import jax
-        import jax.numpy as jnp
-
-        if recipe not in begun:
-            begun[recipe] = begin(recipe, mesh, columns, data)
-        states, keys, hyper = begun[recipe]
+        key = (recipe, mesh, str(columns))
+        if key not in begun:
+            begun[key] = begin(recipe, mesh, columns, data)
+        states, keys, hyper = begun[key]
         return jax.tree.map(jnp.copy, states), keys, hyper  # states are donated
 
-    train.make_advance, train.start = make_once, start_once
-    try:
+    with (
+        mock.patch.object(sweep.Program, "compiled", property(compile_once)),
+        mock.patch.object(train, "start", start_once),
+    ):
         yield
-    finally:
-        train.make_advance, train.start = make, begin
 
 
 @contextlib.contextmanager

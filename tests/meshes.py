@@ -5,6 +5,7 @@ A process of its own, because the tests' has two devices.
 
 import contextlib
 import json
+import math
 import re
 import signal
 import sys
@@ -66,44 +67,36 @@ def deviation(found, expected):
     return max(workdir.deviation(found[name].values, expected[name].values) for name in names)
 
 
-@contextlib.contextmanager
-def compiled_once():
-    """Within it, programs of one recipe, mesh and size are compiled once."""
-    made, compile_ = {}, sweep.Program.compiled.func
-
-    def compiled(program):
-        key = (program.recipe, program.mesh, program.runs, train.evaluate)
-        if key not in made:
-            made[key] = compile_(program)
-        return made[key]
-
-    with mock.patch.object(sweep.Program, "compiled", property(compiled)):
-        yield
-
-
 def nothing(*_, **__):
     """In the place of what measures, which is most of a program."""
     return {}
 
 
 def collectives(folder, run, data, measures, **fields):
-    """kind -> how many there are in the compiled program, of training alone or with what measures."""
+    """Those of the compiled program, of training alone or with what measures: kind -> bytes that each moves."""
     plan = preflight.prepare(make_config(run, data, **fields), folder)
     with mock.patch.object(train, "evaluate", train.evaluate if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
-    kinds = re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
-    return {kind: kinds.count(kind) for kind in set(kinds)}
+    found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+    moved: dict[str, list[int]] = {}
+    for shapes, kind in found:
+        sizes = [
+            int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side)
+            for bits, sides in re.findall(r"[a-z](\d+)\[([\d,]*)\]", shapes)
+        ]
+        moved.setdefault(kind, []).append(sum(sizes))
+    return moved
 
 
 def main(folder: Path) -> dict:
-    deviations, counts = {}, {}
+    deviations, moved = {}, {}
     expected = recorded(folder / "1x1", 1, 1)
     for run, data in MESHES[1:]:
         name = f"{run}x{data}"
         deviations[name] = deviation(recorded(folder / name, run, data), expected)
-        counts[name] = collectives(folder / "plan", run, data, measures=False)
-    counts["4x1, measuring"] = collectives(folder / "plan", 4, 1, measures=True)
-    counts["2x2, measuring"] = collectives(folder / "plan", 2, 2, measures=True)
+        moved[name] = collectives(folder / "plan", run, data, measures=False)
+    moved["4x1, measuring"] = collectives(folder / "plan", 4, 1, measures=True)
+    moved["2x2, measuring"] = collectives(folder / "plan", 2, 2, measures=True)
     # Four programs of one run on two devices.
     parts = recorded(folder / "parts", 2, 1, sweep__runs_per_program=1)
     deviations["4 programs"] = deviation(parts, expected)
@@ -115,9 +108,11 @@ def main(folder: Path) -> dict:
     alone, spread = (trained(folder / "plan", *mesh, **NORMALIZED) for mesh in ((1, 1), (2, 2)))
     pairs = zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True)
     deviations["batch normalization, 2x2"] = max(workdir.deviation(a, b) for a, b in pairs)
-    return {"deviations": deviations, "collectives": counts}
+    return {"deviations": deviations, "collectives": moved}
 
 
 if __name__ == "__main__":
-    with compiled_once():
+    from tests import chaos
+
+    with chaos.one_program():
         print(json.dumps(main(Path(sys.argv[1]))))

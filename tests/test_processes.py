@@ -86,6 +86,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(reference, tmp_path, cache):
     """2 x 2 devices: runs lie in two processes, and so do the halves of each batch's sums."""
     said = train_together(tmp_path / "run", cache, *FLAGS, "--config.train.epochs=3", "--config.mesh.data=2")
@@ -111,10 +112,18 @@ LONG = (
     "--config.sweep.weight_decay=0,1e-4,1e-3",
     "--config.sweep.seed=0",
     "--config.train.precision=float64",
-    "--config.train.epochs=200",
+    "--config.train.epochs=100",
     "--config.checkpoint.every=5",
-    "--config.log.epochs=0,5,10,200",
+    "--config.log.epochs=0,5,10,100",
 )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    """The history of LONG in one process."""
+    workdir = tmp_path_factory.mktemp("processes") / "uninterrupted"
+    chaos.finish(chaos.start(LONG, workdir, cache))
+    return history.load(workdir / "history.nc")
 
 
 def wait_for_checkpoint(process, workdir):
@@ -124,23 +133,21 @@ def wait_for_checkpoint(process, workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(lost, tmp_path, cache):
-    workdir, reference = tmp_path / "run", tmp_path / "reference"
-    chaos.finish(chaos.start(LONG, reference, cache))
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(lost, uninterrupted, tmp_path, cache):
+    workdir = tmp_path / "run"
     processes = start(workdir, cache, *LONG)
     wait_for_checkpoint(processes[1 - lost], workdir)
     processes[lost].send_signal(signal.SIGKILL)
-    begin = time.monotonic()
-    _, err = processes[1 - lost].communicate(timeout=60)
-    assert processes[1 - lost].returncode not in (0, None)
-    assert time.monotonic() - begin < 60
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert ("process 1 was lost" if lost else "process 0, or this one, was lost") in line
-    assert "this continues:" in line
-    processes[lost].communicate()
-    assert "continuing from epoch" in train_together(workdir, cache, *LONG)
-    found, expected = (history.load(folder / "history.nc") for folder in (workdir, reference))
-    assert meshes.deviation(found, expected) < TOLERANCE
+    for process in (processes[1 - lost], processes[lost]):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode not in (0, None)
+        assert "this or another process was lost or never came; started again in all processes, this continues:" in err
+        assert "Traceback" not in err
+    if lost:
+        assert "continuing from epoch" in train_together(workdir, cache, *LONG)
+    else:  # what is left may go on alone
+        assert "continuing from epoch" in chaos.finish(chaos.start(LONG, workdir, cache))[0]
+    assert meshes.deviation(history.load(workdir / "history.nc"), uninterrupted) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -153,7 +160,7 @@ def test_a_signal_to_one_process_stops_all_at_one_epoch(tmp_path, cache):
         _, err = chaos.finish(process, 143)
         assert "stopped by SIGTERM; this continues:" in err
     epochs = checkpoint.epochs_in(workdir / "checkpoints")
-    assert 0 < epochs[-1] < 200
+    assert 0 < epochs[-1] < 100
     assert checkpoint.read_facts(workdir / "checkpoints", epochs[-1]).epoch == epochs[-1]
 
 
@@ -166,7 +173,7 @@ def test_processes_of_different_configs_are_refused(tmp_path, cache):
     ]
     for process in processes:
         _, err = process.communicate(timeout=120)
-        assert process.returncode in (1, 2)  # 1: it learned of it from the other
+        assert process.returncode == 2
         assert "--process: got 1; it has another config than process 0" in err
 
 
@@ -179,6 +186,7 @@ BAD = [
     (["--coordinator=localhost:12355", "--processes=2", "--process=2"], "--process: got 2"),
     (["--processes=2"], "--coordinator: got ''"),
     (["--coordinator=localhost:12355", "--processes=two", "--process=0"], "two"),
+    (["--coordinator=no.host.invalid:12355", "--processes=2", "--process=1"], "got 'no.host.invalid:12355'; "),
 ]
 
 
@@ -189,6 +197,13 @@ def test_a_process_that_cannot_be_is_one_line(flags, message, tmp_path, capsys):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path, capsys):
+    with socket.create_server(("", 0)) as taken:
+        flags = [f"--coordinator=localhost:{taken.getsockname()[1]}", "--processes=2", "--process=0"]
+        assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    assert "Address already in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,8 +221,8 @@ def test_several_tasks_and_hosts_are_found_in_the_environment(environment, expec
 
 
 def test_flags_go_before_the_environment():
-    found = preflight.find_processes("host:1234", 2, 1, {"SLURM_STEP_NUM_TASKS": "4"})
-    assert found == preflight.Processes("host:1234", 2, 1)
+    found = preflight.find_processes("localhost:1234", 2, 1, {"SLURM_STEP_NUM_TASKS": "4"})
+    assert found == preflight.Processes("localhost:1234", 2, 1)
     assert preflight.find_processes("auto", None, None, {}) == preflight.Processes(None, None, None)
 
 
