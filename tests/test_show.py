@@ -12,6 +12,7 @@ import xarray as xr
 from test_runs import flip, forge, whole_checkpoint
 
 from ncjax import history, show, workdir
+from ncjax.config import SWEPT
 
 RUN = "--run=weight_decay=1e-3,seed=0"
 
@@ -70,7 +71,8 @@ def test_json_holds_the_history_at_the_epoch_and_what_the_tables_say(trained, sh
         kept = {*history.VOCABULARY} | ({history.COSINES} if epoch == 6 else set())
         assert set(measurements["variables"]) == kept
         assert measurements["coordinates"]["seed"] == [0, 1]
-    assert found["grid"] == json.loads((trained / "config.json").read_text())["sweep"]
+    sweep = json.loads((trained / "config.json").read_text())["sweep"]
+    assert found["grid"] == {axis: sweep[axis] for axis in SWEPT}
     assert found["parameter_count"] == 347
     assert [(c["epoch"], c["sound"]) for c in found["checkpoints"]] == [(4, True), (6, True)]
     on_disk = sum(p.stat().st_size for p in (trained / "checkpoints" / "6").rglob("*") if p.is_file())
