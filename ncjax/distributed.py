@@ -78,6 +78,9 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
         yield
         return
     jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from `interrupts`
+    if where.coordinator:
+        others = f"process {where.process} of {where.processes} waits for the others at {where.coordinator}"
+        print(others, file=sys.stderr, flush=True)
     with _last_word(command):
         try:
             jax.distributed.initialize(

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 # Beyond, C x C arrays are not held: no budget, no cross-entropy, no logits.
 MOST_SQUARE = 2048
+# Of centred class means in float32: a deviation a millionth of their size can still be squared, and many added up.
+_LEAST, _MOST = 1e-12, 1e15
 GLOBAL_MEANS, LOSSES = ("classes", "examples"), ("square", "cross_entropy")
 
 
@@ -141,6 +143,9 @@ def prepare(
     means += sums.pivots[present]
     weights = counts if global_mean == "examples" else np.ones(len(present))
     centred: Any = means - (weights / weights.sum()) @ means
+    size = np.abs(centred).max()
+    if dtype != np.float64 and size and not _LEAST < size < _MOST:
+        raise InputError("features", f"of size {size:.1g}", "their squares leave float32; scale them, or take float64")
     # Single precision tells the directions of a set of means apart down to 1e-5 of the largest.
     most = min(len(present) - 1, means.shape[1])
     values, basis = _span(centred, 1e-12 if dtype == np.float64 else 1e-5, most)
@@ -186,7 +191,8 @@ def _check_head(head: Any, bias: Any, shape: tuple[int, ...]) -> tuple[Any, Any,
     rows = np.asarray(head, np.float64)
     offsets = np.zeros(shape[0]) if bias is None else np.asarray(as_array("bias", bias), np.float64)
     if rows.shape != shape:
-        raise InputError("head", rows.shape, f"give (classes, features), here {shape}")
+        hint = ", its transpose" if rows.ndim == 2 and rows.shape[0] == shape[1] else ""
+        raise InputError("head", rows.shape, f"give (C, {shape[1]}), a row per class{hint}")
     if offsets.shape != shape[:1]:
         raise InputError("bias", offsets.shape, f"give ({shape[0]},), a number per class")
     if not (np.isfinite(rows).all() and np.isfinite(offsets).all()):

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ncjax.moments import load, merge, save
     from ncjax.streaming import first_pass, second_pass
 
+# Classes that labels alone may ask for: of more they are no numbers of classes, but some other id.
+_MOST_INFERRED = 2**22
+
 __all__ = ["find", "first_pass", "load", "measure", "measure_batches", "merge", "prepare", "save", "second_pass"]
 
 
@@ -101,6 +104,8 @@ def measure_batches(
         num_classes = len(head)
     if num_classes is None and isinstance(batches, list | tuple):
         num_classes = max((_classes_in(batch) for batch in batches), default=1)
+        if num_classes > _MOST_INFERRED:
+            raise InputError("labels", num_classes - 1, "number classes from 0 on, or say how many there are")
     if num_classes is None:
         raise InputError("num_classes", None, "give the number of classes, or a head")
     work = {"rows": rows, "devices": devices, "progress": progress}
@@ -182,6 +187,11 @@ def _measure_files(arguments: argparse.Namespace) -> int:
             raise InputError(str(path), _names(arrays), "no array is named labels; add it, or give --labels FILE")
         logits = () if "logits" not in arrays else (arrays["logits"],)
         batches.append((arrays["features"], own, *logits))
+        if len(arrays["features"]) != len(batches[0][0]):
+            way_out = f"layers are of the same examples, of which {arguments.features[0]} has {len(batches[0][0])}"
+            raise InputError(str(path), f"{len(arrays['features'])} examples", way_out)
+    if arguments.figures is not None:
+        _make_folder(arguments.figures.expanduser())
     from ncjax import parallel
 
     parallel.use_every_core()
@@ -198,6 +208,13 @@ def _measure_files(arguments: argparse.Namespace) -> int:
             )
             found.append(measured)
     return _report(arguments, found)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--figures", str(folder), f"{error.strerror}; name a folder") from error
 
 
 def _names(arrays: dict[str, Any]) -> str:

@@ -20,14 +20,13 @@ _BLUE, _RED = panels.COLOURS[:2]
 
 
 def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
-    """Draws what was found, of one layer or of several in forward order, into a folder; the files."""
+    """Draws what was found, of one layer or of several in forward order, into a folder that exists; the files."""
     import io
 
     last = list(found.values())[-1]
     figures = {"spectrum": spectrum(last), "angles": angles(last), "classes": classes(last)}
     if len(found) > 1:
         figures["layers"] = layers(found)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         content = io.BytesIO()
@@ -110,16 +109,21 @@ def angles(found: "Measurement") -> "Figure":
 
 def classes(found: "Measurement") -> "Figure":
     """Every class: its spread against the distance of its mean from the global mean, coloured by its size."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = panels.frame(1, "", _caption(found))
     distances, spread = np.linalg.norm(found.centred, axis=1), np.sqrt(found.variances)
     present = np.flatnonzero(found.examples)
     sizes, many = found.examples[present], len(present) > _MOST_IN_HEAT_MAP
     look: dict[str, Any] = {"s": 4 if many else 10, "linewidths": 0}
     if sizes.min() < sizes.max():
-        points = axes.scatter(distances, spread, c=sizes, cmap="viridis", norm="log", **look)
+        norm = "log" if sizes.max() > 10 * sizes.min() else "linear"
+        points = axes.scatter(distances, spread, c=sizes, cmap="viridis", norm=norm, **look)
         bar = figure.colorbar(points, ax=axes, aspect=25)
         bar.set_label("examples", size=panels.SIZE)
-        bar.ax.tick_params(labelsize=panels.SMALL)
+        bar.ax.tick_params(which="both", labelsize=panels.SMALL)
+        if norm == "linear":
+            bar.locator = MaxNLocator(integer=True)
     else:
         axes.scatter(distances, spread, color=_BLUE, **look)
     if len(present) <= 20:

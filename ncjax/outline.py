@@ -111,7 +111,7 @@ def _flops(number: float | int) -> str:
 
 def _scaled(number: float | int, base: int, units: tuple[str, ...]) -> str:
     for unit in units[:-1]:
-        if number < base:
+        if round(number) < 1000:
             return f"{number:.3g} {unit}"
         number /= base
     return f"{number:.3g} {units[-1]}"

@@ -44,8 +44,9 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
     if data > available:
         raise InputError("config.mesh.data", data, f"there is no more than {name}{hint}")
     most = available // data
+    shared = f" with config.mesh.data={data}" if data > 1 else ""
     if run > most:
-        raise InputError("config.mesh.run", run, f"there is no more than {name}, so at most {most}{hint}")
+        raise InputError("config.mesh.run", run, f"there is no more than {name}, so at most {most}{shared}{hint}")
     if not run:
         run = most if several else _ceil(num_runs, _ceil(num_runs, most))
     if several and run * data != available:

@@ -36,13 +36,16 @@ class Processes(NamedTuple):
 def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
     """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
     plan = examine(config, workdir)
-    _make_workdir(plan.workdir)
+    _make_folder("--workdir", plan.workdir)
+    if plan.config.profile.dir:
+        _make_folder("config.profile.dir", Path(plan.config.profile.dir))
     return plan
 
 
 def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
     """`prepare`, but nothing is made; a WORKDIR need not be named."""
     config = configuration.validate(config)
+    _check_devices(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
     checked = Path() if workdir is None else _check_workdir(workdir, config)
     dataset = load_data(config.data)
     train_size = len(dataset.train.labels)
@@ -137,6 +140,12 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     return workdir
 
 
+def _check_devices(number: str) -> None:
+    """JAX would end with a traceback, or take no notice."""
+    if not number.isdecimal() or int(number) < 1:
+        raise InputError("JAX_NUM_CPU_DEVICES", number, "must be an integer >= 1, of devices to simulate")
+
+
 def _check_profile(name: str) -> None:
     """A trace is written long after this: it must not be the first to find that it cannot."""
     try:
@@ -150,10 +159,10 @@ def _check_profile(name: str) -> None:
         raise InputError("config.profile.dir", name, f"{reason}; choose another folder") from error
 
 
-def _make_workdir(workdir: Path) -> None:
+def _make_folder(name: str, folder: Path) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError("--workdir", str(workdir), f"cannot be written ({error.strerror}); choose another") from error
+        raise InputError(name, str(folder), f"cannot be written ({error.strerror}); choose another") from error

@@ -261,8 +261,9 @@ def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[A
     if labels.dtype.kind not in "iu":
         raise InputError("labels", str(labels.dtype), "give integers, 0 to C - 1")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        bad = labels.min() if labels.min() < 0 else labels.max()
-        raise InputError("labels", int(bad), f"with {num_classes} classes they are 0 to {num_classes - 1}")
+        if labels.min() < 0:
+            raise InputError("labels", int(labels.min()), "they count classes from 0 on")
+        raise InputError("labels", int(labels.max()), f"with {num_classes} classes they are 0 to {num_classes - 1}")
     if logits is not None and logits.shape != (len(features), num_classes):
         raise InputError("logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example")
     return features, labels, logits

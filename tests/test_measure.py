@@ -395,12 +395,16 @@ BAD = {
     },
     "labels: got (59,)": {"labels": LABELS[:-1]},
     "labels: got 'float64'; give integers": {"labels": LABELS * 1.0},
-    "labels: got -1; with 5 classes they are 0 to 4": {"labels": LABELS - 1},
     "labels: got 5; with 5 classes they are 0 to 4": {"labels": LABELS + 1},
     "labels: got 'examples of 1 class'": {"labels": np.zeros(60, int)},
     "batches: got 'no example'": {"features": H[:0], "labels": LABELS[:0]},
     "head: got (5, 3)": {"head": HEAD[:, :3]},
     "head: got 'a number that is not finite'": {"head": HEAD * np.inf},
+    "head: got (8, 5); give (C, 8), a row per class, its transpose": {"head": HEAD.T, "num_classes": 5},
+    "features: got 'of size 4e-20'; their squares leave float32": {"features": np.float32(1e-20 * H)},
+    "features: got 'of size 4e+20'; their squares leave float32": {"features": np.float32(1e20 * H)},
+    "labels: got -1; they count classes from 0 on": {"labels": LABELS - 1},
+    "labels: got 4000000000; number classes from 0 on": {"labels": LABELS * 10**9, "head": None, "bias": None},
     "bias: got (4,)": {"bias": BIAS[:4]},
     "bias: got (5,); it goes with a head": {"head": None, "num_classes": 5},
     "logits: got (60, 4)": {"logits": np.zeros((60, 4))},
@@ -554,6 +558,13 @@ def test_a_bad_file_is_one_line_and_exit_code_2(case, tmp_path, said):
     assert err.startswith("error: ")
 
 
+def test_layers_of_other_examples_are_refused(tmp_path, said):
+    np.savez(tmp_path / "few.npz", features=H, labels=LABELS)
+    code, _, err = said(DATA / "features.npz", tmp_path / "few.npz")
+    assert code == 2
+    assert "got '60 examples'; layers are of the same examples, of which" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -563,6 +574,7 @@ def test_a_bad_file_is_one_line_and_exit_code_2(case, tmp_path, said):
         (["--weight-decay=1e-3"], "give one"),
         (["--classes=3"], "labels: got 9; with 3 classes they are 0 to 2"),
         (["--labels", DATA / "head.npz"], "it has no labels"),
+        (["--figures", DATA / "head.npz"], "--figures: got"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(flags, message, said):
