@@ -115,7 +115,9 @@ def test_adam_has_no_clock_and_cross_entropy_no_lemma_2(tmp_path, capsys):
     assert "short of equilibrium" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("precision", "atol"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    ("precision", "atol"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
+)
 def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precision, atol, tmp_path):
     config = default_config()
     config.train.epochs, config.train.precision, config.log.epochs = 3, precision, (0, 1, 2, 3)

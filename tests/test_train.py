@@ -122,7 +122,8 @@ def test_a_diverged_run_is_marked_and_leaves_its_neighbours_bitwise_alone():
             assert np.isfinite(values[3]).all(), name
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
     two, expected = advance(*setup(dtype=np.float64), 2, measured=True)
     monkeypatch.setattr(parallel, "group_sizes", lambda runs, platform, convolves: (1, 2 if devices == 1 else 1))
