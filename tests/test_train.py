@@ -134,6 +134,20 @@ def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
         np.testing.assert_allclose(values, expected[name], rtol=1e-7, atol=1e-10, err_msg=name)
 
 
+def test_a_group_of_one_gives_products_no_batch_dimension():
+    """Three runs of two vectors each, one or three side by side: the same products, batched in the latter alone."""
+    kernels, inputs = jnp.arange(18.0).reshape(3, 2, 3), jnp.arange(24.0).reshape(3, 4, 2)
+
+    def products(group):
+        return lambda: train._in_groups(lambda kernel, x: {"outputs": x @ kernel}, group, kernels, inputs)
+
+    for group, batch_axes in ((1, ((), ())), (3, ((0,), (0,)))):
+        (loop,) = (eqn for eqn in jax.make_jaxpr(products(group))().eqns if eqn.primitive.name == "scan")
+        (product,) = (eqn for eqn in loop.params["jaxpr"].eqns if eqn.primitive.name == "dot_general")
+        assert product.params["dimension_numbers"][1] == batch_axes
+        np.testing.assert_allclose(products(group)()["outputs"], np.asarray(inputs) @ np.asarray(kernels), rtol=1e-6)
+
+
 SQUARE = Objective()
 CHOICES = {
     "plain": {},
