@@ -1,12 +1,12 @@
 """Compiled programs: kept between runs, and watched at work."""
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
+
+from ncjax.files import cache_folder
 
 
 def use_cache(where: str) -> None:
@@ -16,8 +16,8 @@ def use_cache(where: str) -> None:
     """
     if where == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(home / "ncjax" / "jax" / socket.gethostname()))
+    if folder := cache_folder():
+        jax.config.update("jax_compilation_cache_dir", str(folder / "jax" / socket.gethostname()))
 
 
 class Profile:

@@ -9,16 +9,17 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ncjax.errors import InputError
+from ncjax import tfds_folder
+from ncjax.errors import InputError, warn
+from ncjax.files import cache_folder, expanded
 
-_DECODE_CHUNK = 1024
 _SYNTHETIC_DIM = 32
 
 
@@ -115,7 +116,7 @@ def _crc(array: np.ndarray) -> int:
 
 def _embedded_digits() -> _Raw:
     # Cached like the others: importing scikit-learn takes a second.
-    return _cached(_cache_root() / f"digits-{metadata.version('scikit-learn')}", _digits)
+    return _cached(f"digits-{metadata.version('scikit-learn')}", _digits)
 
 
 def _digits() -> _Raw:
@@ -202,107 +203,72 @@ def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tu
 
 def _tfds(name: str, directory: str) -> _Raw:
     directory = directory or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
+    root = expanded("config.data.dir", directory)
     try:
-        home = _prepared(name, Path(directory).expanduser())
+        home = tfds_folder.find(name, root).resolve()
+        sources = _states(home)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user; a null byte
+    except (OSError, ValueError) as error:  # too long a name; a null byte
         raise InputError("config.data.dir", directory, f"cannot be read ({error})") from error
-    identity = hashlib.sha256(f"{home.resolve()}".encode() + (home / "dataset_info.json").read_bytes())
-    folder = _cache_root() / f"{name.replace('/', '-').replace(':', '-')}-{identity.hexdigest()[:12]}"
-    raw = _cached(folder, lambda: _decode(name, home))
-    return _only_present_classes(raw)
+    place = hashlib.sha256(str(home).encode()).hexdigest()[:12]
+    folder = f"{name.replace('/', '-').replace(':', '-')}-{place}"
+    return _cached(folder, lambda: _decode(name, root, home), sources)
 
 
-def _prepared(name: str, root: Path) -> Path:
-    """The newest prepared version of a data set, or the one line that says how to prepare it."""
-    path, _, version = name.partition(":")
-    pattern = f"{version or '*'}/dataset_info.json"
-    homes = [info.parent for info in (root / path).glob(pattern)] if _is_plain(path) else []
-    by_version = {home: tuple(int(part) for part in home.name.split(".") if part.isdigit()) for home in homes}
-    if not homes:
-        prepare = (
-            f"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r}, "
-            f"file_format='array_record').download_and_prepare()"
-        )
-        raise InputError(
-            "config.data.name",
-            name,
-            "it is none of digits, synthetic, identity, and no prepared TFDS set is at "
-            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where there is a network, "
-            f'prepare it with: pip install -e ".[prepare]" && python -c "{prepare}"',
-        )
-    return max(homes, key=by_version.__getitem__)
+def _states(home: Path) -> dict[str, list[int]]:
+    """Returns the size and the time of change of each file that a set is decoded from."""
+    states = {path: path.stat() for path in sorted(home.rglob("*")) if path.is_file()}
+    return {str(path): [state.st_size, state.st_mtime_ns] for path, state in states.items()}
 
 
-def _is_plain(path: str) -> bool:
-    return all(part.isidentifier() or part.replace("-", "_").replace(".", "_").isalnum() for part in path.split("/"))
+def _decode(name: str, root: Path, home: Path) -> _Raw:
+    contents = tfds_folder.read(name, root, home)
+    train = Split(*contents.train)
+    train, test = (train, Split(*contents.held_out)) if contents.held_out else _hold_out(train)
+    if train.labels.max() < 0:
+        raise InputError("config.data.name", name, "its training split has no labels; choose another")
+    return _only_present_classes(train, test, contents.class_name)
 
 
-def _decode(name: str, home: Path) -> _Raw:
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder_from_directory(str(home))
-    keys = builder.info.supervised_keys
-    features = builder.info.features
-    if not keys or not isinstance(features[keys[0]], tfds.features.Image):
-        raise InputError("config.data.name", name, "it is no image-classification set (no image and label pair)")
-    if not isinstance(features[keys[1]], tfds.features.ClassLabel):
-        raise InputError("config.data.name", name, "its targets are no class labels")
-    if builder.info.file_format.value != "array_record":
-        raise InputError(
-            "config.data.name", name, f"{home} is not array_record; prepare it with file_format=array_record"
-        )
-
-    def read(split: str) -> Split:
-        source = builder.as_data_source(split=split)
-        images, labels = [], []
-        for start in range(0, len(source), _DECODE_CHUNK):
-            examples = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
-            images.extend(example[keys[0]] for example in examples)
-            labels.extend(example[keys[1]] for example in examples)
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1:
-            raise InputError("config.data.name", name, f"its images differ in shape ({sorted(shapes)[:3]}, ...)")
-        return Split(np.stack(images), np.asarray(labels, np.int32))
-
-    splits = builder.info.splits
-    held_out = next((split for split in ("test", "validation") if split in splits), None)
-    train = read("train")
-    train, test = (train, read(held_out)) if held_out else _hold_out(train)
-    return _Raw(train, test, tuple(features[keys[1]].names))
-
-
-def _only_present_classes(raw: _Raw) -> _Raw:
-    """Drops declared classes without a training example (emnist/letters declares 37 and has 26)."""
-    present = np.unique(raw.train.labels)
-    renumber = np.full(len(raw.label_names), -1, np.int32)
-    renumber[present] = np.arange(len(present), dtype=np.int32)
+def _only_present_classes(train: Split, test: Split, class_name: Callable[[int], str]) -> _Raw:
+    """Drops unlabelled examples, and classes that have none in training (emnist/letters declares 37 and has 26)."""
+    present = np.unique(train.labels[train.labels >= 0])
 
     def keep(split: Split) -> Split:
-        labels = np.where(split.labels >= 0, renumber[split.labels], -1)  # TFDS marks unlabelled examples by -1
-        return Split(split.images[labels >= 0], labels[labels >= 0])
+        kept = np.isin(split.labels, present)
+        return Split(split.images[kept], np.searchsorted(present, split.labels[kept]).astype(np.int32))
 
-    return _Raw(keep(raw.train), keep(raw.test), tuple(raw.label_names[i] for i in present))
-
-
-def _cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ncjax" / "data"
+    return _Raw(keep(train), keep(test), tuple(class_name(int(label)) for label in present))
 
 
-def _cached(folder: Path, make: Callable[[], _Raw]) -> _Raw:
-    """Decodes once. The folder appears whole or not at all; where none can be written, each run decodes anew."""
+_PARTS = tuple(f"{split}_{part}.npy" for split in ("train", "test") for part in Split._fields)
+_NAMES, _CHECKSUMS = "label_names.json", "checksums.json"
+
+
+def _cached(name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]] | None = None) -> _Raw:
+    """Decodes once, and again where what was decoded, or what it was decoded from, is not as it was.
+
+    The folder appears whole or not at all; where none can be written, each run decodes anew.
+    """
+    root = cache_folder()
+    if root is None:
+        return make()
+    folder = root / "data" / name
+    sources = sources or {}
     try:
-        return _read(folder)
-    except (OSError, ValueError, TypeError, EOFError):  # not there, or damaged in one of NumPy's ways to say so
-        raw = make()
+        return _read(folder, sources)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:  # the last three: checksums.json is damaged
+        if folder.is_dir():
+            warn(f"the decoded data in {folder} are not used ({error}): decoding anew")
+    raw = make()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     except OSError:
         return raw
     try:
-        _write(scratch, raw)
+        _write(scratch, raw, sources)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     except OSError:  # disk full, or another process was first
@@ -310,18 +276,30 @@ def _cached(folder: Path, make: Callable[[], _Raw]) -> _Raw:
     return raw
 
 
-_SPLITS = ("train", "test")
+def _write(folder: Path, raw: _Raw, sources: Mapping[str, list[int]]) -> None:
+    for name, array in zip(_PARTS, (*raw.train, *raw.test), strict=True):
+        np.save(folder / name, array)
+    (folder / _NAMES).write_text(json.dumps(raw.label_names))
+    (folder / _CHECKSUMS).write_text(json.dumps({**sources, **_file_checksums(folder)}))
 
 
-def _write(folder: Path, raw: _Raw) -> None:
-    for split in _SPLITS:
-        for part, array in getattr(raw, split)._asdict().items():
-            np.save(folder / f"{split}_{part}.npy", array)
-    (folder / "label_names.json").write_text(json.dumps(raw.label_names))
+def _read(folder: Path, sources: Mapping[str, list[int]]) -> _Raw:
+    stored = json.loads((folder / _CHECKSUMS).read_text())
+    found = {**sources, **_file_checksums(folder)}
+    if changed := sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name)):
+        raise ValueError(f"changed: {', '.join(changed)}")
+    arrays = [np.load(folder / name, mmap_mode="r") for name in _PARTS]
+    names = json.loads((folder / _NAMES).read_text())
+    return _Raw(Split(*arrays[:2]), Split(*arrays[2:]), label_names=tuple(names))
 
 
-def _read(folder: Path) -> _Raw:
-    splits = [
-        Split(*(np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in Split._fields)) for split in _SPLITS
-    ]
-    return _Raw(*splits, label_names=tuple(json.loads((folder / "label_names.json").read_text())))
+def _file_checksums(folder: Path) -> dict[str, int]:
+    return {name: _file_checksum(folder / name) for name in (*_PARTS, _NAMES)}
+
+
+def _file_checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

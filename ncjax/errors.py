@@ -1,5 +1,6 @@
 """The one exception that means "the user can fix this"; `main` prints it as a single line and exits with 2."""
 
+import sys
 from collections.abc import Iterable
 
 
@@ -13,6 +14,11 @@ class InputError(ValueError):
 def listed(values: Iterable[float | int]) -> str:
     """Numbers as a message lists them."""
     return ", ".join(f"{value:.10g}" for value in values) or "none"
+
+
+def warn(line: str) -> None:
+    """Says on stderr what went otherwise than asked for, and well."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def last_line(error: BaseException) -> str:

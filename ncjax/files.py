@@ -1,7 +1,25 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders of the user's."""
 
 import os
 from pathlib import Path
+
+from ncjax.errors import InputError
+
+
+def expanded(field: str, path: str | Path) -> Path:
+    """Returns a path with its ~ written out; raises InputError, which names the field, where that is nobody's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(field, str(path), f"{error} write the folder out, or set HOME") from error
+
+
+def cache_folder() -> Path | None:
+    """Returns $XDG_CACHE_HOME/ncjax, by default ~/.cache/ncjax; None of a user who has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ncjax"
+    except RuntimeError:
+        return None
 
 
 def remove_leftovers(folder: Path) -> None:

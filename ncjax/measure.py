@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncjax.errors import InputError
+from ncjax.files import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,11 +170,11 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     for name, value in (("--batch", arguments.batch), ("--classes", arguments.classes)):
         if value is not None and value < 1:
             raise InputError(name, value, "give a number from 1 on")
-    head = {} if arguments.head is None else features.read(arguments.head.expanduser(), "head_kernel")
+    head = {} if arguments.head is None else features.read(expanded("--head", arguments.head), "head_kernel")
     if arguments.head is not None and "head_kernel" not in head:
         raise InputError("--head", str(arguments.head), f"it has no head_kernel, but {_names(head)}")
-    files = [features.read(path.expanduser(), "features") for path in arguments.features]
-    held = {} if arguments.labels is None else features.read(arguments.labels.expanduser(), "labels")
+    files = [features.read(expanded("features", path), "features") for path in arguments.features]
+    held = {} if arguments.labels is None else features.read(expanded("--labels", arguments.labels), "labels")
     if arguments.labels is not None and "labels" not in held:
         raise InputError("--labels", str(arguments.labels), f"it has no labels, but {_names(held)}")
     labels = held.get("labels")
@@ -191,7 +192,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
             way_out = f"layers are of the same examples, of which {arguments.features[0]} has {len(batches[0][0])}"
             raise InputError(str(path), f"{len(arrays['features'])} examples", way_out)
     if arguments.figures is not None:
-        _make_folder(arguments.figures.expanduser())
+        _make_folder(expanded("--figures", arguments.figures))
     from ncjax import parallel
 
     parallel.use_every_core()
@@ -257,7 +258,9 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         console = Console(stderr=True) if arguments.json else report.make_console()
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
-        for path in measure_figures.write(dict(zip(shown, found, strict=True)), arguments.figures.expanduser()):
+        for path in measure_figures.write(
+            dict(zip(shown, found, strict=True)), expanded("--figures", arguments.figures)
+        ):
             console.print(f"figure: {path}", highlight=False, soft_wrap=True)
     return 0
 

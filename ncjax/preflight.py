@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ncjax import config as configuration
 from ncjax import data
 from ncjax.errors import InputError
+from ncjax.files import expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
@@ -112,9 +113,8 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
 
 
 def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
-    workdir = Path(name)
+    workdir = expanded("--workdir", name)
     try:
-        workdir = workdir.expanduser()
         if workdir.exists() and not workdir.is_dir():
             raise InputError("--workdir", str(workdir), "it is a file; name a folder")
         content = (workdir / "config.json").read_bytes()
@@ -126,7 +126,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         return workdir
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name; no such user; a null byte
+    except (OSError, ValueError) as error:  # too long a name; a null byte
         raise InputError("--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})") from error
     try:
         differences = configuration.differences(config, json.loads(content))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncjax.errors import InputError, listed
+from ncjax.files import expanded
 
 if TYPE_CHECKING:
     from ncjax.workdir import Holdings
@@ -69,7 +70,7 @@ def parse_coordinates(text: str) -> dict[str, float]:
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
     from ncjax import journal, runs, workdir  # import JAX, which takes longer than to see that a flag is wrong
 
-    holdings = workdir.read(arguments.workdir.expanduser(), coordinates)
+    holdings = workdir.read(expanded("workdir", arguments.workdir), coordinates)
     measured, saved = _epochs(holdings, arguments.epoch)
     found = _describe(holdings, measured, saved)
     if arguments.export:

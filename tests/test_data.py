@@ -1,11 +1,14 @@
 """data: balance, statistics, determinism, caching and, where prepared, real TFDS sets."""
 
+import pwd
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ncjax import data
+from ncjax import compilation, data
 from ncjax.errors import InputError
 
 
@@ -177,33 +180,20 @@ def test_every_sixth_example_of_each_class_is_held_out():
     np.testing.assert_array_equal(test.images[test.labels == 0], whole.images[whole.labels == 0][[5, 11]])
 
 
+def test_examples_without_a_label_are_dropped():
+    unlabelled = data.Split(np.arange(4.0)[:, None], np.array([-1, 1, -1, 0], np.int32))
+    raw = data._only_present_classes(unlabelled, unlabelled, "ab".__getitem__)
+    assert raw.label_names == ("a", "b")
+    assert (raw.train.labels.tolist(), raw.train.images.ravel().tolist()) == ([1, 0], [1.0, 3.0])
+
+
 def test_declared_classes_without_a_training_example_are_dropped_and_the_others_renumbered():
     train = data.Split(np.arange(4.0)[:, None], np.array([3, 1, 3, 1], np.int32))
     test = data.Split(np.arange(3.0)[:, None], np.array([0, 1, 3], np.int32))
-    raw = data._only_present_classes(data._Raw(train, test, ("a", "b", "c", "d")))
+    raw = data._only_present_classes(train, test, "abcd".__getitem__)
     assert raw.label_names == ("b", "d")
     assert raw.train.labels.tolist() == [1, 0, 1, 0]
     assert (raw.test.labels.tolist(), raw.test.images.ravel().tolist()) == ([0, 1], [1.0, 2.0])
-
-
-@pytest.mark.parametrize("name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "../mnist", "/etc"])
-def test_a_set_that_is_not_prepared_names_field_place_and_command(name, tmp_path):
-    with pytest.raises(InputError) as caught:
-        data.load(name, directory=str(tmp_path))
-    message = str(caught.value)
-    assert message.startswith(f"config.data.name: got {name!r}; ")
-    assert str(tmp_path) in message
-    assert 'pip install -e ".[prepare]"' in message
-    assert f"tfds.builder({name!r}, data_dir={str(tmp_path)!r}" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(("name", "version"), [("toy", "10.0.0"), ("toy:9.1.0", "9.1.0")])
-def test_the_newest_prepared_version_is_taken_unless_one_is_named(name, version, tmp_path):
-    for folder in ("9.1.0", "10.0.0", "2.0.0"):
-        (tmp_path / "toy" / folder).mkdir(parents=True)
-        (tmp_path / "toy" / folder / "dataset_info.json").write_text("{}")
-    assert data._prepared(name, tmp_path).name == version
 
 
 class Maker:
@@ -222,49 +212,150 @@ def assert_is_made(raw):
     assert raw.label_names == ("a", "b")
 
 
-def test_a_set_is_decoded_once_and_its_cache_appears_whole(tmp_path):
-    make, folder = Maker(), tmp_path / "data" / "toy"
-    assert_is_made(data._cached(folder, make))
-    assert_is_made(data._cached(folder, make))
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the decoded set `toy` is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "ncjax" / "data" / "toy"
+
+
+def cached(make, sources=None):
+    return data._cached("toy", make, sources)
+
+
+def replace(path, content):
+    """New bytes by rename: arrays that are mapped into memory must not shrink under their reader."""
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").rename(path)
+
+
+def test_a_set_is_decoded_once_and_its_cache_appears_whole(folder, capsys):
+    make = Maker()
+    assert_is_made(cached(make))
+    assert_is_made(cached(make))
     assert make.calls == 1
     assert [path.name for path in folder.parent.iterdir()] == ["toy"]
+    assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "not numpy"])
-@pytest.mark.parametrize("part", ["train_images.npy", "test_labels.npy", "label_names.json"])
-def test_a_damaged_cache_is_decoded_again_and_mended(damage, part, tmp_path):
-    make, folder = Maker(), tmp_path / "toy"
-    data._cached(folder, make)
-    content = (folder / part).read_bytes()
+CACHE = [
+    *("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"),
+    *("label_names.json", "checksums.json"),
+]
+DAMAGE = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-3],
+    "extended": lambda content: content + b"0",
+    "not numpy": lambda content: b"junk",
+    "not a dict": lambda content: b"[]",
+    "deep": lambda content: b"[" * 100_000,
+    "first bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "middle bit": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :]
+    ),
+    "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+@pytest.mark.parametrize("part", CACHE)
+def test_a_damaged_cache_is_decoded_again_and_replaced_and_that_is_said(damage, part, folder, capsys):
+    make = Maker()
+    cached(make)
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(sound) == sorted(CACHE)
     if damage == "missing":
         (folder / part).unlink()
     else:
-        # New bytes by rename: arrays that are mapped into memory must not shrink under their reader.
-        (folder / "new").write_bytes(
-            {"empty": b"", "truncated": content[: len(content) - 3], "not numpy": b"junk"}[damage]
-        )
-        (folder / "new").rename(folder / part)
-    assert_is_made(data._cached(folder, make))
+        replace(folder / part, DAMAGE[damage](sound[part]))
+    assert_is_made(cached(make))
     assert make.calls == 2
-    assert_is_made(data._cached(folder, make))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"warning: the decoded data in {folder} ")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+    assert_is_made(cached(make))
+    assert (make.calls, capsys.readouterr().err) == (2, "")
+
+
+def test_labels_cut_short_are_not_trained_on(folder):
+    make = Maker()
+    cached(make)
+    np.save(folder / "short.npy", np.load(folder / "train_labels.npy")[:-1])
+    (folder / "short.npy").rename(folder / "train_labels.npy")
+    assert_is_made(cached(make))
     assert make.calls == 2
 
 
-def test_a_decoder_that_fails_leaves_no_cache(tmp_path):
+def test_one_flipped_bit_in_the_cached_digits_gives_the_same_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = data.checksums(data.load("digits"))
+    (path,) = tmp_path.glob("ncjax/data/digits-*/train_images.npy")
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert data.checksums(data.load("digits")) == before
+    assert "train_images.npy" in capsys.readouterr().err
+
+
+def test_a_set_whose_source_has_changed_is_decoded_again_and_that_is_said(folder, capsys):
+    make = Maker()
+    for sources, calls in (({"a": [1, 2]}, 1), ({"a": [1, 2]}, 1), ({"a": [1, 3]}, 2), ({"b": [1, 3]}, 3)):
+        assert_is_made(cached(make, sources))
+        assert make.calls == calls
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("changed: ")[1].split(")")[0] for line in said] == ["a", "a, b"]
+
+
+def test_a_decoder_that_fails_leaves_no_cache(folder):
     def fail():
         raise RuntimeError("decoder")
 
     with pytest.raises(RuntimeError, match="decoder"):
-        data._cached(tmp_path / "toy", fail)
-    assert list(tmp_path.iterdir()) == []
+        cached(fail)
+    assert not folder.parent.exists()
 
 
-def test_where_no_cache_can_be_written_each_run_decodes_anew(tmp_path):
+def test_where_no_cache_can_be_written_each_run_decodes_anew(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     make = Maker()
     for _ in range(2):
-        assert_is_made(data._cached(tmp_path / "file" / "toy", make))
+        assert_is_made(cached(make))
     assert make.calls == 2
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user whom the machine does not know, and no HOME."""
+
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_home_decodes_each_time(homeless):
+    make = Maker()
+    for _ in range(2):
+        assert_is_made(cached(make))
+    assert make.calls == 2
+
+
+def test_a_user_without_a_home_compiles_each_time(homeless, monkeypatch):
+    changes = []
+    config = SimpleNamespace(update=lambda *change: changes.append(change))
+    monkeypatch.setattr(compilation.jax, "config", config)
+    compilation.use_cache("user")
+    assert changes == []
+
+
+def test_a_user_without_a_home_is_asked_for_the_folder_of_data(homeless):
+    with pytest.raises(InputError, match=r"^config\.data\.dir: got '~/tensorflow_datasets'; .* HOME"):
+        data.load("mnist")
 
 
 TFDS = {

@@ -25,7 +25,7 @@ LEAVES = {"errors", "files", "interrupts"}
 ALLOWED = {
     "__init__": {"measure", "runs"},  # when asked for
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "interrupts": set(),
     "lock": {"errors"},
     "linalg": set(),
@@ -36,7 +36,8 @@ ALLOWED = {
     "models": {"conv"},
     "parallel": set(),
     "config": set(),
-    "data": set(),
+    "data": {"tfds_folder"},
+    "tfds_folder": set(),
     "checkpoint": set(),
     "report": {"history"},
     "collapse": {"linalg"},
@@ -154,8 +155,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
+def test_the_package_stays_under_8750_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8750
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):
