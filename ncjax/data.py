@@ -156,6 +156,8 @@ def _identity(num_classes: int, per_class: int) -> _Raw:
 
 
 def _balance(raw: _Raw, per_class: int) -> tuple[Split, Split]:
+    if len(raw.label_names) < 2:
+        raise InputError("config.data.name", "a set of one class", "choose one of two or more")
     counts = np.bincount(raw.train.labels, minlength=len(raw.label_names))
     available = int(counts.min())
     if per_class > available:
@@ -191,6 +193,8 @@ def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tu
     """center and scale of `Dataset`, in float64 and in chunks (CIFAR-10 in float64 is 1.2 GB)."""
     chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
     pixel_mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(images)
+    if not np.isfinite(pixel_mean).all():
+        raise InputError("config.data.name", "images with infinite or undefined pixels", "choose a set without them")
     if standardize:
         axes = tuple(range(images.ndim - 1)) if images.ndim > 2 else (0,)
         center = np.broadcast_to(pixel_mean.mean(tuple(range(pixel_mean.ndim - 1))), pixel_mean.shape)
@@ -198,6 +202,8 @@ def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tu
         spread = np.sqrt(squares / (images.size / images.shape[-1]))
         return np.array(center), np.array(np.broadcast_to(1 / np.where(spread > 0, spread, 1), center.shape))
     norms = sum(float(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum()) for chunk in chunks)
+    if not norms:
+        raise InputError("config.data.name", "a training split of equal images", "choose a set whose images differ")
     return pixel_mean, np.array(input_scale * len(images) / norms)
 
 
@@ -259,7 +265,7 @@ def _cached(name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]
     try:
         return _read(folder, sources)
     except (OSError, ValueError, AttributeError, RecursionError) as error:  # the last three: checksums.json is damaged
-        if folder.is_dir():
+        if os.path.isdir(folder):  # unlike Path.is_dir, also where it must not be asked
             warn(f"the decoded data in {folder} are not used ({error}): decoding anew")
     raw = make()
     try:

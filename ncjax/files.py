@@ -11,7 +11,7 @@ def expanded(field: str, path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(field, str(path), f"{error} write the folder out, or set HOME") from error
+        raise InputError(field, str(path), "there is no such home; write the folder out, or set HOME") from error
 
 
 def cache_folder() -> Path | None:

@@ -152,6 +152,24 @@ def test_a_constant_channel_is_centred_and_left():
     np.testing.assert_array_equal((np.full((2, 2, 1), 7) - center) * scale, np.zeros((2, 2, 1)))
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_undefined_pixels_are_refused(standardize):
+    images = np.zeros((4, 2, 2, 1), np.float32)
+    images[2, 1] = np.nan
+    with pytest.raises(InputError, match=r"^config\.data\.name: .*undefined"):
+        data._statistics(images, 2.0, standardize)
+
+
+def test_equal_images_have_no_mean_norm_and_are_refused():
+    with pytest.raises(InputError, match=r"^config\.data\.name: .*equal images"):
+        data._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, False)
+
+
+def test_a_set_of_one_class_is_refused():
+    with pytest.raises(InputError, match=r"^config\.data\.name: .*one class"):
+        data._balance(data._Raw(split_of([3]), split_of([3]), ("a",)), 0)
+
+
 def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_splits():
     drawn = data.load("synthetic", num_classes=4, per_class=500)
     assert np.bincount(drawn.train.labels).tolist() == np.bincount(drawn.test.labels).tolist() == [500] * 4
@@ -336,6 +354,19 @@ def homeless(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_cache_that_must_not_be_read_is_passed_over(folder, monkeypatch, capsys):
+    make = Maker()
+    cached(make)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert_is_made(cached(make))
+    assert capsys.readouterr().err.count("Permission denied") == 1
 
 
 def test_a_user_without_a_home_decodes_each_time(homeless):
