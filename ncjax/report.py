@@ -108,12 +108,27 @@ def duration(seconds: float) -> str:
 
 
 def mean_and_sd(values: np.ndarray) -> str:
-    finite = values[np.isfinite(values)]
+    """Formats mean±sd of the finite values, both to the sd's first digit, or to its second where the first is a 1."""
+    finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         return "-"
-    mean, sd = finite.mean(), finite.std(ddof=1) if finite.size > 1 else 0.0
-    # Equal up to rounding: there is no spread to speak of.
-    return f"{mean:.3g}±{sd:.1g}" if sd > 1e-6 * abs(mean) else f"{mean:.3g}"
+    mean, sd = float(finite.mean()), float(finite.std(ddof=1)) if finite.size > 1 else 0.0
+    if sd <= 1e-6 * abs(mean):
+        # Equal up to rounding: there is no spread to speak of.
+        return short_exponent(f"{mean:.3g}")
+    two_digits = f"{sd:.1e}"
+    more = int(two_digits[0] == "1")
+    place = int(two_digits[4:]) - more
+    if 0 < abs(mean) < 1e-3:
+        exponent = int(f"{mean:e}".split("e")[1])
+        return short_exponent(f"{mean:.{max(exponent - place, 0)}e}±{sd:.{more}e}")
+    decimals = max(-place, 0)
+    return f"{round(mean, -place):.{decimals}f}±{round(sd, -place):.{decimals}f}"
+
+
+def short_exponent(number: str) -> str:
+    """Writes 1e-05 as 1e-5."""
+    return number.replace("e-0", "e-").replace("e+0", "e")
 
 
 def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
