@@ -1,14 +1,22 @@
-"""What every experiment does: train configs through ncjax, keep their histories, print a table, save a figure."""
+"""What every experiment does: train configs through ncjax, keep their histories, print tables, save figures.
+
+An experiment has `histories(source)`, which names its configs, and `tables(histories)`, which makes its tables of them.
+Its command trains (`record`) and prints them; `python -m experiments.tables` reads what was kept (`load`) and compares
+them with the READMEs.
+"""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import rich.table
 import xarray as xr
-from rich.table import Table
 
 from configs import digits
+from ncjax import config as configuration
 from ncjax import experiment, history, preflight, report
 from ncjax.config import Config
 from ncjax.errors import InputError
@@ -18,6 +26,21 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
+
+Source = Callable[..., xr.Dataset]  # `record` or `load`
+
+
+class Table(NamedTuple):
+    """A caption for the console, and the cells as they stand in a README."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def lines(self) -> list[str]:
+        """Returns the table as Markdown."""
+        rule = ["---"] * len(self.headings)
+        return [f"| {' | '.join(row)} |" for row in (self.headings, rule, *self.rows)]
 
 
 def start(main: Callable[[], None], description: str | None) -> None:
@@ -42,12 +65,17 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
     return kept
 
 
-def load(variant: str) -> xr.Dataset:
-    """The history that `record` kept, or InputError."""
+def load(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
+    """Returns the history that `record` kept with the same arguments, or raises InputError."""
     path = HISTORIES / f"{variant}.nc"
+    name = str(path.relative_to(REPO))
     if not path.exists():
-        raise InputError("history", str(path.relative_to(REPO)), "it was not trained yet; --train does")
-    return history.load(path)
+        raise InputError("history", name, "it was not trained yet; its experiment does that")
+    kept = history.load(path)
+    differences = configuration.differences(configuration.validate(config), json.loads(kept.attrs["config"]))
+    if differences:
+        raise InputError("history", name, f"{differences[0]}; its experiment trains it anew")
+    return kept if every_epoch else kept.isel(epoch=[-1])
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -64,6 +92,11 @@ SETTINGS = {
 }
 
 
+def demo(source: Source) -> xr.Dataset:
+    """Returns configs/digits.py over ten seeds, at every epoch measured; shared by digits and lemma2."""
+    return source("digits", changed(digits.get_config(), sweep__seed=tuple(range(10))), every_epoch=True)
+
+
 def relaxed_digits() -> dict[str, xr.Dataset]:
     """Digits trained to equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
     common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": (0, 1)}
@@ -74,7 +107,7 @@ def relaxed_digits() -> dict[str, xr.Dataset]:
 
 
 def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(title=title)
+    table = rich.table.Table(title=title)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -82,8 +115,30 @@ def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) 
     report.make_console().print(table)
 
 
+def print_tables(tables: Mapping[str, Table]) -> None:
+    """Prints tables as a README holds them."""
+    for table in tables.values():
+        print("", table.caption, "", *table.lines(), "", sep="\n")
+
+
+def number(value: float) -> str:
+    """Formats a swept value: 1e-4, 0.01."""
+    return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"
+
+
 def over_seeds(values: xr.DataArray) -> str:
-    return report.mean_and_sd(values.values)
+    """Formats mean ± sd."""
+    return report.mean_and_sd(values.values).replace("±", " ± ")
+
+
+def per_decay(values: xr.DataArray, *, least_in_bold: bool = False) -> list[str]:
+    """Formats mean ± sd over seeds at every weight decay."""
+    values = values.transpose("weight_decay", "seed")
+    cells = [over_seeds(one) for one in values]
+    if least_in_bold:
+        least = int(values.mean("seed").values.argmin())
+        cells[least] = f"**{cells[least]}**"
+    return cells
 
 
 def save(figure: "Figure", name: str, stem: str = "") -> None:
