@@ -39,8 +39,8 @@ class Table(NamedTuple):
 
     def lines(self) -> list[str]:
         """Returns the table as Markdown."""
-        rule = ["---"] * len(self.headings)
-        return [f"| {' | '.join(row)} |" for row in (self.headings, rule, *self.rows)]
+        headings, *rows = (f"| {' | '.join(row)} |" for row in (self.headings, *self.rows))
+        return [headings, "|" + "---|" * len(self.headings), *rows]
 
 
 def start(main: Callable[[], None], description: str | None) -> None:
