@@ -108,7 +108,10 @@ def duration(seconds: float) -> str:
 
 
 def mean_and_sd(values: np.ndarray) -> str:
-    """Formats mean±sd of the finite values, both to the sd's first digit, or to its second where the first is a 1."""
+    """Formats mean±sd of the finite values.
+
+    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after four digits.
+    """
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         return "-"
@@ -116,14 +119,20 @@ def mean_and_sd(values: np.ndarray) -> str:
     if sd <= 1e-6 * abs(mean):
         # Equal up to rounding: there is no spread to speak of.
         return short_exponent(f"{mean:.3g}")
-    two_digits = f"{sd:.1e}"
-    more = int(two_digits[0] == "1")
-    place = int(two_digits[4:]) - more
+    more = int(f"{sd:e}"[0] == "1")
+    place = _exponent(sd) - more
+    kept = max(place, _exponent(mean) - 3) if mean else place
     if 0 < abs(mean) < 1e-3:
-        exponent = int(f"{mean:e}".split("e")[1])
-        return short_exponent(f"{mean:.{max(exponent - place, 0)}e}±{sd:.{more}e}")
-    decimals = max(-place, 0)
-    return f"{round(mean, -place):.{decimals}f}±{round(sd, -place):.{decimals}f}"
+        shown = f"{mean:.{max(_exponent(mean) - kept, 0)}e}±{sd:.{more}e}"
+    else:
+        spread = f"{round(sd, -place):.{max(-place, 0)}f}" if kept == place else f"{sd:.{more + 1}g}"
+        shown = f"{round(mean, -kept):.{max(-kept, 0)}f}±{spread}"
+    return short_exponent(shown)
+
+
+def _exponent(number: float) -> int:
+    """Returns the power of ten of the first digit."""
+    return int(f"{number:e}".split("e")[1])
 
 
 def short_exponent(number: str) -> str:

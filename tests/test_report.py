@@ -136,6 +136,9 @@ def test_least_names_other_settings():
         ((5e-5, 8e-5, 11e-5), "8e-5±3e-5"),
         ((6.2e-4, 6.6e-4, 7e-4), "6.6e-4±4e-5"),
         ((0, 0, 3e-6), "1.0e-6±1.7e-6"),
+        ((0.12345, 0.12347), "0.1235±1.4e-5"),
+        ((12.501, 12.505, 12.509), "12.51±0.004"),
+        ((1.23456e-5, 1.23458e-5, 1.2346e-5), "1.235e-5±2e-10"),
         ((-0.5, 0, 0.5), "0.0±0.5"),
         ((1, 1, 1), "1"),
         ((0.25, 0.25 + 1e-9), "0.25"),
@@ -144,5 +147,5 @@ def test_least_names_other_settings():
         ((np.nan, np.inf), "-"),
     ],
 )
-def test_the_mean_is_given_to_the_last_digit_of_its_sd(values, text):
+def test_the_mean_ends_where_its_sd_does_or_after_four_digits(values, text):
     assert report.mean_and_sd(np.array(values, np.float64)) == text
