@@ -1,12 +1,12 @@
 """What every experiment does: train configs through ncjax, keep their histories, print tables, save figures.
 
-An experiment has `histories(source)`, which names its configs, and `tables(histories)`, which makes its tables of them.
-Its command trains (`record`) and prints them; `python -m experiments.tables` reads what was kept (`load`) and compares
-them with the READMEs.
+An experiment has `histories(train)`, which trains its configs or reads what was kept of them, and `tables(histories)`,
+which makes its tables of that. Its command prints them; `python -m experiments.tables` compares them with the READMEs.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
 
-Source = Callable[..., xr.Dataset]  # `record` or `load`
-
 
 class Table(NamedTuple):
     """A caption for the console, and the cells as they stand in a README."""
@@ -43,12 +41,18 @@ class Table(NamedTuple):
         return [headings, "|" + "---|" * len(self.headings), *rows]
 
 
-def start(main: Callable[[], None], description: str | None) -> None:
-    """An experiment takes no options: --help says what it does, anything else is refused before it trains."""
+def start(main: Callable[[bool], None], description: str | None) -> None:
+    """Runs an experiment's command: with --train it trains, else it reads the histories."""
     name = Path(main.__code__.co_filename).parent.name
     formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter)
+    parser.add_argument("--train", action="store_true", help="train in runs/experiments, instead of reading histories/")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.train)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
@@ -70,12 +74,17 @@ def load(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Datas
     path = HISTORIES / f"{variant}.nc"
     name = str(path.relative_to(REPO))
     if not path.exists():
-        raise InputError("history", name, "it was not trained yet; its experiment does that")
+        raise InputError("history", name, "it was not trained yet; --train does")
     kept = history.load(path)
     differences = configuration.differences(configuration.validate(config), json.loads(kept.attrs["config"]))
     if differences:
-        raise InputError("history", name, f"{differences[0]}; its experiment trains it anew")
+        raise InputError("history", name, f"{differences[0]}; --train trains it anew")
     return kept if every_epoch else kept.isel(epoch=[-1])
+
+
+def recorded(variant: str, config: Config, train: bool, *, every_epoch: bool = False) -> xr.Dataset:
+    """Returns the history of a config that was kept, or trains it."""
+    return (record if train else load)(variant, config, every_epoch=every_epoch)
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -92,16 +101,17 @@ SETTINGS = {
 }
 
 
-def demo(source: Source) -> xr.Dataset:
+def demo(train: bool) -> xr.Dataset:
     """Returns configs/digits.py over ten seeds, at every epoch measured; shared by digits and lemma2."""
-    return source("digits", changed(digits.get_config(), sweep__seed=tuple(range(10))), every_epoch=True)
+    config = changed(digits.get_config(), sweep__seed=tuple(range(10)))
+    return recorded("digits", config, train, every_epoch=True)
 
 
-def relaxed_digits() -> dict[str, xr.Dataset]:
+def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
     """Digits trained to equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
     common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": (0, 1)}
     return {
-        name: record(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields))
+        name: recorded(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields), train)
         for name, fields in SETTINGS.items()
     }
 
@@ -123,6 +133,7 @@ def print_tables(tables: Mapping[str, Table]) -> None:
 
 def number(value: float) -> str:
     """Formats a swept value: 1e-4, 0.01."""
+    value = float(f"{value:g}")
     return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"
 
 

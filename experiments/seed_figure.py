@@ -37,12 +37,13 @@ MEASURES = {
 }
 
 
-def histories(source: common.Source, name: str, get_config: GetConfig, *, full: bool = False) -> dict[str, xr.Dataset]:
+def histories(train: bool, name: str, get_config: GetConfig, *, full: bool = False) -> dict[str, xr.Dataset]:
     """Returns the history of each network, on a subset of the data or on all."""
     return {
-        network: source(
+        network: common.recorded(
             f"{name}_{network}" + ("_full" if full else ""),
             common.changed(get_config(variant), **({} if full else SUBSET_OF[network])),
+            train,
             every_epoch=True,
         )
         for network, variant in NETWORKS.items()
@@ -76,7 +77,7 @@ def main(name: str, get_config: GetConfig, claim: str | None) -> None:
     )
     arguments = parser.parse_args()
     try:
-        named = histories(common.record if arguments.train else common.load, name, get_config, full=arguments.full)
+        named = histories(arguments.train, name, get_config, full=arguments.full)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

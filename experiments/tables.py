@@ -70,7 +70,7 @@ def _compute(experiment: str, name: str) -> common.Table:
 @cache
 def _compute_all(experiment: str) -> dict[str, common.Table]:
     module = import_module(f"experiments.{experiment}.__main__")
-    return module.tables(module.histories(common.load))
+    return module.tables(module.histories(train=False))
 
 
 def _grid(table: list[str]) -> list[list[str]]:

@@ -21,11 +21,12 @@ PANELS = (
 )
 
 
-def main() -> None:
+def main(train: bool) -> None:
     histories = {
-        name: common.record(
+        name: common.recorded(
             "decay_" + name.lower().replace(", ", "_"),
             common.changed(digits.get_config(), train__epochs=1000, **fields),
+            train,
         )
         for name, fields in OPTIMIZERS.items()
     }

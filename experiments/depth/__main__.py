@@ -16,7 +16,7 @@ PANELS = (
 )
 
 
-def main() -> None:
+def main(train: bool) -> None:
     common_fields = {
         "model__widths": (128,) * 6,
         "model__head_bias": "free",
@@ -26,9 +26,10 @@ def main() -> None:
         "sweep__seed": (0, 1, 2),
     }
     histories = {
-        f"linear head of depth {depth}": common.record(
+        f"linear head of depth {depth}": common.recorded(
             f"depth_{depth}",
             common.changed(digits.get_config(), model__linear_head_depth=depth, **common_fields),
+            train,
         )
         for depth in DEPTHS
     }

@@ -22,16 +22,16 @@ COLLAPSE = {
 }
 THEORY = {
     "nc3": ("nc3", {"split": "train"}),
-    "of the symmetric solution": ("nc3_floor", {}),
+    "symmetric nc3": ("nc3_floor", {}),
     "head norm^2": ("weight_norm_sq", {"layer": "head"}),
-    "of the symmetric solution, norm^2": ("predicted_head_norm_sq", {}),
+    "symmetric norm^2": ("predicted_head_norm_sq", {}),
     "theorem's error": ("theorem_residual", {}),
     **{f"budget: {term}": (f"budget_{term}", {}) for term in BUDGET_TERMS},
 }
 
 
-def histories(source: common.Source) -> dict[str, xr.Dataset]:
-    return {"digits": common.demo(source)}
+def histories(train: bool) -> dict[str, xr.Dataset]:
+    return {"digits": common.demo(train)}
 
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
@@ -54,11 +54,11 @@ def _table(caption: str, history: xr.Dataset, chosen: Mapping[str, tuple[str, di
     return common.Table(caption, headings, list(zip(decays, *columns, strict=True)))
 
 
-def main() -> None:
-    trained = histories(common.record)
-    common.print_tables(tables(trained))
-    common.save(figures.collapse_against_epoch(trained["digits"]), "digits", "collapse")
-    common.save(theory_figures.collapse_against_clock(trained["digits"]), "digits", "clock")
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    common.save(figures.collapse_against_epoch(recorded["digits"]), "digits", "collapse")
+    common.save(theory_figures.collapse_against_clock(recorded["digits"]), "digits", "clock")
 
 
 if __name__ == "__main__":

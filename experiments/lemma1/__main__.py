@@ -7,15 +7,15 @@ from experiments import common
 from ncjax import closed_forms, panels, theory
 
 
-def main() -> None:
+def main(train: bool) -> None:
     networks = {}
     for num_classes in (3, 10):
         # lambda counts in units of the scale of (*) in `closed_forms`, which goes with 1/C.
         fields = {"data__num_classes": num_classes, "model__widths": (64,), "sweep__init_scale": 1.0}
         decays = tuple(float(f"{x / num_classes:.3g}") for x in (0.01, 0.03, 0.1))
         config = common.changed(ufm.get_config(), sweep__weight_decay=decays, sweep__seed=(0,), **fields)
-        networks[f"UFM, C = {num_classes}, no bias"] = common.record(f"lemma1_ufm_{num_classes}", config)
-    networks |= {f"digits, {setting}": history for setting, history in common.relaxed_digits().items()}
+        networks[f"UFM, C = {num_classes}, no bias"] = common.recorded(f"lemma1_ufm_{num_classes}", config, train)
+    networks |= {f"digits, {setting}": history for setting, history in common.relaxed_digits(train).items()}
     rows = []
     for name, history in networks.items():
         num_classes = history.sizes["label"]

@@ -13,16 +13,16 @@ DEAD = 0.01  # an eigenvalue below this: the mode is gone
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.03)
 
 
-def histories(source: common.Source) -> dict[str, xr.Dataset]:
+def histories(train: bool) -> dict[str, xr.Dataset]:
     named = {}
     for depth in (2, 3, 4):
         fields = {"model__widths": (64,) * (depth - 1), "sweep__init_scale": (0.3, 1.5)}
         decays = tuple(float(f"{ratio * _spinodal(depth):.6g}") for ratio in RATIOS)
         config = common.changed(ufm.get_config(), sweep__weight_decay=decays, **fields)
-        named[f"L = {depth}"] = source(f"phase_ufm_{depth}", config)
+        named[f"L = {depth}"] = common.recorded(f"phase_ufm_{depth}", config, train)
     decays = tuple(float(f"{x:.3g}") for x in np.geomspace(1e-3, 0.3, 13))
     fields = {"sweep__weight_decay": decays, "sweep__init_scale": (0.3, 1.0)}
-    named["digits"] = source("phase_digits", common.changed(digits.get_config(), **fields))
+    named["digits"] = common.recorded("phase_digits", common.changed(digits.get_config(), **fields), train)
     return named
 
 
@@ -61,10 +61,10 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     }
 
 
-def main() -> None:
-    trained = histories(common.record)
-    common.print_tables(tables(trained))
-    named = _by_start(trained)
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    named = _by_start(recorded)
     figure = theory_figures.modes_against_lambda([one for _, one in named])
     for axes, (name, one) in zip(figure.axes, named, strict=True):
         network = name if name == "digits" else f"UFM, {name}"

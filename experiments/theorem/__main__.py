@@ -10,15 +10,16 @@ from ncjax.history import BUDGET_TERMS
 TERMS = tuple(BUDGET_TERMS)
 
 
-def main() -> None:
+def main(train: bool) -> None:
     features = {
-        name: common.record(
+        name: common.recorded(
             f"ufm_{name.replace(' ', '_')}",
             common.changed(ufm.get_config(), sweep__weight_decay=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **fields),
+            train,
         )
         for name, fields in common.SETTINGS.items()
     }
-    networks = {"UFM": features, "digits": common.relaxed_digits()}
+    networks = {"UFM": features, "digits": common.relaxed_digits(train)}
     rows = []
     for network, by_setting in networks.items():
         for setting, history in by_setting.items():
