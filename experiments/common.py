@@ -7,12 +7,11 @@ which makes its tables of that. Its command prints them; `python -m experiments.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import rich.table
 import xarray as xr
 
 from configs import digits
@@ -114,15 +113,6 @@ def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
         name: recorded(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields), train)
         for name, fields in SETTINGS.items()
     }
-
-
-def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = rich.table.Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    report.make_console().print(table)
 
 
 def print_tables(tables: Mapping[str, Table]) -> None:
