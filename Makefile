@@ -2,6 +2,7 @@
 # make test    install, then lint, types and tests
 # make suite   install, then tests alone
 # make slow    install, then the checks that take minutes
+# make tables  install, then compare every table of the documents with the histories it is from
 # PYTHON=python3.13 chooses the interpreter; each has an environment of its own.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 # A file per process at a time: fixtures that train are shared within a file.
 PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test suite slow lock
+.PHONY: demo test suite slow tables lock
 
 demo: $(INSTALLED)
 	$(BIN)/python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
@@ -27,6 +28,9 @@ suite: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+tables: $(INSTALLED)
+	$(BIN)/python -m experiments.tables
 
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
 import xarray as xr
 
@@ -11,6 +11,8 @@ from ncjax import figures, panels
 from ncjax.config import Config
 from ncjax.errors import InputError
 from ncjax.panels import Panel
+
+GetConfig = Callable[[str], Config]
 
 NETWORKS = {"homogeneous": "", "batch_norm": "batch_norm"}
 # For two CPU cores: fewer images and epochs; smaller batches, so that there are steps enough, which batch
@@ -35,7 +37,39 @@ MEASURES = {
 }
 
 
-def main(name: str, get_config: Callable[[str], Config], claim: str | None) -> None:
+def histories(train: bool, name: str, get_config: GetConfig, *, full: bool = False) -> dict[str, xr.Dataset]:
+    """Returns the history of each network, on a subset of the data or on all."""
+    return {
+        network: common.recorded(
+            f"{name}_{network}" + ("_full" if full else ""),
+            common.changed(get_config(variant), **({} if full else SUBSET_OF[network])),
+            train,
+            every_epoch=True,
+        )
+        for network, variant in NETWORKS.items()
+    }
+
+
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
+    return {network: _table(network, history) for network, history in histories.items()}
+
+
+def _table(network: str, history: xr.Dataset) -> common.Table:
+    final = history.isel(epoch=-1)
+    rows = [
+        (f"{split} accuracy", *common.per_decay(final["accuracy"].sel(split=split))) for split in final["split"].values
+    ]
+    for words, measure in MEASURES.items():
+        values = final[measure]
+        values = values.sel(split="train") if "split" in values.dims else values
+        values = values.sel(layer="head") if "layer" in values.dims else values
+        rows.append((words, *common.per_decay(values, least_in_bold=words.startswith("NC"))))
+    decays = [f"wd {common.number(decay)}" for decay in _of_pytorch(history)]
+    headings = (f"at the end, training split (n = {history.sizes['seed']})", *decays)
+    return common.Table(f"{_title(network, history)}; mean ± sd over seeds, in bold the least", headings, rows)
+
+
+def main(name: str, get_config: GetConfig, claim: str | None) -> None:
     parser = argparse.ArgumentParser(f"python -m experiments.{name}", description=claim)
     parser.add_argument("--train", action="store_true", help="train in runs/experiments, instead of reading histories/")
     parser.add_argument(
@@ -43,33 +77,21 @@ def main(name: str, get_config: Callable[[str], Config], claim: str | None) -> N
     )
     arguments = parser.parse_args()
     try:
-        for network, variant in NETWORKS.items():
-            stem = f"{name}_{network}" + ("_full" if arguments.full else "")
-            if arguments.train:
-                config = common.changed(get_config(variant), **({} if arguments.full else SUBSET_OF[network]))
-                common.record(stem, config, every_epoch=True)
-            report(common.load(stem), name, stem)
+        named = histories(arguments.train, name, get_config, full=arguments.full)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    common.print_tables(tables(named))
+    for network, history in named.items():
+        decays, of_pytorch = history["weight_decay"].values, _of_pytorch(history)
+        title = rf"{_title(network, history)}; $\lambda$ = {decays[-1] / of_pytorch[-1]:g} wd of PyTorch"
+        figure = panels.against(panels.one_per_lambda(history), PANELS, title)
+        common.save(figure, name, f"{name}_{network}" + ("_full" if arguments.full else ""))
 
 
-def report(history: xr.Dataset, name: str, stem: str) -> None:
-    """A table of the last epoch and a figure of all."""
-    per_class, epochs = int(history.attrs["per_class"]), int(history["epoch"][-1])
-    title = f"{stem}: {per_class:,} images a class, {epochs} epochs"
-    decays = [f"wd {wd:g}" for wd in history["weight_decay"].attrs["torch_weight_decay"]]
-    common.show(f"{title}; mean±sd over {history.sizes['seed']} seeds", ("at the end", *decays), rows(history))
-    factor = history["weight_decay"].values[-1] / history["weight_decay"].attrs["torch_weight_decay"][-1]
-    figure = panels.against(panels.one_per_lambda(history), PANELS, rf"{title}; $\lambda$ = {factor:g} wd of PyTorch")
-    common.save(figure, name, stem)
+def _title(network: str, history: xr.Dataset) -> str:
+    return f"{network}: {int(history.attrs['per_class']):,} images a class, {int(history['epoch'][-1])} epochs"
 
 
-def rows(history: xr.Dataset) -> Iterator[list[str]]:
-    final = history.isel(epoch=-1)
-    for split in final["split"].values:
-        yield [f"{split} accuracy", *map(common.over_seeds, final["accuracy"].sel(split=split))]
-    for words, measure in MEASURES.items():
-        values = final[measure]
-        values = values.sel(split="train") if "split" in values.dims else values
-        yield [words, *map(common.over_seeds, values.sel(layer="head") if "layer" in values.dims else values)]
+def _of_pytorch(history: xr.Dataset) -> list[float]:
+    return history["weight_decay"].attrs["torch_weight_decay"]

@@ -262,7 +262,9 @@ def from_json(text: str) -> Config:
     nested = json.loads(text)
     for name, field in SCHEMA.items():
         section, _, leaf = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested).setdefault(leaf, field.default)
+        # JSON has lists for tuples.
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        (nested.setdefault(section, {}) if section else nested).setdefault(leaf, default)
     return config_dict.ConfigDict(nested)
 
 

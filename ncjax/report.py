@@ -108,12 +108,36 @@ def duration(seconds: float) -> str:
 
 
 def mean_and_sd(values: np.ndarray) -> str:
-    finite = values[np.isfinite(values)]
+    """Formats mean±sd of the finite values.
+
+    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after four digits.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         return "-"
-    mean, sd = finite.mean(), finite.std(ddof=1) if finite.size > 1 else 0.0
-    # Equal up to rounding: there is no spread to speak of.
-    return f"{mean:.3g}±{sd:.1g}" if sd > 1e-6 * abs(mean) else f"{mean:.3g}"
+    mean, sd = float(finite.mean()), float(finite.std(ddof=1)) if finite.size > 1 else 0.0
+    if sd <= 1e-6 * abs(mean):
+        # Equal up to rounding: there is no spread to speak of.
+        return short_exponent(f"{mean:.3g}")
+    more = int(f"{sd:e}"[0] == "1")
+    place = _exponent(sd) - more
+    kept = max(place, _exponent(mean) - 3) if mean else place
+    if 0 < abs(mean) < 1e-3:
+        shown = f"{mean:.{max(_exponent(mean) - kept, 0)}e}±{sd:.{more}e}"
+    else:
+        spread = f"{round(sd, -place):.{max(-place, 0)}f}" if kept == place else f"{sd:.{more + 1}g}"
+        shown = f"{round(mean, -kept):.{max(-kept, 0)}f}±{spread}"
+    return short_exponent(shown)
+
+
+def _exponent(number: float) -> int:
+    """Returns the power of ten of the first digit."""
+    return int(f"{number:e}".split("e")[1])
+
+
+def short_exponent(number: str) -> str:
+    """Writes 1e-05 as 1e-5."""
+    return number.replace("e-0", "e-").replace("e+0", "e")
 
 
 def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:

@@ -253,7 +253,7 @@ def test_differences_name_field_and_both_values():
     stored["train"]["epochs"] = 7
     stored["sweep"]["seed"] = [0, 1]
     stored["units"] = "torch"
-    del stored["train"]["augment"]  # younger than what was stored: its default
+    del stored["train"]["augment"], stored["checkpoint"]["marked"]  # younger than what was stored: their defaults
     seeds, epochs, units = configuration.differences(config, stored)
     assert seeds.startswith("config.sweep.seed is ")
     assert seeds.endswith("there")

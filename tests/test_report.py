@@ -122,3 +122,30 @@ def test_least_names_other_settings():
         make_history(seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2])
     )
     assert nc1.startswith("nc1 is least at lambda=0.001, learning_rate=0.2: 0.2; 0.6 at lambda=0")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((2, 4, 6), "4±2"),
+        ((0.12, 0.125, 0.13), "0.125±0.005"),
+        ((0.44, 0.442, 0.444), "0.442±0.002"),
+        ((0.9, 0.9012, 0.9024), "0.9012±0.0012"),  # one digit would be wrong by 20%
+        ((0.1, 0.1097, 0.1194), "0.110±0.010"),
+        ((40, 60, 80), "60±20"),
+        ((5e-5, 8e-5, 11e-5), "8e-5±3e-5"),
+        ((6.2e-4, 6.6e-4, 7e-4), "6.6e-4±4e-5"),
+        ((0, 0, 3e-6), "1.0e-6±1.7e-6"),
+        ((0.12345, 0.12347), "0.1235±1.4e-5"),
+        ((12.501, 12.505, 12.509), "12.51±0.004"),
+        ((1.23456e-5, 1.23458e-5, 1.2346e-5), "1.235e-5±2e-10"),
+        ((-0.5, 0, 0.5), "0.0±0.5"),
+        ((1, 1, 1), "1"),
+        ((0.25, 0.25 + 1e-9), "0.25"),
+        ((1.23456e-5,), "1.23e-5"),
+        ((np.nan, 1, 3), "2.0±1.4"),
+        ((np.nan, np.inf), "-"),
+    ],
+)
+def test_the_mean_ends_where_its_sd_does_or_after_four_digits(values, text):
+    assert report.mean_and_sd(np.array(values, np.float64)) == text

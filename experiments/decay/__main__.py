@@ -1,5 +1,10 @@
 """Coupled, decoupled, Adam, AdamW: who reaches which equilibrium?"""
 
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
 from configs import digits
 from experiments import common
 from ncjax import panels
@@ -21,38 +26,42 @@ PANELS = (
 )
 
 
-def main() -> None:
-    histories = {
-        name: common.record(
+def histories(train: bool) -> dict[str, xr.Dataset]:
+    return {
+        name: common.recorded(
             "decay_" + name.lower().replace(", ", "_"),
             common.changed(digits.get_config(), train__epochs=1000, **fields),
+            train,
         )
         for name, fields in OPTIMIZERS.items()
     }
-    rows = []
+
+
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
+    rows, headings = [], ()
     for name, history in histories.items():
         final = history.isel(epoch=-1).sel(split="train")
-        for weight_decay in final["weight_decay"].values:
-            run = final.sel(weight_decay=weight_decay)
-            norms = run["weight_norm_sq"]
-            cells = (
-                run["accuracy"],
-                run["equilibrium_residual"].sel(layer="head"),
-                norms.min("layer") / norms.max("layer"),
-                norms.sel(layer="head") / run["norm_target"],
-                run["nc1"],
-                run["nc3"],
-                run["epsilon"],
-            )
-            effective = f"{float(run['effective_decay'][0]):.3g}"
-            rows.append((name, f"{weight_decay:g}", effective, *map(common.over_seeds, cells)))
-    headings = ("optimizer", "lambda", "effective", "train acc", "head eq. residual", "least/greatest ||W_k||^2")
-    common.show(
-        "Digits, 1000 epochs, mean±sd over 3 seeds",
-        (*headings, "||W_L||^2/target", "nc1", "nc3", "epsilon"),
-        rows,
-    )
-    by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in histories.items()}
+        norms = final["weight_norm_sq"]
+        shown = {
+            "train acc": final["accuracy"],
+            "head eq. residual": final["equilibrium_residual"].sel(layer="head"),
+            "least/greatest norm^2": norms.min("layer") / norms.max("layer"),
+            "norm^2/target": norms.sel(layer="head") / final["norm_target"],
+            "nc1": final["nc1"],
+            "nc3": final["nc3"],
+            "epsilon": final["epsilon"],
+        }
+        effective = ["-" if np.isnan(value) else common.number(value) for value in _effective(history)]
+        columns = [map(common.number, final["weight_decay"].values), effective, *map(common.per_decay, shown.values())]
+        rows += [(name, *row) for row in zip(*columns, strict=True)]
+        headings = (f"optimizer (n = {history.sizes['seed']})", "lambda", "effective", *shown)
+    return {"equilibria": common.Table("Digits, 1000 epochs, mean ± sd over seeds; training split", headings, rows)}
+
+
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in recorded.items()}
     figure, _ = panels.against_lambda(
         by_effective, PANELS, "weight decay: the effective one; AdamW has none, hence as given"
     )

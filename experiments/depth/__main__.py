@@ -1,5 +1,9 @@
 """Does a deeper linear head improve NC2, as Jacot et al. (2024) predict?"""
 
+from collections.abc import Mapping
+
+import xarray as xr
+
 from configs import digits
 from experiments import common
 from ncjax import panels
@@ -16,8 +20,20 @@ PANELS = (
 )
 
 
-def main() -> None:
-    common_fields = {
+MEASURES = {
+    "train acc": "accuracy",
+    "angles of means": "nc2_equiangular_means",
+    "etf_error": "etf_error",
+    "norms of means": "nc2_equinorm_means",
+    "nc1": "nc1",
+    "nc3": "nc3",
+    "cosine std of head": "nc2_cosine_std_head",
+    "2 lambda t": "relaxation_time",
+}
+
+
+def histories(train: bool) -> dict[str, xr.Dataset]:
+    fields = {
         "model__widths": (128,) * 6,
         "model__head_bias": "free",
         "train__epochs": 2000,
@@ -25,27 +41,31 @@ def main() -> None:
         "sweep__weight_decay": (1e-3, 3e-3),
         "sweep__seed": (0, 1, 2),
     }
-    histories = {
-        f"linear head of depth {depth}": common.record(
-            f"depth_{depth}",
-            common.changed(digits.get_config(), model__linear_head_depth=depth, **common_fields),
+    return {
+        f"linear head of depth {depth}": common.recorded(
+            f"depth_{depth}", common.changed(digits.get_config(), model__linear_head_depth=depth, **fields), train
         )
         for depth in DEPTHS
     }
-    measures = ("accuracy", "nc2_equiangular_means", "etf_error", "nc2_equinorm_means", "nc1", "nc3")
+
+
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     rows = []
     for name, history in histories.items():
         final = history.isel(epoch=-1).sel(split="train")
-        for weight_decay in final["weight_decay"].values:
-            run = final.sel(weight_decay=weight_decay)
-            cells = (*(run[m] for m in measures), run["nc2_cosine_std_head"], run["relaxation_time"])
-            rows.append((name.rsplit(" ", 1)[1], f"{weight_decay:g}", *map(common.over_seeds, cells)))
-    common.show(
-        "Digits, 64-128x6-10 with a free bias, 2000 epochs, mean±sd over 3 seeds; training split",
-        ("linear depth", "lambda", *measures, "cosine std head", "2 lambda t"),
-        rows,
-    )
-    figure, _ = panels.against_lambda(histories, PANELS, "64-128-128-128-128-128-128-10, free head bias")
+        columns = [common.per_decay(final[measure]) for measure in MEASURES.values()]
+        decays = map(common.number, final["weight_decay"].values)
+        rows += [(name.rsplit(" ", 1)[1], *row) for row in zip(decays, *columns, strict=True)]
+    seeds = {history.sizes["seed"] for history in histories.values()}
+    headings = (f"linear depth (n = {', '.join(map(str, seeds))})", "lambda", *MEASURES)
+    caption = "Digits, 64-128x6-10 with a free bias, 2000 epochs, mean ± sd over seeds; training split"
+    return {"collapse": common.Table(caption, headings, sorted(rows, key=lambda row: float(row[1])))}
+
+
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    figure, _ = panels.against_lambda(recorded, PANELS, "64-128-128-128-128-128-128-10, free head bias")
     common.save(figure, "depth")
 
 

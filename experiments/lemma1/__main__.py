@@ -1,40 +1,54 @@
 """Lemma 1: a collapsed solution whose outputs sum to 0 does not interpolate; its loss is at least 1/(2C)."""
 
+from collections.abc import Mapping
+
 import numpy as np
+import xarray as xr
 
 from configs import ufm
 from experiments import common
 from ncjax import closed_forms, panels, theory
 
 
-def main() -> None:
+def histories(train: bool) -> dict[str, xr.Dataset]:
     networks = {}
     for num_classes in (3, 10):
         # lambda counts in units of the scale of (*) in `closed_forms`, which goes with 1/C.
         fields = {"data__num_classes": num_classes, "model__widths": (64,), "sweep__init_scale": 1.0}
         decays = tuple(float(f"{x / num_classes:.3g}") for x in (0.01, 0.03, 0.1))
         config = common.changed(ufm.get_config(), sweep__weight_decay=decays, sweep__seed=(0,), **fields)
-        networks[f"UFM, C = {num_classes}, no bias"] = common.record(f"lemma1_ufm_{num_classes}", config)
-    networks |= {f"digits, {setting}": history for setting, history in common.relaxed_digits().items()}
+        networks[f"UFM of depth 2, C = {num_classes}, no bias"] = common.recorded(
+            f"lemma1_ufm_{num_classes}", config, train
+        )
+    return networks | {f"digits, {setting}": one for setting, one in common.relaxed_digits(train).items()}
+
+
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     rows = []
-    for name, history in networks.items():
+    for name, history in histories.items():
         num_classes = history.sizes["label"]
         final = history.isel(epoch=-1).sel(split="train")
-        for weight_decay in final["weight_decay"].values:
-            run = final.sel(weight_decay=weight_decay)
-            outputs = 1 - (run["epsilon"] - (num_classes - 1) * run["delta"])
-            if "centred" in name:
-                outputs -= 1
-            cells = map(common.over_seeds, (run["fit_loss"], outputs.where(abs(outputs) > 1e-6, 0), run["nc3"]))
-            asks_for_a_sum = "centred" not in name
-            lemma = (common.over_seeds(if_sum_were_0(run, num_classes)), f"{1 / (2 * num_classes):.3g}")
-            rows.append((name, f"{weight_decay:g}", *cells, *(lemma if asks_for_a_sum else ("-", "-"))))
-    common.show(
+        outputs = 1 - (final["epsilon"] - (num_classes - 1) * final["delta"])
+        asks_for_a_sum = "centred" not in name
+        if not asks_for_a_sum:
+            outputs -= 1
+        cells = (final["fit_loss"], outputs.where(abs(outputs) > 1e-6, 0), final["nc3"])
+        columns = [*map(common.per_decay, cells), common.per_decay(if_sum_were_0(final, num_classes))]
+        for decay, *row, lemma in zip(map(common.number, final["weight_decay"].values), *columns, strict=True):
+            lemmas = (lemma, f"{1 / (2 * num_classes):.3g}") if asks_for_a_sum else ("-", "-")
+            rows.append((name, str(history.sizes["seed"]), decay, *row, *lemmas))
+    table = common.Table(
         "What one-hot targets cost, and what they would cost were the mean outputs a simplex ETF (sum 0)",
-        ("network", "lambda", "fit loss", "sum of outputs", "nc3", "if the sum were 0", "1/(2C)"),
+        ("network", "n", "lambda", "fit loss", "sum of outputs", "nc3", "loss if the sum were 0", "1/(2C)"),
         rows,
     )
-    common.save(_figure(networks), "lemma1")
+    return {"loss": table}
+
+
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    common.save(_figure(recorded), "lemma1")
 
 
 def if_sum_were_0(run, num_classes: int):

@@ -1,6 +1,9 @@
 """Where W_L^c = epsilon/(lambda (C-1)) (mu_c - mu_G) holds, and by the budget why not where it does not."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
+import xarray as xr
 
 from configs import ufm
 from experiments import common
@@ -10,31 +13,49 @@ from ncjax.history import BUDGET_TERMS
 TERMS = tuple(BUDGET_TERMS)
 
 
-def main() -> None:
+def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
     features = {
-        name: common.record(
+        name: common.recorded(
             f"ufm_{name.replace(' ', '_')}",
             common.changed(ufm.get_config(), sweep__weight_decay=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **fields),
+            train,
         )
         for name, fields in common.SETTINGS.items()
     }
-    networks = {"UFM": features, "digits": common.relaxed_digits()}
-    rows = []
-    for network, by_setting in networks.items():
-        for setting, history in by_setting.items():
-            final = history.isel(epoch=-1)
-            for weight_decay in history["weight_decay"].values:
-                run = final.sel(weight_decay=weight_decay)
-                cells = ["theorem_residual", *(f"budget_{term}" for term in TERMS)]
-                error, *shares = (common.over_seeds(run[name].where(abs(run[name]) > 1e-6, 0)) for name in cells)
-                nc3 = common.over_seeds(run["nc3"].sel(split="train").where(lambda x: x > 1e-6, 0))
-                rows.append((network, setting, f"{weight_decay:g}", error, nc3, *shares))
-    common.show(
-        "Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: 0)",
-        ("network", "setting", "lambda", "theorem's error", "nc3", *TERMS),
+    return {"UFM": features, "digits": common.relaxed_digits(train)}
+
+
+def tables(histories: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, common.Table]:
+    return {
+        "ufm": _table("UFM, over lambda and seeds", histories["UFM"], lambda values: [common.over_seeds(values)]),
+        "digits": _table("digits, over seeds", histories["digits"], common.per_decay),
+    }
+
+
+def _table(
+    caption: str, by_setting: Mapping[str, xr.Dataset], formatted: Callable[[xr.DataArray], Sequence[str]]
+) -> common.Table:
+    """Returns the errors and budgets of one network; `formatted` makes one cell or one for every weight decay."""
+    rows, runs = [], 0
+    for setting, history in by_setting.items():
+        final = history.isel(epoch=-1)
+        values = [final["theorem_residual"], final["nc3"].sel(split="train"), *(final[f"budget_{t}"] for t in TERMS)]
+        columns = [formatted(one.where(abs(one) > 1e-6, 0)) for one in values]
+        decays = list(map(common.number, final["weight_decay"].values))
+        decays = decays if len(columns[0]) > 1 else [f"{decays[0]} to {decays[-1]}"]
+        rows += [(setting, *row) for row in zip(decays, *columns, strict=True)]
+        runs = history["theorem_residual"].isel(epoch=-1).size // len(decays)
+    return common.Table(
+        f"Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: 0): {caption}",
+        (f"setting (n = {runs})", "lambda", "error", "nc3", *TERMS),
         rows,
     )
-    common.save(_figure(networks["digits"]), "theorem")
+
+
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    common.save(_figure(recorded["digits"]), "theorem")
 
 
 def _figure(by_setting):

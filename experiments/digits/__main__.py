@@ -1,0 +1,65 @@
+"""The table and the figures that README.md begins with: configs/digits.py over ten seeds."""
+
+from collections.abc import Mapping
+
+import xarray as xr
+
+from experiments import common
+from ncjax import figures, theory_figures
+from ncjax.history import BUDGET_TERMS
+
+# Heading: the variable, and what selects one number a run of it.
+COLLAPSE = {
+    "train acc": ("accuracy", {"split": "train"}),
+    "test acc": ("accuracy", {"split": "test"}),
+    "nc1": ("nc1", {"split": "train"}),
+    "nc2 equinorm": ("nc2_equinorm_means", {"split": "train"}),
+    "nc2 equiangular": ("nc2_equiangular_means", {"split": "train"}),
+    "nc3": ("nc3", {"split": "train"}),
+    "nc3 centered": ("nc3_centered", {"split": "train"}),
+    "epsilon": ("epsilon", {"split": "train"}),
+    "2 lambda t": ("relaxation_time", {}),
+}
+THEORY = {
+    "nc3": ("nc3", {"split": "train"}),
+    "symmetric nc3": ("nc3_floor", {}),
+    "head norm^2": ("weight_norm_sq", {"layer": "head"}),
+    "symmetric norm^2": ("predicted_head_norm_sq", {}),
+    "theorem's error": ("theorem_residual", {}),
+    **{f"budget: {term}": (f"budget_{term}", {}) for term in BUDGET_TERMS},
+}
+
+
+def histories(train: bool) -> dict[str, xr.Dataset]:
+    return {"digits": common.demo(train)}
+
+
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
+    history = histories["digits"]
+    when = f"Epoch {int(history['epoch'][-1])}, training split unless test is named, mean ± sd over seeds"
+    return {
+        "collapse": _table(f"{when}; in bold the least", history, COLLAPSE),
+        "theory": _table(f"{when}; theory beside it, and the budget as shares of lambda W_L", history, THEORY),
+    }
+
+
+def _table(caption: str, history: xr.Dataset, chosen: Mapping[str, tuple[str, dict[str, str]]]) -> common.Table:
+    final = history.isel(epoch=-1)
+    columns = [
+        common.per_decay(final[variable].sel(select), least_in_bold=chosen is COLLAPSE and heading.startswith("nc"))
+        for heading, (variable, select) in chosen.items()
+    ]
+    decays = [common.number(decay) for decay in final["weight_decay"].values]
+    headings = (f"lambda (n = {history.sizes['seed']})", *chosen)
+    return common.Table(caption, headings, list(zip(decays, *columns, strict=True)))
+
+
+def main(train: bool) -> None:
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    common.save(figures.collapse_against_epoch(recorded["digits"]), "digits", "collapse")
+    common.save(theory_figures.collapse_against_clock(recorded["digits"]), "digits", "clock")
+
+
+if __name__ == "__main__":
+    common.start(main, __doc__)
