@@ -1,5 +1,7 @@
 """data: balance, statistics, determinism, caching and, where prepared, real TFDS sets."""
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,30 @@ def test_digits_splits_are_disjoint_and_hold_the_scans_of_scikit_learn():
     assert train <= all_scans
     assert test <= all_scans
     assert not train & test
+
+
+def test_checksums_are_those_of_the_bytes_behind_a_header_of_dtype_and_shape():
+    drawn = data.load("digits", per_class=20, pad=10)
+    arrays = {
+        "train_images": drawn.train.images,
+        "train_labels": drawn.train.labels,
+        "test_images": drawn.test.images,
+        "test_labels": drawn.test.labels,
+    }
+    expected = {k: zlib.crc32(f"{a.dtype.str}{a.shape}".encode() + a.tobytes()) for k, a in arrays.items()}
+    assert data.checksums(drawn) == expected
+    assert expected["train_images"] == data.checksums(data.load("digits", per_class=20, pad=10))["train_images"]
+
+
+def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
+    drawn = data.load("synthetic", num_classes=3, per_class=4)
+    before, images = data.checksums(drawn), drawn.test.images.copy()
+    images.view(np.uint8)[5, 3] ^= 1
+    changed = {"test_images": images, "test_labels": drawn.test.labels.astype(np.int64)}
+    changed_shape = drawn.test.images.reshape(-1, 2, 16)
+    for part, array in (*changed.items(), ("test_images", changed_shape)):
+        after = data.checksums(drawn._replace(test=drawn.test._replace(**{part.removeprefix("test_"): array})))
+        assert {name for name in before if after[name] != before[name]} == {part}
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "identity"])
