@@ -45,7 +45,8 @@ ALLOWED = {
     "compilation": set(),
     "sweep": {"config", "data", "models", "objective", "parallel", "preflight", "train"},
     "outline": {"config", "models", "parallel", "preflight", "report", "sweep"},
-    "distributed": {"config", "preflight"},
+    "provenance": {"parallel"},
+    "distributed": {"config", "data", "preflight", "provenance"},
     "train": {"augment", "data", "evaluate", "models", "objective", "optim", "parallel"},
     "history": {"config"},
     "journal": {"history"},
@@ -59,7 +60,19 @@ ALLOWED = {
     "main": {"config", "preflight", "experiment", "distributed"},
     "runs": {"checkpoint", "config", "data", "history", "models", "preflight"},
     "workdir": {
-        *("checkpoint", "config", "evaluate", "history", "models", "parallel", "runs", "sweep", "theory", "train"),
+        *(
+            "checkpoint",
+            "config",
+            "evaluate",
+            "history",
+            "models",
+            "parallel",
+            "preflight",
+            "runs",
+            "sweep",
+            "theory",
+            "train",
+        ),
     },
     "show": {"history", "journal", "report", "runs", "workdir"},
     "features": set(),
@@ -154,8 +167,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
+def test_the_package_stays_under_8750_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8750
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):
