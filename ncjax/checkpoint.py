@@ -6,16 +6,19 @@ custom metadata are `Facts`: what the states are, and a CRC of every run of ever
 system notices a flipped bit.
 """
 
+import functools
 import json
 import logging
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from etils.epath.gpath import PosixGPath
 from orbax.checkpoint import v1 as ocp
 
 T = TypeVar("T")
@@ -23,6 +26,13 @@ T = TypeVar("T")
 
 class Damaged(Exception):
     """A checkpoint that is not what was saved; the message says where."""
+
+
+class _Folder(PosixGPath):
+    """A folder of Orbax's, which merges by a glob what it has written: `[`, `*` and `?` in its name are no pattern."""
+
+    def glob(self, pattern: str) -> Iterator["_Folder"]:
+        return map(self._new, Path(self).glob(pattern))
 
 
 class Facts(NamedTuple):
@@ -35,6 +45,8 @@ class Facts(NamedTuple):
       measured: epochs measured up to `epoch`.
       versions: of Python and of the packages that matter.
       crc32: leaf -> one number per run.
+      data: checksums of what was trained on, `data.checksums`.
+      random_bits, arithmetic: what else decides bits, see `provenance`. Like `data` empty in older checkpoints.
     """
 
     epoch: int
@@ -43,6 +55,9 @@ class Facts(NamedTuple):
     measured: list[int]
     versions: dict[str, str]
     crc32: dict[str, list[int]]
+    data: dict[str, int]
+    random_bits: dict[str, str]
+    arithmetic: dict[str, str]
 
 
 class Checkpoints:
@@ -57,15 +72,22 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, marked: tuple[int, ...] = ()):
         # Orbax logs every step of every save, and all it dislikes, through absl, on standard error.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _silence_abandoned_writes()
         context = ocp.Context()
         saving: Any = context.array.saving
         saving.use_compression = False  # weights do not compress; 1 GiB took 11 s instead of 0.7 s
         saving.scoped_storage_options_creator = _one_chunk_per_run
         # By renaming alone, a checkpoint whose deletion was cut short would be listed as whole.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        # A folder that could not be made in the background is waited for by Orbax's threads for twenty minutes, and
+        # the process cannot end before them.
+        context.async_options.create_directories_asynchronously = False
         self._folder = folder.resolve()
         self._checkpointer = ocp.training.Checkpointer(
-            str(self._folder), context=context, preservation_policy=_kept(keep, marked), cleanup_tmp_directories=True
+            _Folder(self._folder),
+            context=context,
+            preservation_policy=_kept(keep, marked),
+            cleanup_tmp_directories=True,
         )
 
     def epochs(self) -> list[int]:
@@ -141,8 +163,9 @@ def read_facts(folder: Path, epoch: int) -> Facts:
     """What the checkpoint of an epoch says of itself, or Damaged."""
     try:
         sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-        facts, is_whole = Facts(**sealed["facts"]), sealed["seal"] == _seal(sealed["facts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts = Facts(**{"data": {}, "random_bits": {}, "arithmetic": {}} | sealed["facts"])
+        is_whole = sealed["seal"] == _seal(sealed["facts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"its metadata cannot be read ({_last_line(error)})") from error
     if not is_whole:
         raise Damaged("the checksum of its metadata does not match")
@@ -153,12 +176,18 @@ def read_facts(folder: Path, epoch: int) -> Facts:
 
 def epochs_in(folder: Path) -> list[int]:
     """Epochs with a finished checkpoint, without opening any."""
-    return sorted(int(path.parent.name) for path in folder.glob("[0-9]*/commit_success.txt"))
+    return sorted(epoch for path in folder.glob("*/commit_success.txt") for epoch in _epoch_of(path.parent))
 
 
 def unfinished_in(folder: Path) -> list[int]:
     """Epochs whose checkpoint is being written, or was when its process was killed, or has lost its mark of success."""
-    return sorted({int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()} - set(epochs_in(folder)))
+    return sorted({epoch for path in folder.glob("*") for epoch in _epoch_of(path)} - set(epochs_in(folder)))
+
+
+def _epoch_of(path: Path) -> list[int]:
+    """Returns the epoch of a checkpoint's folder, or nothing of one that Orbax has not named (a copy beside it)."""
+    name = path.name
+    return [int(name)] if name.isascii() and name.isdecimal() and str(int(name)) == name else []
 
 
 def read_run(folder: Path, epoch: int, run: int) -> dict:
@@ -184,7 +213,8 @@ def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) 
     """One leaf (R, ...) of a checkpoint, or of some of its runs, verified; or Damaged."""
     import tensorstore
 
-    base = f"file://{(folder / str(facts.epoch) / 'state').resolve()}/"
+    # By its path: a file:// URL would have to be quoted.
+    base = {"driver": "file", "path": f"{(folder / str(facts.epoch) / 'state').resolve()}/"}
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     try:
         stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
@@ -198,6 +228,21 @@ def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) 
 def leaf_name(path: tuple) -> str:
     """A leaf as Orbax names it on disk: params.layer_1.kernel."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+@functools.cache
+def _silence_abandoned_writes() -> None:
+    """Keeps a save that failed from printing a traceback for each of its writes that ends after it.
+
+    TensorStore tells the event loop of the save, which Orbax has closed by then; the error itself has been raised.
+    """
+    report = sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = filtered
 
 
 def _one_chunk_per_run(_: Any, leaf: Any) -> Any:

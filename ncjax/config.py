@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from ml_collections import config_dict
 
 from ncjax.errors import InputError
@@ -187,6 +188,13 @@ def validate(config: Config) -> Config:
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
             raise InputError(f"config.sweep.{name}", values, f"{repeated[0]!r} stands twice; remove the repetition")
+        if name != "seed":
+            check_held(f"config.sweep.{name}", values, config.train.precision)
+    for momentum in config.sweep.momentum:
+        if np.asarray(momentum, config.train.precision) >= 1:  # float64 holds all that pass for less than 1
+            way_out = "float32 takes it for 1; choose a smaller one, or set config.train.precision=float64"
+            raise InputError("config.sweep.momentum", momentum, way_out)
+    check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision)
     _check_combinations(config)
     for section, field in (("log", "epochs"), ("checkpoint", "marked")):
         config[section][field] = tuple(sorted(set(config[section][field])))
@@ -195,6 +203,35 @@ def validate(config: Config) -> Config:
             must = f"must be at most config.train.epochs = {config.train.epochs}"
             raise InputError(f"config.{section}.{field}", late[0], must)
     return config
+
+
+def check_held(field: str, values: tuple[float, ...], precision: str, factor: float = 1.0) -> None:
+    """Raises InputError for a number that training, which computes with `factor` times it, would take for another.
+
+    A subnormal number is one of them: devices may take it for 0.
+    """
+    limits = np.finfo(precision)
+    with np.errstate(over="ignore", under="ignore"):
+        held = np.multiply(values, factor).astype(precision).tolist()
+    more = ", or set config.train.precision=float64" if precision == "float32" else ""
+    for i, (value, number) in enumerate(zip(values, held, strict=True)):
+        if value and not limits.tiny <= number <= limits.max:
+            here = f" (training would use {value * factor:.3g})" if factor != 1 else ""
+            bounds = f"{precision} holds numbers from {limits.tiny:.3g} to {limits.max:.3g}{here}"
+            raise InputError(field, value, f"{bounds}; choose one of them{more}")
+        if number in held[:i]:
+            other = values[held.index(number)]
+            raise InputError(field, value, f"{precision} takes it and {other!r} for one number; remove one{more}")
+
+
+def is_sound(config: Config) -> bool:
+    """Returns whether every field that is known, of a config as it was written, has a value that it may have."""
+    flat = _flatten(config)
+    return all(name in flat and _holds(field, flat[name]) for name, field in SCHEMA.items())
+
+
+def _holds(field: Field, value: Any) -> bool:
+    return isinstance(value, (tuple, list)) == isinstance(field.default, tuple) and field.holds(value)
 
 
 def _check_combinations(config: Config) -> None:
@@ -307,6 +344,13 @@ def make_grid(config: Config, num_classes: int) -> Grid:
     axes["learning_rate"] = tuple(lr * units.learning_rate for lr in axes["learning_rate"])
     dims = tuple(name for name in SWEPT if name in ("weight_decay", "seed") or len(axes[name]) > 1)
     return Grid(axes, dims)
+
+
+def check_units(config: Config, num_classes: int) -> None:
+    """Raises InputError where a validated number leaves `train.precision` on its way to our units."""
+    units = unit_factors(config, num_classes)
+    for name in ("weight_decay", "learning_rate"):
+        check_held(f"config.sweep.{name}", config.sweep[name], config.train.precision, getattr(units, name))
 
 
 class UnitFactors(NamedTuple):

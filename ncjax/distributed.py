@@ -6,17 +6,21 @@ when heartbeats fail to come or process 0 is gone.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from ncjax import config as configuration
+from ncjax import data, provenance
 from ncjax.errors import InputError, last_line
 from ncjax.interrupts import Interrupted
 from ncjax.preflight import Plan, Processes
@@ -44,27 +48,59 @@ def agree(signum: int, epochs: int) -> tuple[int, int]:
     return int(signums.max()), int(epochs_of[0])
 
 
-def wait_for_all(name: str) -> None:
-    """Returns once every process is here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def check_same(plan: Plan) -> None:
-    """Raises InputError where processes were given different configs or data: they would wait for each other."""
+    """Raises InputError where processes were given different configs, data, PRNGs or software.
+
+    They would wait for each other, or train what none of them was given.
+    """
     if jax.process_count() == 1:
         return
+    content = {
+        "config": configuration.to_json(plan.config),
+        "data": data.checksums(plan.dataset),
+        "PRNG": provenance.random_bits(),
+        "version of a package, setting of JAX or XLA_FLAGS": provenance.software(),
+    }
+    if found := _first_difference(content):
+        process, what = found
+        raise InputError("--process", process, f"it has another {what} than process 0; start all by one command")
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises InputError where a process does not see the WORKDIR that process 0 has locked.
+
+    It could read no checkpoint, and its part of each would be written elsewhere.
+    """
+    path = workdir / ".lock"
+    if found := _first_difference({"lock": path.read_text(errors="replace") if path.exists() else ""}):
+        way_out = (
+            f"process {found[0]} does not see the same folder; give all one --workdir, on a file system they share"
+        )
+        raise InputError("--workdir", str(workdir), way_out)
+
+
+def check_read(workdir: Path, epoch: int | None) -> None:
+    """Returns once every process has read the checkpoint of `epoch`, or found none; or raises InputError."""
+    if found := _first_difference({"epoch": epoch}):
+        way_out = (
+            f"process {found[0]} cannot read the checkpoint that process 0 can, or the other way round; look there"
+        )
+        raise InputError("--workdir", str(workdir), way_out)
+
+
+def _first_difference(content: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Returns the first process that has not what process 0 has (as JSON), and the name of it; None: all have."""
+    if jax.process_count() == 1:
+        return None
     from jax.experimental import multihost_utils
 
-    splits = [part for split in (plan.dataset.train, plan.dataset.test) for part in split]
-    content = [configuration.to_json(plan.config).encode(), *(np.ascontiguousarray(a).data for a in splits)]
-    found = multihost_utils.process_allgather(np.array([zlib.crc32(part) for part in content], np.uint32))
+    mine = [zlib.crc32(json.dumps(part, sort_keys=True).encode()) for part in content.values()]
+    found = multihost_utils.process_allgather(np.array(mine, np.uint32))
     for process, crcs in enumerate(found):
-        if (crcs != found[0]).any():
-            what = "config" if crcs[0] != found[0][0] else "data"
-            raise InputError("--process", process, f"it has another {what} than process 0; start all by one command")
+        for name, crc, expected in zip(content, crcs, found[0], strict=True):
+            if crc != expected:
+                return process, name
+    return None
 
 
 @contextlib.contextmanager

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import platform
 import statistics
-import subprocess
 import sys
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,6 +14,7 @@ from ncjax import (
     checkpoint,
     closed_forms,
     compilation,
+    data,
     distributed,
     history,
     interrupts,
@@ -26,7 +24,9 @@ from ncjax import (
     outline,
     parallel,
     plots,
+    provenance,
     report,
+    runs,
     theory,
     train,
 )
@@ -64,26 +64,28 @@ def record(plan: Plan) -> xr.Dataset:
     is continued. Of several processes each returns the history, and the first writes it.
 
     Raises:
-      InputError: WORKDIR is another process's, or nothing in it can be trusted.
+      InputError: WORKDIR is another process's, or nothing in it can be trusted, or its data or PRNG were others.
       Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
     _start_jax(plan)
     config, workdir = plan.config, plan.workdir
-    owned = lock.owned(workdir) if distributed.is_leader() else contextlib.nullcontext()
-    with owned, interrupts.Requests() as requests:
+    owned = lock.owned(workdir) if distributed.is_leader() else contextlib.nullcontext(lambda: None)
+    with owned as check_owner, interrupts.Requests() as requests:
+        distributed.check_shared(workdir)
         if distributed.is_leader():
             remove_leftovers(workdir)
         saved = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.marked)
         try:
             sweep = Sweep(plan)
-            recorded = _resume(sweep, saved)
+            facts = _facts(sweep)
+            recorded = _resume(sweep, saved, facts)
             if distributed.is_leader():
                 write_atomically(workdir / "config.json", configuration.to_json(config).encode())
             if recorded is not None and sweep.epoch == config.train.epochs:
                 _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
-                recorded = _train(sweep, recorded, saved, requests)
+                recorded = _train(sweep, recorded, saved, facts, check_owner, requests)
         except interrupts.Interrupted:
             saved.close()  # it promises that all is on disk; where that is not so, this is the error to report
             raise
@@ -103,7 +105,7 @@ def _start_jax(plan: Plan) -> None:
     distributed.check_same(plan)
 
 
-def _resume(sweep: Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
+def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts) -> xr.Dataset | None:
     """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None: there are none.
 
     A checkpoint counts if its bits are those that were saved and all it had seen measured is in the history. One that
@@ -111,11 +113,39 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
     """
     workdir, epochs = sweep.plan.workdir, saved.epochs()
     recorded = history.load(workdir / "history.nc") if (workdir / "history.nc").exists() else None
+    facts = _restore_newest(sweep, saved, mine, recorded)
+    distributed.check_read(workdir, facts and facts.epoch)  # before anything is removed or written
+    if facts is None:
+        if epochs:
+            way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
+            raise InputError("--workdir", str(workdir), way_out)
+        if distributed.is_leader():
+            journal.mend(workdir / "metrics.jsonl", None)
+        return None
+    recorded = history.up_to(recorded, facts.epoch) if facts.measured and recorded is not None else None
+    for later in (e for e in epochs if e > facts.epoch):
+        saved.delete(later)
+    text = configuration.to_json(sweep.plan.config)
+    grown = recorded is not None and recorded.attrs["config"] != text  # more epochs, or another mesh
+    if recorded is not None and grown:
+        recorded = recorded.assign_attrs(config=text)
+    if distributed.is_leader():
+        if recorded is not None and grown:
+            history.save(recorded, workdir / "history.nc")
+        journal.mend(workdir / "metrics.jsonl", recorded)
+    return recorded
+
+
+def _restore_newest(
+    sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts, recorded: xr.Dataset | None
+) -> checkpoint.Facts | None:
+    """Puts the sweep at the newest sound checkpoint and returns what that says of itself; None: there is none."""
+    workdir = sweep.plan.workdir
     known = set() if recorded is None else set(recorded["epoch"].values.tolist())
-    for epoch in reversed(epochs):
+    for epoch in reversed(saved.epochs()):
         try:
             # First: nothing can be loaded into a program of another config, and that is no damage.
-            _check_config(sweep.plan, checkpoint.read_facts(workdir / "checkpoints", epoch))
+            _check_facts(sweep.plan, mine, checkpoint.read_facts(workdir / "checkpoints", epoch))
             with jax.enable_x64(True):
                 states, facts = saved.load(epoch, sweep.shapes)
             lost = sorted(set(facts.measured) - known)
@@ -125,33 +155,26 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints) -> xr.Dataset | None:
             _warn(f"checkpoint {epoch} in {workdir} is not used: {damage}")
             continue
         sweep.restore(states, epoch)
-        recorded = history.up_to(recorded, epoch) if facts.measured and recorded is not None else None
-        distributed.wait_for_all("read")  # before anything is removed or written
-        for later in (e for e in epochs if e > epoch):
-            saved.delete(later)
-        text = configuration.to_json(sweep.plan.config)
-        grown = recorded is not None and recorded.attrs["config"] != text  # more epochs, or another mesh
-        if recorded is not None and grown:
-            recorded = recorded.assign_attrs(config=text)
-        if distributed.is_leader():
-            if recorded is not None and grown:
-                history.save(recorded, workdir / "history.nc")
-            journal.mend(workdir / "metrics.jsonl", recorded)
-        return recorded
-    if epochs:
-        way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
-        raise InputError("--workdir", str(workdir), way_out)
-    if distributed.is_leader():
-        journal.mend(workdir / "metrics.jsonl", None)
+        changed = provenance.differences(mine.arithmetic, facts.arithmetic)
+        if changed and epoch < sweep.plan.config.train.epochs:
+            _warn(f"{workdir} continues to rounding, not to the same bits: {'; '.join(changed)}")
+        return facts
     return None
 
 
-def _check_config(plan: Plan, facts: checkpoint.Facts) -> None:
-    """config.json may be gone or changed: the checkpoint itself says what it is of."""
-    differences = configuration.differences(plan.config, facts.config)
-    if differences:
+def _check_facts(plan: Plan, mine: checkpoint.Facts, theirs: checkpoint.Facts) -> None:
+    """Raises InputError where a checkpoint is of another run: of other config, random bits or data.
+
+    config.json may be gone or changed: the checkpoint itself says what it is of.
+    """
+    if differences := configuration.differences(plan.config, theirs.config):
         way_out = f"its checkpoints are of another config: {'; '.join(differences)}; choose another WORKDIR"
         raise InputError("--workdir", str(plan.workdir), way_out)
+    if differences := provenance.differences(mine.random_bits, theirs.random_bits):
+        way_out = f"its checkpoints are of other random bits: {'; '.join(differences)}; set them back (as environment "
+        way_out += "variables, in capitals), or choose another WORKDIR"
+        raise InputError("--workdir", str(plan.workdir), way_out)
+    runs.check_data(plan.config.data.name, mine.data, theirs.data)
 
 
 def _warn(line: str) -> None:
@@ -165,14 +188,19 @@ def _say(line: str) -> None:
 
 
 def _train(
-    sweep: Sweep, recorded: xr.Dataset | None, saved: checkpoint.Checkpoints, requests: interrupts.Requests
+    sweep: Sweep,
+    recorded: xr.Dataset | None,
+    saved: checkpoint.Checkpoints,
+    facts: checkpoint.Facts,
+    check_owner: Callable[[], None],
+    requests: interrupts.Requests,
 ) -> xr.Dataset:
-    """The loop from where the sweep stands to its last epoch."""
+    """The loop from where the sweep stands to its last epoch. `check_owner` before anything is written."""
     config, workdir, leads = sweep.plan.config, sweep.plan.workdir, distributed.is_leader()
     last, every, due = config.train.epochs, config.checkpoint.every, set(outline.measured_epochs(config))
     kept = {last, *config.checkpoint.marked, *(range(every, last, every) if every else ())}
     stops = sorted(due | kept)
-    attrs = _provenance(sweep)
+    attrs = _attrs(sweep, facts)
     trained, costs = 0.0, []
     first = sweep.epoch
     with report.Progress(last, sweep.program.samples_per_epoch, quiet=not leads) as progress:
@@ -190,6 +218,7 @@ def _train(
                 values |= _derived(sweep, values.pop("class_mean_logits"))
                 recorded = history.append(recorded, _label(sweep, values, attrs))
                 if leads:
+                    check_owner()
                     history.save(recorded, workdir / "history.nc")
                     times = {"train_seconds": trained, "measure_seconds": sum(costs)}
                     journal.append(workdir / "metrics.jsonl", epoch, times, values)
@@ -202,7 +231,9 @@ def _train(
             # Asked once: what stops here is also saved here. All processes stop, and go on, alike.
             signum, chunk = distributed.agree(requests.signum, min(stop - epoch, most))
             if is_new and (epoch in kept or signum):
-                saved.save(sweep.states, _facts(sweep, recorded, attrs))
+                check_owner()
+                measured = [] if recorded is None else recorded["epoch"].values.tolist()
+                saved.save(sweep.states, facts._replace(epoch=epoch, measured=measured))
             if epoch == last:
                 break
             if signum:
@@ -227,15 +258,18 @@ def _cost(trained: float, epochs: int, costs: list[float]) -> str:
     return line
 
 
-def _facts(sweep: Sweep, recorded: xr.Dataset | None, attrs: dict[str, str]) -> checkpoint.Facts:
-    grid, config = sweep.plan.grid, json.loads(configuration.to_json(sweep.plan.config))
+def _facts(sweep: Sweep) -> checkpoint.Facts:
+    """Returns what every checkpoint of a sweep says of itself, but for its epoch and what was measured up to it."""
     return checkpoint.Facts(
-        epoch=sweep.epoch,
-        config=config,
-        axes={name: list(values) for name, values in grid.axes.items()},
-        measured=[] if recorded is None else recorded["epoch"].values.tolist(),
-        versions=json.loads(attrs["versions"]),
+        epoch=0,
+        config=json.loads(configuration.to_json(sweep.plan.config)),
+        axes={name: list(values) for name, values in sweep.plan.grid.axes.items()},
+        measured=[],
+        versions=provenance.versions(),
         crc32={},
+        data=data.checksums(sweep.plan.dataset),
+        random_bits=provenance.random_bits(),
+        arithmetic=provenance.arithmetic(sweep.mesh, sweep.program.runs),
     )
 
 
@@ -285,20 +319,12 @@ def _label(sweep: Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -
     return newest
 
 
-def _provenance(sweep: Sweep) -> dict[str, str]:
-    packages = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+def _attrs(sweep: Sweep, facts: checkpoint.Facts) -> dict[str, str]:
+    """Returns what a history says of where it comes from."""
     return {
         "config": configuration.to_json(sweep.plan.config),
-        "versions": json.dumps({"python": platform.python_version()} | {p: metadata.version(p) for p in packages}),
+        "versions": json.dumps(facts.versions),
         "per_class": str(len(sweep.plan.dataset.train.labels) // sweep.plan.dataset.num_classes),
         "device": f"{sweep.mesh.size} x {outline.device()}",
-        "git_revision": _git_revision(),
+        "git_revision": provenance.git_revision(),
     }
-
-
-def _git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

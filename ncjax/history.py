@@ -86,6 +86,9 @@ _COSINES_DEFINITION = "cos between centred class means of the training split, at
 # A run whose 2 lambda t is shorter is not near equilibrium: layer norms still differ by 5% of what they did.
 RELAXED = 3.0
 
+# Every history has them.
+_COORDINATES = {"weight_decay", "seed", "epoch", "split"}
+
 _TIME_UNIT = {"flow_time": "learning rate x steps", "relaxation_time": "e-folds"}
 
 
@@ -172,17 +175,31 @@ def _sha256(content: bytes) -> str:
 def load(path: Path) -> xr.Dataset:
     """Reads a history into memory, verified where its checksum lies beside it, or raises InputError naming the file."""
     try:
-        content = path.read_bytes()
-        sums = _sums(path).read_bytes() if _sums(path).exists() else None
+        content = _read_verified(path)
     except FileNotFoundError as error:
         raise InputError("history", str(path), "no such file; train first, or name a WORKDIR that holds one") from error
-    if sums is not None and _sha256(content).encode() not in sums.split():
-        way_out = f"does not match {_sums(path).name}: one of them was changed or damaged; restore it, or train anew"
-        raise InputError("history", str(path), f"{way_out} in another WORKDIR")
     try:
         # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
-        return xr.load_dataset(io.BytesIO(content), engine="scipy")
+        history = xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
             "history", str(path), "not readable as netCDF; remove it, and the same command trains anew"
         ) from error
+    lost = sorted(_COORDINATES - set(history.indexes))
+    if lost:
+        raise InputError("history", str(path), f"it lacks the coordinate {lost[0]}; it is damaged, or no history")
+    return history
+
+
+def _read_verified(path: Path) -> bytes:
+    """Returns the content of a file that its checksum, if there is one, is of; or raises InputError."""
+    while True:
+        content = path.read_bytes()
+        sums = _sums(path).read_bytes() if _sums(path).exists() else None
+        if sums is None or _sha256(content).encode() in sums.split():
+            return content
+        if path.read_bytes() == content:  # not replaced, with its checksum, by a run in between
+            way_out = (
+                f"does not match {_sums(path).name}: one of them was changed or damaged; restore it, or train anew"
+            )
+            raise InputError("history", str(path), f"{way_out} in another WORKDIR")

@@ -49,7 +49,7 @@ def _lines(path: Path) -> dict[int, str]:
     """The sound lines by epoch."""
     found = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             record = json.loads(line)
             if record.pop("crc32") == _crc32(record):
                 found[record["epoch"]] = line.decode() + "\n"

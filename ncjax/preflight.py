@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ from ncjax.files import expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
+# TensorStore separates folders by a backslash too; the others are storage buckets to Orbax. Neither knows surrogates,
+# which stand for bytes that are no UTF-8.
+_MISTAKEN = re.compile(r"\\|gs:/|^/(gs|s3|az|hf)/|[\ud800-\udfff]")
 
 
 class Plan(NamedTuple):
@@ -57,6 +61,8 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
             f"the training split has {train_size} examples; take fewer, or 0 for full batch",
         )
     _check_images(config, dataset)
+    configuration.check_units(config, dataset.num_classes)
+    _check_scale(config, dataset)
     _check_profile(config.profile.dir)
     return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
 
@@ -112,9 +118,25 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
             raise InputError(f"config.{field}", config[section][leaf], way_out)
 
 
+def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
+    """Raises InputError where inputs of the norm asked for would be 0 or infinite."""
+    if not config.data.standardize:
+        factor = float(dataset.scale) / config.data.input_scale
+        configuration.check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision, factor)
+
+
+def check_path(field: str, folder: Path) -> None:
+    """Raises InputError where the libraries that write and read checkpoints would take a folder for another place."""
+    found = _MISTAKEN.search(f"{os.path.realpath(folder)}/")
+    if found:
+        way_out = f"Orbax and TensorStore take {found[0].strip('/')!a} in its path for another place; choose another"
+        raise InputError(field, str(folder), way_out)
+
+
 def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     workdir = expanded("--workdir", name)
     try:
+        check_path("--workdir", workdir)
         if workdir.exists() and not workdir.is_dir():
             raise InputError("--workdir", str(workdir), "it is a file; name a folder")
         content = (workdir / "config.json").read_bytes()
@@ -130,7 +152,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         raise InputError("--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})") from error
     try:
         differences = configuration.differences(config, json.loads(content))
-    except (ValueError, TypeError, AttributeError) as error:  # no JSON, or JSON that is no config
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # no JSON, or JSON that is no config
         raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
     if differences:
         way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"

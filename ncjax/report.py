@@ -68,7 +68,7 @@ class Progress:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def trained(self, epoch: int, seconds_per_epoch: float) -> None:
         self._seconds_per_epoch = seconds_per_epoch

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from ncjax.files import expanded
 
 # Rows of a forward pass: however many images are given, no more memory than for these.
 _ROWS = 1024
+# Where a training process removes checkpoints as they are read, the newest one is tried so often.
+ATTEMPTS = 5
 
 Images = Shaped[np.ndarray | jax.Array, "B *image"]
 
@@ -39,6 +42,7 @@ class Run:
       config: of the whole sweep, as in config.json; the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
       variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch normalization.
+      checksums: of the data that it was trained on, see `data.checksums`; empty where its checkpoint does not say.
     """
 
     workdir: Path
@@ -47,6 +51,7 @@ class Run:
     config: dict[str, Any] = field(repr=False)
     model: models.Network
     variables: dict = field(repr=False)
+    checksums: dict[str, int] = field(repr=False)
 
     @property
     def params(self) -> dict:
@@ -55,8 +60,8 @@ class Run:
 
     @functools.cached_property
     def dataset(self) -> datasets.Dataset:
-        """The data it was trained on, or InputError where they are no longer found."""
-        return load_data(self.config)
+        """The data it was trained on, or InputError where they are no longer found, or are others."""
+        return load_data(self.config, self.checksums)
 
     @functools.cached_property
     def history(self) -> xr.Dataset:
@@ -109,33 +114,60 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
       InputError: no such checkpoint or run, or it is damaged.
     """
     workdir = expanded("workdir", workdir)
-    folder = workdir / "checkpoints"
     if not workdir.is_dir():
         raise InputError("workdir", str(workdir), "no such folder; name one that ncjax.main has left")
+    preflight.check_path("workdir", workdir)
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _load_run(workdir, epoch, coordinates)
+        except Removed:
+            if epoch is not None:
+                raise
+    return _load_run(workdir, epoch, coordinates)
+
+
+def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) -> Run:
+    folder = workdir / "checkpoints"
     found = checkpoint.epochs_in(folder)
     if not found:
         raise InputError("workdir", str(workdir), "it holds no checkpoint yet")
     if epoch is not None and epoch not in found:
         raise InputError("epoch", epoch, f"there are checkpoints of epochs {', '.join(map(str, found))}")
     if epoch is None and (newer := [e for e in checkpoint.unfinished_in(folder) if e > found[-1]]):
-        warnings.warn(f"checkpoint {newer[-1]} in {workdir} is not used: it is not finished", stacklevel=2)
+        warnings.warn(f"checkpoint {newer[-1]} in {workdir} is not used: it is not finished", stacklevel=3)
     for candidate in reversed(found) if epoch is None else [epoch]:
         try:
             facts = checkpoint.read_facts(folder, candidate)
             place = find(facts.axes, coordinates)
             variables = checkpoint.read_run(folder, candidate, place.number)
         except checkpoint.Damaged as damage:
+            check_present(folder, candidate)
             if epoch is not None:
                 raise InputError("epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
-            warnings.warn(f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=2)
+            warnings.warn(f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=3)
             continue
         changed = changes(read_config(workdir), facts)
         if changed:
             line = f"config.json in {workdir} is not used, the checkpoint has another: {'; '.join(changed)}"
-            warnings.warn(line, stacklevel=2)
+            warnings.warn(line, stacklevel=3)
         model = make_model(facts.config, variables["params"])
-        return Run(workdir, candidate, place.coordinates, facts.config, model, variables)
+        return Run(workdir, candidate, place.coordinates, facts.config, model, variables, facts.data)
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
+
+
+class Removed(InputError):
+    """A checkpoint was removed while it was read, by a process that trains there and keeps only the newest."""
+
+    def __init__(self, epoch: int):
+        super().__init__("epoch", epoch, "a training process has removed this checkpoint; name a newer one")
+
+
+def check_present(folder: Path, epoch: int) -> None:
+    """Raises `Removed` where a checkpoint that cannot be read is not damaged but no longer there."""
+    if epoch != max(checkpoint.epochs_in(folder), default=None):
+        time.sleep(0.2)  # its mark of success may go last
+    if epoch not in checkpoint.epochs_in(folder):
+        raise Removed(epoch)
 
 
 class Place(NamedTuple):
@@ -193,10 +225,18 @@ def slice_of(history: xr.Dataset, coordinates: Mapping[str, float | int], *, kee
 def read_config(workdir: Path) -> dict[str, Any] | None:
     """config.json, or None where it is missing or no config."""
     try:
-        config = json.loads((workdir / "config.json").read_text())
+        return parse_config((workdir / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return config if _is_config(config) else None
+
+
+def parse_config(text: Any) -> dict[str, Any] | None:
+    """Returns the config that a text is as JSON, or None where it is none."""
+    try:
+        config = json.loads(text)
+        return config if _is_config(config) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _is_config(config: Any) -> bool:
@@ -204,8 +244,9 @@ def _is_config(config: Any) -> bool:
     sections = ("data", "model", "train", "sweep", "checkpoint", "log")
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in sections):
         return False
-    values = [config["sweep"].get(name) for name in configuration.SWEPT]
-    return isinstance(config["train"].get("epochs"), int) and all(isinstance(v, list) and v for v in values)
+    if not all(config["sweep"].get(name) for name in configuration.SWEPT) or "epochs" not in config["train"]:
+        return False
+    return configuration.is_sound(configuration.from_json(json.dumps(config)))
 
 
 def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]:
@@ -215,9 +256,22 @@ def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]
     return configuration.differences(configuration.from_json(json.dumps(config)), facts.config)
 
 
-def load_data(config: Mapping[str, Any]) -> datasets.Dataset:
-    """The data set of a parsed config.json."""
-    return preflight.load_data(config["data"])
+def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
+    """Returns the data set of a parsed config.json, or raises InputError where it is not that of the checksums."""
+    dataset = preflight.load_data(config["data"])
+    check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
+    return dataset
+
+
+def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """Raises InputError where a data set is not that of a checkpoint; one that is too old to say takes any."""
+    changed = [part for part, crc in expected.items() if found.get(part) != crc]
+    if changed:
+        way_out = (
+            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore the data set "
+            "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
+        )
+        raise InputError("config.data.name", name, way_out)
 
 
 def make_model(config: Mapping[str, Any], params: dict) -> models.Network:

@@ -68,7 +68,19 @@ def parse_coordinates(text: str) -> dict[str, float]:
 
 
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
-    from ncjax import journal, runs, workdir  # import JAX, which takes longer than to see that a flag is wrong
+    from ncjax import runs  # imports JAX, which takes longer than to see that a flag is wrong
+
+    for _ in range(runs.ATTEMPTS - 1):
+        try:
+            return _show_once(arguments, coordinates)
+        except runs.Removed:
+            if arguments.epoch is not None:
+                raise
+    return _show_once(arguments, coordinates)
+
+
+def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+    from ncjax import journal, runs, workdir
 
     holdings = workdir.read(expanded("workdir", arguments.workdir), coordinates)
     measured, saved = _epochs(holdings, arguments.epoch)

@@ -1,7 +1,9 @@
 """What a WORKDIR holds: read and checked, measured again, taken out. Nothing in it is changed."""
 
+import contextlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, evaluate, models, parallel, runs, sweep, theory, train
+from ncjax import checkpoint, evaluate, models, parallel, preflight, runs, sweep, theory, train
 from ncjax import config as configuration
 from ncjax import history as histories
 from ncjax.checkpoint import Damaged, Facts
@@ -119,6 +121,7 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
     """
     if not workdir.is_dir():
         raise InputError("WORKDIR", str(workdir), "no such folder; name one that ncjax.main has left")
+    preflight.check_path("WORKDIR", workdir)
     folder, notes = workdir / "checkpoints", []
     history, history_problem = _read_history(workdir / "history.nc")
     facts = _newest_facts(folder)
@@ -169,8 +172,8 @@ def _config(workdir: Path, facts: Facts | None, history: xr.Dataset | None, note
         return config
     if facts:
         config, source = facts.config, f"checkpoint {facts.epoch}"
-    elif history is not None and "config" in history.attrs:
-        config, source = json.loads(history.attrs["config"]), "history.nc"
+    elif history is not None and (config := runs.parse_config(history.attrs.get("config"))):
+        source = "history.nc"
     else:
         raise InputError(
             "WORKDIR", str(workdir), "it holds neither a config.json nor a checkpoint nor a history to read"
@@ -192,13 +195,15 @@ def _axes(config: dict[str, Any], facts: Facts | None, history: xr.Dataset | Non
 
 def _provenance(facts: Facts | None, history: xr.Dataset | None) -> dict[str, Any]:
     attrs = {} if history is None else history.attrs
-    versions = json.loads(attrs["versions"]) if "versions" in attrs else facts.versions if facts else {}
+    versions = facts.versions if facts else {}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        versions = json.loads(attrs["versions"]) if "versions" in attrs else versions
     return {"versions": versions, "device": attrs.get("device"), "git_revision": attrs.get("git_revision")}
 
 
 def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
     """Compares every leaf, of every run or of one, with its checksum."""
-    size = sum(path.stat().st_size for path in (folder / str(epoch)).rglob("*") if path.is_file())
+    size = _size(folder / str(epoch))
     parameters = []
     try:
         facts = checkpoint.read_facts(folder, epoch)
@@ -213,17 +218,28 @@ def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
     return Saved(epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0])))
 
 
+def _size(folder: Path) -> int:
+    """Returns the bytes in a folder's files. Those that a training run removes meanwhile do not count."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_size
+    return total
+
+
 def verify(holdings: Holdings, epoch: int) -> Verification:
     """Measures the checkpoint of an epoch again, run by run, and compares all that depends on weights with the history.
 
     Raises:
-      InputError: the checkpoint is damaged, or its data are not found.
+      Removed: it was, by a run that trains.
+      InputError: the checkpoint is damaged, or its data are not found, or are others.
     """
     assert holdings.history is not None
     deviations = {}
     try:
         facts = checkpoint.read_facts(holdings.folder, epoch)
-        measure = _make_measure(facts.config)
+        measure = _make_measure(facts)
         for place in holdings.places:
             values = measure(checkpoint.read_run(holdings.folder, epoch, place.number), place.coordinates)
             recorded = runs.slice_of(holdings.history, place.coordinates)
@@ -233,6 +249,7 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
                 one = recorded[name].sel(epoch=epoch) if "epoch" in recorded[name].dims else recorded[name]
                 deviations[name, place.number] = deviation(value, one.values)
     except Damaged as damage:
+        runs.check_present(holdings.folder, epoch)
         raise InputError("--epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
     variable, number = max(deviations, key=deviations.__getitem__)
     return Verification(
@@ -255,9 +272,9 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
     return float(np.max(np.where(same, 0.0, np.where(np.isnan(relative), np.inf, relative))))
 
 
-def _make_measure(config: dict[str, Any]) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
+def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
-    settings, dataset = configuration.from_json(json.dumps(config)), runs.load_data(config)
+    settings, dataset = configuration.from_json(json.dumps(facts.config)), runs.load_data(facts.config, facts.data)
     recipe = sweep.make_recipe(settings, dataset)
     data = train.place_data(dataset, parallel.make_mesh(1), settings.train.precision)
 

@@ -115,7 +115,7 @@ def leaves(folder: Path, epoch: int) -> dict[str, bytes]:
 
     read = {}
     for name in checkpoint.read_facts(folder, epoch).crc32:
-        base = f"file://{(folder / str(epoch) / 'state').resolve()}/"
+        base = {"driver": "file", "path": f"{(folder / str(epoch) / 'state').resolve()}/"}
         spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
         leaf = np.asarray(tensorstore.open(spec, read=True).result().read().result())
         read[name] = str((leaf.dtype, leaf.shape)).encode() + leaf.tobytes()

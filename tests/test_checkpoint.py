@@ -34,6 +34,9 @@ def facts(epoch):
         measured=list(range(epoch)),
         versions={"jax": "1"},
         crc32={},
+        data={"train_images": 7},
+        random_bits={"jax_default_prng_impl": "threefry2x32"},
+        arithmetic={"mesh": "2 x 1"},
     )
 
 
