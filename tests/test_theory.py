@@ -153,18 +153,18 @@ SOLUTIONS = {
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_symmetric_solution_equals_explicit_matrices_at_equilibrium(name):
     head, means, logits, residuals, weight_decay = symmetric_problem(**SOLUTIONS[name])
-    norm_sq, cosine, floor = solve(logits, residuals, weight_decay)
+    norm_sq, cosine, predicted = solve(logits, residuals, weight_decay)
     centred = means - means.mean(0)
     assert norm_sq == pytest.approx(np.sum(head**2), rel=1e-12)
     rows = head / np.linalg.norm(head, axis=1, keepdims=True)
     off_diagonal = (rows @ rows.T)[~np.eye(4, dtype=bool)]
     np.testing.assert_allclose(off_diagonal, cosine, atol=1e-12)
     nc3 = np.sum((head / np.linalg.norm(head) - centred / np.linalg.norm(centred)) ** 2)
-    assert floor == pytest.approx(nc3, abs=1e-12)
+    assert predicted == pytest.approx(nc3, abs=1e-12)
     if name == "quasi_interpolation":
-        assert (cosine, floor) == (pytest.approx(-1 / 3, rel=1e-12), pytest.approx(0, abs=1e-12))
+        assert (cosine, predicted) == (pytest.approx(-1 / 3, rel=1e-12), pytest.approx(0, abs=1e-12))
     if name == "orthogonal_frame":
-        assert (cosine, floor) == (pytest.approx(0, abs=1e-12), pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12))
+        assert (cosine, predicted) == (pytest.approx(0, abs=1e-12), pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12))
 
 
 @pytest.mark.parametrize("seed", range(2))
