@@ -9,7 +9,8 @@ import xarray as xr
 from rich.table import Table
 
 from configs import digits
-from ncjax import experiment, history, preflight, report
+from ncjax import experiment, preflight, report
+from ncjax import history as histories
 from ncjax.config import Config
 from ncjax.errors import InputError
 
@@ -33,12 +34,12 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
 
     Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all are asked for.
     """
-    recorded = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
-    kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
+    history = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
+    kept = (history if every_epoch else history.isel(epoch=[-1])).drop_vars(histories.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
-    if not path.exists() or not history.load(path).equals(kept):  # the same numbers keep the file they have
-        history.save(kept, path)
+    if not path.exists() or not histories.load(path).equals(kept):  # the same numbers keep the file they have
+        histories.save(kept, path)
     return kept
 
 
@@ -47,7 +48,12 @@ def load(variant: str) -> xr.Dataset:
     path = HISTORIES / f"{variant}.nc"
     if not path.exists():
         raise InputError("history", str(path.relative_to(REPO)), "it was not trained yet; --train does")
-    return history.load(path)
+    return histories.load(path)
+
+
+def recorded(variant: str, config: Config, train: bool) -> xr.Dataset:
+    """Returns the history of a config that is kept, or trains it."""
+    return record(variant, config) if train else load(variant)
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -56,6 +62,7 @@ def changed(config: Config, **fields: object) -> Config:
     return config
 
 
+SEEDS = (0, 1, 2, 3, 4)
 # The three ways to meet the sum of the outputs: by the weights, by a free bias, not at all.
 SETTINGS = {
     "no bias": {"model__head_bias": "none"},
@@ -64,11 +71,11 @@ SETTINGS = {
 }
 
 
-def relaxed_digits() -> dict[str, xr.Dataset]:
+def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
     """Digits trained to equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
-    common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": (0, 1)}
+    common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": SEEDS}
     return {
-        name: record(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields))
+        name: recorded(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields), train)
         for name, fields in SETTINGS.items()
     }
 

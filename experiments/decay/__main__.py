@@ -1,18 +1,22 @@
 """Coupled, decoupled, Adam, AdamW: who reaches which equilibrium?"""
 
+import xarray as xr
+
 from configs import digits
 from experiments import common
 from ncjax import panels
 from ncjax.panels import Panel
 
-DECAYS = (1e-4, 3e-4, 1e-3, 3e-3)
+DECAYS = (3e-4, 1e-3, 3e-3)
+ADAM = {"train__optimizer": "adam", "sweep__learning_rate": 1e-3}
 OPTIMIZERS = {
-    "SGD, coupled": {"sweep__weight_decay": DECAYS},
+    "SGD, coupled": {"sweep__weight_decay": (0.0, *DECAYS)},
     # Decoupled, SGD with momentum 0.9 seeks lambda (1 - 0.9): ten times the number for the same equilibrium.
     "SGD, decoupled": {"sweep__weight_decay": tuple(10 * x for x in DECAYS), "train__decay": "decoupled"},
-    "Adam, coupled": {"sweep__weight_decay": DECAYS, "train__optimizer": "adam", "sweep__learning_rate": 1e-3},
-    "AdamW": {"sweep__weight_decay": (0.01, 0.1, 1.0, 3.0), "train__optimizer": "adamw", "sweep__learning_rate": 1e-3},
+    "Adam, coupled": {"sweep__weight_decay": (0.0, *DECAYS), **ADAM},
+    "AdamW": {"sweep__weight_decay": (0.0, 0.01, 0.1, 1.0, 3.0), **ADAM, "train__optimizer": "adamw"},
 }
+LOSSES = {"square": "", "cross_entropy": "cross_entropy_"}
 PANELS = (
     panels.HEAD_EQUILIBRIUM,
     Panel("Norm of the head (open: what balance asks)", r"$\Vert W_L\Vert_F^2$", ("head_norm_sq", "norm_target")),
@@ -21,14 +25,23 @@ PANELS = (
 )
 
 
-def main() -> None:
-    histories = {
-        name: common.record(
-            "decay_" + name.lower().replace(", ", "_"),
-            common.changed(digits.get_config(), train__epochs=1000, **fields),
-        )
-        for name, fields in OPTIMIZERS.items()
+def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
+    """Returns histories by loss and optimizer."""
+    common_fields = {"train__epochs": 1000, "sweep__seed": common.SEEDS}
+    return {
+        loss: {
+            name: common.recorded(
+                f"decay_{prefix}{name.lower().replace(', ', '_')}",
+                common.changed(digits.get_config(), loss=loss, **common_fields, **fields),
+                train,
+            )
+            for name, fields in OPTIMIZERS.items()
+        }
+        for loss, prefix in LOSSES.items()
     }
+
+
+def main(train: bool) -> None:
     rows = []
     for name, history in histories.items():
         final = history.isel(epoch=-1).sel(split="train")

@@ -1,5 +1,7 @@
 """Does a deeper linear head improve NC2, as Jacot et al. (2024) predict?"""
 
+import xarray as xr
+
 from configs import digits
 from experiments import common
 from ncjax import panels
@@ -16,22 +18,26 @@ PANELS = (
 )
 
 
-def main() -> None:
+def histories(train: bool) -> dict[str, xr.Dataset]:
     common_fields = {
         "model__widths": (128,) * 6,
         "model__head_bias": "free",
         "train__epochs": 2000,
         "sweep__learning_rate": 0.01,  # deep linear heads diverge at more
         "sweep__weight_decay": (1e-3, 3e-3),
-        "sweep__seed": (0, 1, 2),
+        "sweep__seed": common.SEEDS,
     }
-    histories = {
-        f"linear head of depth {depth}": common.record(
+    return {
+        f"linear head of depth {depth}": common.recorded(
             f"depth_{depth}",
             common.changed(digits.get_config(), model__linear_head_depth=depth, **common_fields),
+            train,
         )
         for depth in DEPTHS
     }
+
+
+def main(train: bool) -> None:
     measures = ("accuracy", "nc2_equiangular_means", "etf_error", "nc2_equinorm_means", "nc1", "nc3")
     rows = []
     for name, history in histories.items():

@@ -1,24 +1,44 @@
 """Where W_L^c = epsilon/(lambda (C-1)) (mu_c - mu_G) holds, and by the budget why not where it does not."""
 
 import numpy as np
+import xarray as xr
 
-from configs import ufm
+from configs import digits, ufm
 from experiments import common
 from ncjax import panels
+from ncjax.config import Config
 from ncjax.history import BUDGET_TERMS
 
 TERMS = tuple(BUDGET_TERMS)
 
 
-def main() -> None:
+def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
+    """Returns histories by network and setting; `digits, longer` goes on to smaller lambda with a free bias."""
+    decays = {"sweep__weight_decay": (3e-3, 6e-3, 1.2e-2, 2.4e-2)}
     features = {
-        name: common.record(
-            f"ufm_{name.replace(' ', '_')}",
-            common.changed(ufm.get_config(), sweep__weight_decay=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **fields),
+        name: common.recorded(
+            f"ufm_{name.replace(' ', '_')}", common.changed(ufm.get_config(), **decays, **fields), train
         )
         for name, fields in common.SETTINGS.items()
     }
-    networks = {"UFM": features, "digits": common.relaxed_digits()}
+    longer = common.recorded("digits_free_bias_long", long_digits(), train)
+    return {"UFM": features, "digits": common.relaxed_digits(train), "digits, longer": {"free bias": longer}}
+
+
+def long_digits() -> Config:
+    """Returns the config whose lambdas take 14,000 epochs to relax: 2 lambda t is 3.1 at the least of them."""
+    fields = {
+        "model__head_bias": "free",
+        "train__epochs": 14_000,
+        "checkpoint__every": 1000,
+        "sweep__weight_decay": (1e-5, 3e-5),
+        "sweep__seed": common.SEEDS,
+    }
+    return common.changed(digits.get_config(), **fields)
+
+
+def main(train: bool) -> None:
+    networks = histories(train)
     rows = []
     for network, by_setting in networks.items():
         for setting, history in by_setting.items():
