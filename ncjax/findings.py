@@ -180,7 +180,7 @@ def prepare(
     )
 
 
-def _class_weights(counts: np.ndarray, global_mean: str) -> np.ndarray:
+def _class_weights(counts: Any, global_mean: str) -> np.ndarray:
     """What mu_G weighs the class means by."""
     return counts if global_mean == "examples" else np.ones(len(counts))
 

@@ -144,8 +144,13 @@ def missing(history: xr.Dataset) -> str:
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
-    """Where weight decay has put a network out: outputs are 0, and there is nothing to collapse."""
-    return history["epsilon"].sel(split="train", drop=True) > 0.999
+    """Where weight decay has put a network out: outputs are the same for every input, and there is nothing to collapse.
+
+    1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with cross-entropy), whatever meets
+    their sum: epsilon alone stops at (C-1)/C where a bias does, or where targets are centred.
+    """
+    train = history[["epsilon", "delta"]].sel(split="train", drop=True)
+    return abs(1 - train["epsilon"] - train["delta"]) < 1e-3
 
 
 def save(history: xr.Dataset, path: Path) -> None:

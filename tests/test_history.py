@@ -109,11 +109,17 @@ def test_extinct_runs_are_those_whose_outputs_weight_decay_has_put_to_0(grid):
         0.9995,
         1.0,
     ]
+    dataset["delta"][:] = 0.0
     dataset["epsilon"].loc[{"split": "test", "epoch": 3}] = 1.0  # which tells nothing: the training split decides
     out = history.extinct(dataset)
     assert out.dims == ("weight_decay", "learning_rate", "seed", "epoch")
     assert not out.sel(epoch=0).any()
     np.testing.assert_array_equal(out.sel(epoch=3).any(["learning_rate"]), [[False] * 3, [False, True, True]])
+    # Where a bias meets the sum of the outputs, epsilon is (C-1)/C of what decay has put out, and delta the rest of 1.
+    dataset["epsilon"][:], dataset["delta"][:] = 2 / 3, 1 / 3
+    assert history.extinct(dataset).all()
+    dataset["delta"][:] = 0.4  # worse than nothing is no case of it
+    assert not history.extinct(dataset).any()
     dataset["epsilon"][:] = np.nan
     assert not history.extinct(dataset).any()  # diverged is not put out
 
