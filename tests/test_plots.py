@@ -81,14 +81,9 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
         metrics["relaxation_time"] = 2 * decay * metrics["flow_time"]
         metrics["mode_eigenvalues"] = -np.sort(-metrics["mode_eigenvalues"])
         metrics["budget_gradient"] = 1 - sum(metrics[f"budget_{term}"] for term in TERMS[:-1])
-        predicted = {
-            "theorem_residual",
-            "norm_target",
-            "relaxation_time",
-            "symmetric_nc3",
-            *(f"budget_{t}" for t in TERMS),
-        }
-        for name in {"equilibrium_residual", "predicted_head_norm_sq", "predicted_head_cosine", *predicted}:
+        undefined = {"equilibrium_residual", "theorem_residual", "norm_target", "relaxation_time", "symmetric_nc3"}
+        undefined |= {"predicted_head_norm_sq", "predicted_head_cosine", *(f"budget_{term}" for term in TERMS)}
+        for name in undefined:
             metrics[name][decay == 0] = np.nan
         for name in ("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"):
             metrics[name][:] = np.nan
