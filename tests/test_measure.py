@@ -104,7 +104,7 @@ def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
     h, labels, _, _ = split(sizes=[1, 2, 40, 7, 11])
     means = np.stack([h[labels == c].mean(0) for c in range(5)])
     weights = np.ones(5) if global_mean == "classes" else np.bincount(labels)
-    head = means - weights @ means / weights.sum() + np.outer(weights, np.arange(8.0)) / 20
+    head = means - weights @ means / weights.sum() + np.outer(weights / weights.max(), np.arange(8.0)) / 2
     got = measure.measure(h, labels, head=head, global_mean=global_mean)
     assert got["nc3_floor"] == pytest.approx(got["nc3"], rel=1e-9)
     assert got["nc3"] > 0.1

@@ -369,7 +369,8 @@ def test_a_run_that_decay_has_put_out_is_counted_and_not_drawn():
     history = make_history(weight_decay=(1e-3, 1e-2))
     for figure in (figures.collapse_against_lambda({"": history}), theory_figures.theory_against_lambda({"": history})):
         assert "put out" not in "".join(words(figure))
-    history["epsilon"].loc[{"split": "train", "epoch": 10, "weight_decay": 1e-2, "seed": 1}] = 0.9999
+    out = {"split": "train", "epoch": 10, "weight_decay": 1e-2, "seed": 1}
+    history["epsilon"].loc[out], history["delta"].loc[out] = 0.6666, 0.3333  # a bias meets the sum
     history["nc3"].loc[{"split": "train", "epoch": 10, "weight_decay": 1e-2}] = [0.25, 3.75]
     figure = figures.collapse_against_lambda({"": history})
     assert "1 runs that weight decay has put out are not shown" in words(figure)[0]
