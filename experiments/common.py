@@ -1,16 +1,22 @@
-"""What every experiment does: train configs through ncjax, keep their histories, print a table, save a figure."""
+"""What every experiment does: train configs through ncjax, keep their histories, print tables, save figures.
+
+An experiment has `histories(train)`, which trains its configs or reads what was kept of them, and `tables(histories)`,
+which makes its tables of that. Its command prints them; `python -m experiments.tables` compares them with the READMEs.
+"""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import xarray as xr
-from rich.table import Table
 
 from configs import digits
-from ncjax import experiment, preflight, report
-from ncjax import history as histories
+from ncjax import config as configuration
+from ncjax import experiment, history, preflight, report
 from ncjax.config import Config
 from ncjax.errors import InputError
 
@@ -21,12 +27,31 @@ REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
 
 
-def start(main: Callable[[], None], description: str | None) -> None:
-    """An experiment takes no options: --help says what it does, anything else is refused before it trains."""
+class Table(NamedTuple):
+    """A caption for the console, and the cells as they stand in a README."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def lines(self) -> list[str]:
+        """Returns the table as Markdown."""
+        headings, *rows = (f"| {' | '.join(row)} |" for row in (self.headings, *self.rows))
+        return [headings, "|" + "---|" * len(self.headings), *rows]
+
+
+def start(main: Callable[[bool], None], description: str | None) -> None:
+    """Runs an experiment's command: with --train it trains, else it reads the histories."""
     name = Path(main.__code__.co_filename).parent.name
     formatter = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter)
+    parser.add_argument("--train", action="store_true", help="train in runs/experiments, instead of reading histories/")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.train)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
@@ -34,26 +59,31 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
 
     Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all are asked for.
     """
-    history = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
-    kept = (history if every_epoch else history.isel(epoch=[-1])).drop_vars(histories.COSINES)
+    recorded = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
+    kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
-    if not path.exists() or not histories.load(path).equals(kept):  # the same numbers keep the file they have
-        histories.save(kept, path)
+    if not path.exists() or not history.load(path).equals(kept):  # the same numbers keep the file they have
+        history.save(kept, path)
     return kept
 
 
-def load(variant: str) -> xr.Dataset:
-    """The history that `record` kept, or InputError."""
+def load(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
+    """Returns the history that `record` kept with the same arguments, or raises InputError."""
     path = HISTORIES / f"{variant}.nc"
+    name = str(path.relative_to(REPO))
     if not path.exists():
-        raise InputError("history", str(path.relative_to(REPO)), "it was not trained yet; --train does")
-    return histories.load(path)
+        raise InputError("history", name, "it was not trained yet; --train does")
+    kept = history.load(path)
+    differences = configuration.differences(configuration.validate(config), json.loads(kept.attrs["config"]))
+    if differences:
+        raise InputError("history", name, f"{differences[0]}; --train trains it anew")
+    return kept if every_epoch else kept.isel(epoch=[-1])
 
 
-def recorded(variant: str, config: Config, train: bool) -> xr.Dataset:
-    """Returns the history of a config that is kept, or trains it."""
-    return record(variant, config) if train else load(variant)
+def recorded(variant: str, config: Config, train: bool, *, every_epoch: bool = False) -> xr.Dataset:
+    """Returns the history of a config that was kept, or trains it."""
+    return (record if train else load)(variant, config, every_epoch=every_epoch)
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -71,8 +101,14 @@ SETTINGS = {
 }
 
 
+def demo(train: bool) -> xr.Dataset:
+    """Returns configs/digits.py over ten seeds, at every epoch measured; shared by digits and lemma2."""
+    config = changed(digits.get_config(), sweep__seed=tuple(range(10)))
+    return recorded("digits", config, train, every_epoch=True)
+
+
 def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
-    """Digits trained to equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
+    """Digits, the head near equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
     common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": SEEDS}
     return {
         name: recorded(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields), train)
@@ -80,17 +116,36 @@ def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
     }
 
 
-def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    report.make_console().print(table)
+def print_tables(tables: Mapping[str, Table]) -> None:
+    """Prints tables as a README holds them."""
+    for table in tables.values():
+        print("", table.caption, "", *table.lines(), "", sep="\n")
+
+
+def number(value: float) -> str:
+    """Formats a swept value: 1e-4, 0.01."""
+    value = float(f"{value:g}")
+    return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"
 
 
 def over_seeds(values: xr.DataArray) -> str:
-    return report.mean_and_sd(values.values)
+    """Formats mean ± sd."""
+    return report.mean_and_sd(values.values).replace("±", " ± ")
+
+
+def sum_of_rows(run: xr.Dataset) -> xr.DataArray:
+    """Returns ||1^T W_L||^2/||W_L||^2, from the floor of NC3: 1 for an orthogonal frame, 0 for a simplex ETF."""
+    return run.sizes["label"] * (1 - (1 - run["nc3_floor"] / 2) ** 2)
+
+
+def per_decay(values: xr.DataArray, *, least_in_bold: bool = False) -> list[str]:
+    """Formats mean ± sd over seeds at every weight decay."""
+    values = values.transpose("weight_decay", "seed")
+    cells = [over_seeds(one) for one in values]
+    if least_in_bold:
+        least = int(values.mean("seed").values.argmin())
+        cells[least] = f"**{cells[least]}**"
+    return cells
 
 
 def save(figure: "Figure", name: str, stem: str = "") -> None:

@@ -1,5 +1,8 @@
 """Coupled, decoupled, Adam, AdamW: who reaches which equilibrium?"""
 
+from collections.abc import Mapping
+
+import numpy as np
 import xarray as xr
 
 from configs import digits
@@ -41,38 +44,46 @@ def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
     }
 
 
-def main(train: bool) -> None:
-    rows = []
-    for name, history in histories.items():
+def tables(by_loss: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, common.Table]:
+    return {loss: _table(loss, by_optimizer) for loss, by_optimizer in by_loss.items()}
+
+
+def _table(loss: str, by_optimizer: Mapping[str, xr.Dataset]) -> common.Table:
+    rows, headings = [], ()
+    for name, history in by_optimizer.items():
         final = history.isel(epoch=-1).sel(split="train")
-        for weight_decay in final["weight_decay"].values:
-            run = final.sel(weight_decay=weight_decay)
-            norms = run["weight_norm_sq"]
-            cells = (
-                run["accuracy"],
-                run["equilibrium_residual"].sel(layer="head"),
-                norms.min("layer") / norms.max("layer"),
-                norms.sel(layer="head") / run["norm_target"],
-                run["nc1"],
-                run["nc3"],
-                run["epsilon"],
-            )
-            effective = f"{float(run['effective_decay'][0]):.3g}"
-            rows.append((name, f"{weight_decay:g}", effective, *map(common.over_seeds, cells)))
-    headings = ("optimizer", "lambda", "effective", "train acc", "head eq. residual", "least/greatest ||W_k||^2")
-    common.show(
-        "Digits, 1000 epochs, mean±sd over 3 seeds",
-        (*headings, "||W_L||^2/target", "nc1", "nc3", "epsilon"),
-        rows,
-    )
-    by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in histories.items()}
-    figure, _ = panels.against_lambda(
-        by_effective, PANELS, "weight decay: the effective one; AdamW has none, hence as given"
-    )
-    common.save(figure, "decay")
+        norms = final["weight_norm_sq"]
+        of_head = norms.sel(layer="head")
+        shown = {
+            "train acc": final["accuracy"],
+            "head eq. residual": final["equilibrium_residual"].sel(layer="head"),
+            "least/greatest norm^2": norms.min("layer") / norms.max("layer"),
+            "norm^2/target": of_head / final["norm_target"],
+            "nc0": (common.sum_of_rows(final) * of_head) ** 0.5,
+            "nc1": final["nc1"],
+            "etf_error": final["etf_error"],
+            "nc3": final["nc3"],
+            "epsilon": final["epsilon"],
+        }
+        effective = ["-" if name == "AdamW" else common.number(value) for value in _effective(history)]
+        decays = map(common.number, final["weight_decay"].values)
+        rows += [(name, *row) for row in zip(decays, effective, *map(common.per_decay, shown.values()), strict=True)]
+        headings = (f"optimizer (n = {history.sizes['seed']})", "lambda", "effective", *shown)
+    return common.Table(f"Digits, {loss.replace('_', '-')}, 1000 epochs; training split", headings, rows)
 
 
-def _effective(history):
+def main(train: bool) -> None:
+    by_loss = histories(train)
+    common.print_tables(tables(by_loss))
+    for loss, by_optimizer in by_loss.items():
+        by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in by_optimizer.items()}
+        figure, _ = panels.against_lambda(
+            by_effective, PANELS, f"{loss}; weight decay: the effective one; AdamW has none, hence as given"
+        )
+        common.save(figure, "decay", f"decay_{loss}")
+
+
+def _effective(history: xr.Dataset) -> np.ndarray:
     return history["effective_decay"].isel(epoch=-1, seed=0).values
 
 

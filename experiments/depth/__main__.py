@@ -1,5 +1,7 @@
 """Does a deeper linear head improve NC2, as Jacot et al. (2024) predict?"""
 
+from collections.abc import Mapping
+
 import xarray as xr
 
 from configs import digits
@@ -8,6 +10,18 @@ from ncjax import panels
 from ncjax.panels import Panel
 
 DEPTHS = (1, 2, 3, 4)
+MEASURES = {
+    "accuracy": "train acc",
+    "nc2_equiangular_means": "angles of means",
+    "nc2_cosine_std_head": "cosine std of head",
+    "nc2_equinorm_means": "norms of means",
+    "etf_error": "etf_error",
+    "nc3": "nc3",
+    "nc1": "nc1",
+    "nc1_trace_ratio": "total scatter",
+    "nc1_row_space": "share the head sees",
+    "relaxation_time": "2 lambda t",
+}
 PANELS = (
     Panel("NC2: equal angles of means", r"mean of $|\cos+1/(C-1)|$", ("nc2_equiangular_means",)),
     Panel("NC2: distance of means to a simplex ETF", "etf_error", ("etf_error",)),
@@ -19,6 +33,7 @@ PANELS = (
 
 
 def histories(train: bool) -> dict[str, xr.Dataset]:
+    """Returns histories by depth of the linear head."""
     common_fields = {
         "model__widths": (128,) * 6,
         "model__head_bias": "free",
@@ -37,21 +52,21 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
     }
 
 
-def main(train: bool) -> None:
-    measures = ("accuracy", "nc2_equiangular_means", "etf_error", "nc2_equinorm_means", "nc1", "nc3")
-    rows = []
-    for name, history in histories.items():
+def tables(by_depth: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
+    rows, headings = [], ()
+    for name, history in by_depth.items():
         final = history.isel(epoch=-1).sel(split="train")
-        for weight_decay in final["weight_decay"].values:
-            run = final.sel(weight_decay=weight_decay)
-            cells = (*(run[m] for m in measures), run["nc2_cosine_std_head"], run["relaxation_time"])
-            rows.append((name.rsplit(" ", 1)[1], f"{weight_decay:g}", *map(common.over_seeds, cells)))
-    common.show(
-        "Digits, 64-128x6-10 with a free bias, 2000 epochs, mean±sd over 3 seeds; training split",
-        ("linear depth", "lambda", *measures, "cosine std head", "2 lambda t"),
-        rows,
-    )
-    figure, _ = panels.against_lambda(histories, PANELS, "64-128-128-128-128-128-128-10, free head bias")
+        columns = [common.per_decay(final[measure]) for measure in MEASURES]
+        decays = map(common.number, final["weight_decay"].values)
+        rows += [(name.rsplit(" ", 1)[1], *row) for row in zip(decays, *columns, strict=True)]
+        headings = (f"linear depth (n = {history.sizes['seed']})", "lambda", *MEASURES.values())
+    return {"depth": common.Table("Digits, 64-128x6-10 with a free bias, 2000 epochs; training split", headings, rows)}
+
+
+def main(train: bool) -> None:
+    by_depth = histories(train)
+    common.print_tables(tables(by_depth))
+    figure, _ = panels.against_lambda(by_depth, PANELS, "64-128-128-128-128-128-128-10, free head bias")
     common.save(figure, "depth")
 
 
