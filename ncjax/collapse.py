@@ -268,6 +268,20 @@ def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Flo
     return jnp.sum((head / jnp.linalg.norm(head) - centred / jnp.linalg.norm(centred)) ** 2)
 
 
+def nc3_floor(head: Float[Array, "C p"], class_weights: Float[Array, " C"]) -> Float[Array, ""]:
+    """Returns the least NC3 that class means leave this head: 2 - 2 ||P W||_F/||W||_F, P = I - J/C, at any weights.
+
+    Centred means sum to 0, so <W, Mdot^T> = <P W, Mdot^T> <= ||P W||_F ||Mdot||_F. Where mu_G weighs classes by
+    `class_weights` v, it is v^T Mdot^T that is 0, and P = I - v v^T/||v||^2.
+    """
+    direction = class_weights / jnp.linalg.norm(class_weights)
+    outside = direction @ head
+    inside = head - direction[:, None] * outside[None]
+    # 2 - 2 s = 2 (1 - s^2)/(1 + s), with no difference of near numbers.
+    norm = jnp.linalg.norm(head)
+    return 2 * jnp.sum((outside / norm) ** 2) / (1 + jnp.linalg.norm(inside) / norm)
+
+
 def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]:
     """epsilon and delta, and how far `ClassMeans.residuals` are from the symmetric quasi-interpolation of theory.
 
@@ -302,10 +316,10 @@ def _interpolation(epsilon: Array, delta: Array, asymmetry: Array, num_classes: 
 
 
 def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
-    """Geometry of the head alone, float64."""
+    """Geometry of the head alone, and the NC3 that it cannot go below, float64."""
     with jax.enable_x64(True):
         (rows,) = _float64(head)
-        return geometry(rows, "head")
+        return geometry(rows, "head") | {"nc3_floor": nc3_floor(rows, jnp.ones(len(rows)))}
 
 
 def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]) -> dict[str, Array]:

@@ -216,7 +216,7 @@ def _predictions(
         "theorem_residual": theory.theorem_residual(epsilon, head, collapse.centred_means(mu), weight_decay),
         "predicted_head_norm_sq": solution.head_norm_sq,
         "predicted_head_cosine": solution.head_cosine,
-        "nc3_floor": solution.nc3_floor,
+        "symmetric_nc3": solution.nc3,
         "normalized_margin": theory.normalized_margin(logit_part, norms_sq),
         "class_mean_logits": logits,
         **theory.budget_account(terms, head, weight_decay),

@@ -22,7 +22,10 @@ _MOST_LABELLED_CLASSES = 30
 
 _NORMS = ("nc2_equinorm_means", "nc2_equinorm_head")
 _ANGLES = ("nc2_equiangular_means", "nc2_equiangular_head")
-_PREDICTED = "dashed: NC3 and the head's angles of a symmetric solution at equilibrium with the same mean outputs"
+_PREDICTED = (
+    "dashed: the least NC3 that any class means leave the head; "
+    "the head's angles of a symmetric solution at equilibrium with the same mean outputs"
+)
 PANELS = (
     panels.NC1,
     Panel("NC2: equal norms (solid: means, dotted: head)", "std / mean over classes", _NORMS),

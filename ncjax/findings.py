@@ -141,7 +141,7 @@ def prepare(
     counts = sums.examples[present]
     means: Any = sums.features[present] / counts[:, None]
     means += sums.pivots[present]
-    weights = counts if global_mean == "examples" else np.ones(len(present))
+    weights = _class_weights(counts, global_mean)
     centred: Any = means - (weights / weights.sum()) @ means
     size = np.abs(centred).max()
     if dtype != np.float64 and size and not _LEAST < size < _MOST:
@@ -178,6 +178,11 @@ def prepare(
         with_logits=sums.logits is not None,
         frames=jax.tree.map(lambda a: a.astype(dtype, copy=False), Frames(**frames)),
     )
+
+
+def _class_weights(counts: Any, global_mean: str) -> np.ndarray:
+    """What mu_G weighs the class means by."""
+    return counts if global_mean == "examples" else np.ones(len(counts))
 
 
 def _check_head(head: Any, bias: Any, shape: tuple[int, ...]) -> tuple[Any, Any, float]:
@@ -223,7 +228,8 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         )
         notes: list[str] = []
         if reference.head is not None:
-            metrics |= _of_head(reference.head, reference.centred, deviations.within, deviations.along_head)
+            weights = _class_weights(counts, reference.asked.global_mean)
+            metrics |= _of_head(reference.head, reference.centred, weights, deviations.within, deviations.along_head)
         residuals = None if reference.outputs is None else _mean_residuals(reference, deviations)
         if reference.frames.near is not None:
             metrics |= _outputs(reference, deviations, residuals)
@@ -259,12 +265,13 @@ def _of_means(
 
 
 @jax.jit
-def _of_head(head: Array, centred: Array, within: Array, along_head: Array) -> dict[str, Array]:
+def _of_head(head: Array, centred: Array, class_weights: Array, within: Array, along_head: Array) -> dict[str, Array]:
     """NC2 and NC3 of a head, and the share of the scatter that it sees."""
     return collapse.geometry(head, "head") | {
         "nc1_row_space": along_head.sum() / within.sum(),
         "nc3": collapse.self_duality(head, centred),
         "nc3_centered": collapse.self_duality(head - head.mean(0, keepdims=True), centred),
+        "nc3_floor": collapse.nc3_floor(head, class_weights),
         "weight_norm_sq": jnp.sum(head**2),
     }
 
@@ -331,7 +338,7 @@ def _equilibrium(reference: Reference, deviations: Deviations, residuals: Any, n
     }
     if residuals is None or counts.min() != counts.max():
         why = "the same number of examples in each class" if residuals is not None else f"at most {MOST_SQUARE} classes"
-        notes.append(f"theorem_residual, nc3_floor, predictions and budget are left out: they need {why}")
+        notes.append(f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}")
         return metrics
     logits = means @ head.T
     logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)
@@ -340,7 +347,7 @@ def _equilibrium(reference: Reference, deviations: Deviations, residuals: Any, n
     epsilon = _interpolation(residuals)["epsilon"]
     return metrics | {
         "theorem_residual": theory.theorem_residual(epsilon, head, centred, decay),
-        "nc3_floor": solution.nc3_floor,
+        "symmetric_nc3": solution.nc3,
         "predicted_head_norm_sq": solution.head_norm_sq,
         "predicted_head_cosine": solution.head_cosine,
         **theory.budget_account(terms, head, decay),

@@ -51,6 +51,9 @@ VOCABULARY: dict[str, Variable] = {
     "etf_error": Variable(_SPLIT, "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means"),
     "nc3": Variable(_SPLIT, "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2"),
     "nc3_centered": Variable(_SPLIT, "nc3 with the rows of W_L centred"),
+    "nc3_floor": Variable(
+        (), "2 - 2 ||P W_L||_F/||W_L||_F, P = I - J/C: the least nc3 that any class means leave this head"
+    ),
     "nc4": Variable(_SPLIT, "share of examples whose largest output is not that of the nearest class mean"),
     "epsilon": Variable(_SPLIT, "mean residual y - f of an example's own class (f: probabilities with cross-entropy)"),
     "delta": Variable(_SPLIT, "minus the mean residual of the other classes"),
@@ -62,7 +65,7 @@ VOCABULARY: dict[str, Variable] = {
     "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||"),
     "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
     "theorem_residual": Variable((), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"),
-    "nc3_floor": Variable((), "nc3 of a symmetric solution at equilibrium with the same mean outputs"),
+    "symmetric_nc3": Variable((), "nc3 of a symmetric solution at equilibrium with the same mean outputs"),
     "predicted_head_norm_sq": Variable(
         (), "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs"
     ),
@@ -144,8 +147,13 @@ def missing(history: xr.Dataset) -> str:
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
-    """Where weight decay has put a network out: outputs are 0, and there is nothing to collapse."""
-    return history["epsilon"].sel(split="train", drop=True) > 0.999
+    """Where weight decay has put a network out: outputs are the same for every input, and there is nothing to collapse.
+
+    1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with cross-entropy), whatever meets
+    their sum: epsilon alone stops at (C-1)/C where a bias does, or where targets are centred.
+    """
+    train = history[["epsilon", "delta"]].sel(split="train", drop=True)
+    return abs(1 - train["epsilon"] - train["delta"]) < 1e-3
 
 
 def save(history: xr.Dataset, path: Path) -> None:
@@ -188,7 +196,7 @@ def load(path: Path) -> xr.Dataset:
     lost = sorted(_COORDINATES - set(history.indexes))
     if lost:
         raise InputError("history", str(path), f"it lacks the coordinate {lost[0]}; it is damaged, or no history")
-    return history
+    return _renewed(history)
 
 
 def _read_verified(path: Path) -> bytes:
@@ -203,3 +211,21 @@ def _read_verified(path: Path) -> bytes:
                 f"does not match {_sums(path).name}: one of them was changed or damaged; restore it, or train anew"
             )
             raise InputError("history", str(path), f"{way_out} in another WORKDIR")
+
+
+def _renewed(history: xr.Dataset) -> xr.Dataset:
+    """Gives a history of an older version today's names and variables.
+
+    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition kept with every variable says. The true
+    floor follows from what such a history holds: 1 - nc3/2 = (1 - nc3_centered/2) ||P W_L||_F/||W_L||_F.
+    """
+    floor, symmetric = VOCABULARY["nc3_floor"], VOCABULARY["symmetric_nc3"]
+    if "nc3_floor" not in history or history["nc3_floor"].attrs.get("definition") != symmetric.definition:
+        return history
+    history = history.rename(nc3_floor="symmetric_nc3")
+    if not {"nc3", "nc3_centered"} <= set(history):
+        return history
+    duality, centred = (history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered"))
+    share = ((2 - duality.astype(np.float64)) / (2 - centred.astype(np.float64))).clip(max=1)
+    attrs = {"definition": floor.definition, "units": "1"}
+    return history.assign(nc3_floor=(2 - 2 * share).astype(duality.dtype).assign_attrs(attrs))

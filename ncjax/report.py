@@ -1,5 +1,6 @@
 """What a run says: a live line while it trains, a table and a verdict when it is done."""
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ncjax.history import RELAXED, extinct
+from ncjax.history import RELAXED, VOCABULARY, extinct
 
 # Columns of the final tables: heading, variable, what selects one number of it. Empty columns are left out.
 _TRAIN, _TEST, _HEAD = {"split": "train"}, {"split": "test"}, {"layer": "head"}
@@ -46,6 +47,8 @@ _THEORY: _Columns = (
     ("gradient", "budget_gradient", {}),
 )
 _MET = 1e-6  # relative: a closed form is met, or another solution was
+# What outputs that are 0 up to rounding seem to say: all are right, and collapsed.
+_OF_OUTPUTS = {"accuracy", *(name for name in VOCABULARY if name.startswith(("nc1", "nc2", "nc3", "nc4")))}
 
 
 class Progress:
@@ -162,19 +165,27 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
     seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
     spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
     _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
+    for line in _degenerate(history):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
     """One row per weight decay (and other swept setting): mean ± sd over seeds."""
     names, settings = _settings(history)
     final, seeds = history.isel(epoch=-1), history.sizes["seed"]
+    out = extinct(final)
     keys = [[f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)] for index in settings]
     columns = []
     for heading, variable, select in chosen:
-        cells = [mean_and_sd(final[variable].sel(select).values[index]) for index in settings]
+        values = final[variable].sel(select)
+        values = values.where(~out) if variable in _OF_OUTPUTS else values
+        cells = [mean_and_sd(values.values[index]) for index in settings]
         if set(cells) != {"-"}:
             columns.append((heading, cells))
     runs = [int(final["finite"].values[index].sum()) for index in settings]
+    put_out = [int(out.values[index].sum()) for index in settings]
+    if max(put_out) > 0:
+        columns.insert(0, ("put out", [f"{count} of {seeds}" for count in put_out]))
     if min(runs) < seeds:
         columns.insert(0, ("finite runs", [f"{count} of {seeds}" for count in runs]))
     for i, part in enumerate(_fit(columns, console.width - 14 * len(names))):
@@ -224,6 +235,28 @@ def _least(history: xr.Dataset) -> list[str]:
     return lines
 
 
+def _degenerate(history: xr.Dataset) -> list[str]:
+    """Which numbers of the table of collapse do not say what they seem to."""
+    final = history.isel(epoch=-1)
+    out, lines = extinct(final), []
+    if out.any():
+        lines.append("put out: outputs are the same for every input; accuracy and nc1 to nc4 are of the other runs")
+    rank = min(history.sizes["label"] - 1, json.loads(history.attrs["config"])["model"]["widths"][-1])
+    lost = (final["nc1_rank"].sel(split="train", drop=True) < rank) & ~out
+    if lost.any():
+        where = f"{int(lost.sum())} runs at lambda = {_decays_where(lost)}"
+        lines.append(f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class means are one")
+    if history.attrs["per_class"] == "1":
+        lines.append("one example in each class: nc1 and cdnv of the training split are 0 whatever is learned")
+    return lines
+
+
+def _decays_where(condition: xr.DataArray) -> str:
+    """Lists the lambdas at which any run meets a condition."""
+    met = condition.any([dim for dim in condition.dims if dim != "weight_decay"])
+    return ", ".join(f"{value:g}" for value in condition["weight_decay"].values[met.values])
+
+
 def _short(history: xr.Dataset) -> list[str]:
     """Which lambdas the run is too short for, and the epochs that would do (the clock is proportional to them)."""
     final = history["relaxation_time"].isel(epoch=-1)
@@ -255,8 +288,7 @@ def _closed_form(history: xr.Dataset) -> list[str]:
         line += "; largest error of those: " + ", ".join(
             f"{name} {float(e.where(met).max()):.1g}" for name, e in errors.items()
         )
-    elsewhere = (exists & ~met).any([dim for dim in met.dims if dim != "weight_decay"])
+    elsewhere = exists & ~met
     if elsewhere.any():
-        decays = ", ".join(f"{value:g}" for value in final["weight_decay"].values[elsewhere.values])
-        line += f"; not by all at lambda = {decays}, where modes died or the run is short"
+        line += f"; not by all at lambda = {_decays_where(elsewhere)}, where modes died or the run is short"
     return [line]

@@ -101,12 +101,13 @@ class SymmetricSolution(NamedTuple):
     Attributes:
       head_norm_sq: ||W||_F^2.
       head_cosine: cos(W^c, W^c') of every pair.
-      nc3_floor: NC3, 0 only where the sum of the outputs is met by a bias or not asked for.
+      nc3: NC3, 0 only where the sum of the outputs is met by a bias or not asked for. No bound: where classes are not
+        alike, NC3 may be less; the floor at any weights is `collapse.nc3_floor`.
     """
 
     head_norm_sq: Float[Array, ""]
     head_cosine: Float[Array, ""]
-    nc3_floor: Float[Array, ""]
+    nc3: Float[Array, ""]
 
 
 def symmetric_solution(

@@ -83,6 +83,7 @@ _THEORY_PANELS = (
 
 _SYMMETRIC = (
     "dashed: symmetric solution with the same mean outputs, valid at equilibrium once K is small beside $\\lambda W_L$"
+    "\n(of NC3: the least that any class means leave the head, always valid)"
 )
 
 

@@ -92,6 +92,13 @@ def oracle_geometry(rows: np.ndarray, suffix: str) -> dict[str, float]:
     }
 
 
+def oracle_nc3_floor(head: np.ndarray) -> float:
+    """NC3 against the centred rows of the head themselves, which no class means come nearer to."""
+    head = np.asarray(head, np.float64)
+    centred = head - head.mean(0)
+    return np.sum((head / np.sqrt(np.sum(head**2)) - centred / np.sqrt(np.sum(centred**2))) ** 2)
+
+
 def oracle_symmetric_part(matrix: np.ndarray) -> tuple[float, float, np.ndarray]:
     """(u, v, E): matrix = u (I - J/C) + v J/C + E, by Frobenius projection on the first two."""
     num_classes = len(matrix)

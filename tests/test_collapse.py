@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_geometry, oracle_split, oracle_symmetric_part, simplex_etf
+from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part, simplex_etf
 
 from ncjax import collapse
 
@@ -293,13 +293,48 @@ def test_nc4_counts_disagreement_with_the_nearest_class_mean(offset):
 def test_head_geometry_equals_its_definition():
     head = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
     got = collapse.measure_head(jnp.asarray(head))
-    assert_equal({name: np.asarray(value) for name, value in got.items()}, oracle_geometry(head, "head"), 1e-12)
+    expected = oracle_geometry(head, "head") | {"nc3_floor": oracle_nc3_floor(head)}
+    assert_equal({name: np.asarray(value) for name, value in got.items()}, expected, 1e-12)
+
+
+@jax.jit
+@jax.vmap
+def nc3s_and_floor(head, means):
+    """(nc3, nc3_centered, nc3_floor) of a head and class means."""
+    centred, centred_head = (rows - rows.mean(0, keepdims=True) for rows in (means, head))
+    duality = (collapse.self_duality(rows, centred) for rows in (head, centred_head))
+    return *duality, collapse.nc3_floor(head, jnp.ones(len(head)))
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(2, 1), (3, 7), (10, 4)])
+def test_no_class_means_bring_nc3_below_its_floor_and_the_centred_head_attains_it(num_classes, dim):
+    rng = np.random.default_rng(0)
+    # From a head that is centred to one that has nothing else.
+    common = 10 ** rng.uniform(-8, 3, (1000, 1, 1)) * rng.standard_normal((1000, 1, dim))
+    head = rng.standard_normal((1000, num_classes, dim)) + common
+    share = np.linalg.norm(head - head.mean(1, keepdims=True), axis=(1, 2)) / np.linalg.norm(head, axis=(1, 2))
+    others = rng.standard_normal(head.shape)
+    with jax.enable_x64(True):
+        for means in (others, head + 0.1 * others, head):
+            nc3, centred, floor = (np.asarray(value) for value in nc3s_and_floor(head, means))
+            assert (floor >= 0).all()
+            assert (floor <= nc3 + 1e-12).all()
+            np.testing.assert_allclose(1 - nc3 / 2, (1 - centred / 2) * share, atol=1e-12)
+    np.testing.assert_allclose(nc3, floor, rtol=1e-6, atol=1e-13)  # the means were the head
+
+
+def test_the_floor_is_that_of_the_frames_known():
+    heads = 3 * np.eye(10, 12), simplex_etf(10, 12), np.ones((10, 12))
+    with jax.enable_x64(True):
+        *_, floors = nc3s_and_floor(np.stack(heads), np.stack([np.eye(10, 12)] * 3))
+    np.testing.assert_allclose(floors, [2 - 2 * np.sqrt(0.9), 0, 2], rtol=1e-14, atol=1e-28)
 
 
 @pytest.mark.parametrize("num_classes", [5, 9])
 def test_pairs_of_classes_taken_a_few_rows_at_a_time_give_the_same(num_classes, monkeypatch):
     features, outputs, labels, head = random_split(num_classes=num_classes)
     expected = oracle_split(features, outputs, labels, head) | oracle_geometry(head, "head")
+    expected["nc3_floor"] = oracle_nc3_floor(head)
     monkeypatch.setattr(collapse, "_MOST_PAIRS", 2 * num_classes)  # two rows at a time of an odd number
     with jax.enable_x64(True):
         got = measured(features, outputs, labels, head, dtype=np.float64, f=two_passes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_geometry, oracle_split, oracle_symmetric_part
+from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
 
 from ncjax import evaluate, models
 from ncjax.objective import Objective
@@ -14,7 +14,7 @@ from ncjax.objective import Objective
 SIZES = {"train": 30, "test": 11}
 NAMES = ("layer_1", "layer_2", "head")
 SQUARE, CENTERED, CROSS_ENTROPY = Objective(), Objective(targets="centered"), Objective("cross_entropy")
-SYMMETRIC = {"predicted_head_norm_sq", "predicted_head_cosine", "nc3_floor"}
+SYMMETRIC = {"predicted_head_norm_sq", "predicted_head_cosine", "symmetric_nc3"}
 
 
 def make_problem(head_bias):
@@ -81,6 +81,7 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
     expected = {name: [metrics[name] for metrics in by_split] for name in by_split[0]}
     expected["class_mean_cosine"] = by_split[0]["class_mean_cosine"]
     return expected | predictions | oracle_geometry(w[2].T, "head") | {
+        "nc3_floor": oracle_nc3_floor(w[2].T),
         "weight_norm_sq": norms_sq,
         "norm_target": residual_dot_logit / weight_decay if weight_decay else np.nan,
         "equilibrium_residual": [
@@ -128,7 +129,7 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
         "theorem_residual": np.linalg.norm(head - theorem) / np.linalg.norm(head),
         "predicted_head_norm_sq": np.trace(outer),
         "predicted_head_cosine": outer[0, 1] / outer[0, 0],
-        "nc3_floor": 2 - 2 * np.sqrt(np.sum(outer * (np.eye(3) - average)) / np.trace(outer)),
+        "symmetric_nc3": 2 - 2 * np.sqrt(np.sum(outer * (np.eye(3) - average)) / np.trace(outer)),
         "normalized_margin": a / np.prod([np.linalg.norm(matrix) for matrix in w]),
         **{f"budget_{n}": np.nan if undefined else np.sum(x * whole) / np.sum(whole**2) for n, x in terms.items()},
         **{f"budget_{n}_norm": np.linalg.norm(x) for n, x in terms.items()},

@@ -109,11 +109,17 @@ def test_extinct_runs_are_those_whose_outputs_weight_decay_has_put_to_0(grid):
         0.9995,
         1.0,
     ]
+    dataset["delta"][:] = 0.0
     dataset["epsilon"].loc[{"split": "test", "epoch": 3}] = 1.0  # which tells nothing: the training split decides
     out = history.extinct(dataset)
     assert out.dims == ("weight_decay", "learning_rate", "seed", "epoch")
     assert not out.sel(epoch=0).any()
     np.testing.assert_array_equal(out.sel(epoch=3).any(["learning_rate"]), [[False] * 3, [False, True, True]])
+    # Where a bias meets the sum of the outputs, epsilon is (C-1)/C of what decay has put out, and delta the rest of 1.
+    dataset["epsilon"][:], dataset["delta"][:] = 2 / 3, 1 / 3
+    assert history.extinct(dataset).all()
+    dataset["delta"][:] = 0.4  # worse than nothing is no case of it
+    assert not history.extinct(dataset).any()
     dataset["epsilon"][:] = np.nan
     assert not history.extinct(dataset).any()  # diverged is not put out
 
@@ -135,6 +141,53 @@ def test_a_loaded_history_grows_as_one_that_stayed_in_memory(grid, tmp_path):
     history.save(history.append(history.load(path), labelled(10, grid)), resumed)
     assert_same_bits(history.load(resumed), history.load(straight))
     assert resumed.read_bytes() == straight.read_bytes()
+
+
+def written_before_the_floor_was_one(grid):
+    """A history in which nc3_floor is the nc3 of a symmetric solution, as it was defined; and its true floor.
+
+    nc3 and nc3_centered are those of random heads (3, 4) and class means.
+    """
+    rng = np.random.default_rng(0)
+    heads, means = rng.standard_normal((2, 2, 2, 3, 1, 3, 4))
+    centred_heads, centred = (rows - rows.mean(-2, keepdims=True) for rows in (heads, means))
+
+    def duality(rows, others):
+        difference = rows / np.linalg.norm(rows, axis=(-2, -1), keepdims=True)
+        difference = difference - others / np.linalg.norm(others, axis=(-2, -1), keepdims=True)
+        return np.sum(difference**2, axis=(-2, -1))
+
+    dataset = labelled(0, grid)
+    dataset["nc3"].loc[{"split": "train"}] = duality(heads, centred)
+    dataset["nc3_centered"].loc[{"split": "train"}] = duality(centred_heads, centred)
+    symmetric = dataset["symmetric_nc3"]
+    old = dataset.drop_vars(["symmetric_nc3", "nc3_floor"]).assign(nc3_floor=symmetric)
+    old["nc3_floor"].attrs["definition"] = "nc3 of a symmetric solution at equilibrium with the same mean outputs"
+    return old, duality(heads, centred_heads)
+
+
+def test_an_older_history_is_read_with_todays_names_and_its_true_floor(grid, tmp_path):
+    old, floor = written_before_the_floor_was_one(grid)
+    history.save(old, tmp_path / "history.nc")
+    loaded = history.load(tmp_path / "history.nc")
+    np.testing.assert_array_equal(loaded["symmetric_nc3"], old["nc3_floor"])
+    np.testing.assert_allclose(loaded["nc3_floor"], floor, atol=1e-5)
+    assert history.missing(loaded) == ""
+    for name in ("nc3_floor", "symmetric_nc3"):
+        assert loaded[name].attrs["definition"] == history.VOCABULARY[name].definition
+        assert (loaded[name].dtype, loaded[name].dims) == (np.float32, old["nc3_floor"].dims)
+    # What was read is of today: written again it stays as it is, and it grows.
+    history.save(loaded, tmp_path / "again.nc")
+    assert_same_bits(history.load(tmp_path / "again.nc"), loaded)
+    appended = history.append(loaded, labelled(10, grid))
+    np.testing.assert_array_equal(appended["nc3_floor"].sel(epoch=10), labelled(10, grid)["nc3_floor"].sel(epoch=10))
+
+
+def test_a_history_of_today_without_symmetric_nc3_keeps_its_floor(grid, tmp_path):
+    """Its definition says which of the two a variable is, not what stands beside it."""
+    dataset = labelled(0, grid).drop_vars("symmetric_nc3")
+    history.save(dataset, tmp_path / "history.nc")
+    xr.testing.assert_identical(history.load(tmp_path / "history.nc"), dataset)
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(grid, tmp_path):

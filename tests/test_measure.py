@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, oracle_geometry, oracle_split
+from conftest import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,7 @@ def oracle(h, labels, head, bias, outputs=None, residuals=None):
     return expected | {
         "accuracy": np.mean(outputs.argmax(1) == labels),
         "weight_norm_sq": np.sum(np.float64(head) ** 2),
+        "nc3_floor": oracle_nc3_floor(head),
     }
 
 
@@ -95,6 +96,20 @@ def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_no
     bias = -head @ offset.astype(np.float32)
     got = measure.measure(h, labels, head=head, bias=bias, float64=float64, rows=rows)
     assert_same(got, oracle(h, labels, head, bias), rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("global_mean", ["classes", "examples"])
+def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
+    """The head is what the class means of imbalanced classes are, up to a common offset: nc3 is the floor itself."""
+    h, labels, _, _ = split(sizes=[1, 2, 40, 7, 11])
+    means = np.stack([h[labels == c].mean(0) for c in range(5)])
+    weights = np.ones(5) if global_mean == "classes" else np.bincount(labels)
+    head = means - weights @ means / weights.sum() + np.outer(weights / weights.max(), np.arange(8.0)) / 2
+    got = measure.measure(h, labels, head=head, global_mean=global_mean)
+    assert got["nc3_floor"] == pytest.approx(got["nc3"], rel=1e-9)
+    assert got["nc3"] > 0.1
+    other = measure.measure(h, labels, head=head[::-1].copy(), global_mean=global_mean)
+    assert other["nc3_floor"] < other["nc3"] - 0.1
 
 
 def softmax(f):

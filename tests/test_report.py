@@ -1,14 +1,19 @@
 """What a run says when it is done, of small made-up histories."""
 
+import io
+import json
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
 import xarray as xr
+from rich.console import Console
 
 from ncjax import report
 
 DECAYS, EPOCHS = (0.0, 1e-3, 1e-2), (0, 100)
+PROVENANCE = {"config": json.dumps({"model": {"widths": [64, 64]}}), "per_class": "5"}
 
 
 def make_history(seeds=2, learning_rates=None, **last):
@@ -17,15 +22,17 @@ def make_history(seeds=2, learning_rates=None, **last):
     Those of earlier epochs are far off: a line about the end must not read them.
     """
     coords = {"weight_decay": list(DECAYS), "seed": list(range(seeds)), "epoch": list(EPOCHS)}
-    coords |= {"split": ["train", "test"], "layer": ["layer_1", "head"]}
+    coords |= {"split": ["train", "test"], "layer": ["layer_1", "head"], "label": list(range(10))}
     dims = ["weight_decay", "seed"]
     if learning_rates:
         coords["learning_rate"] = list(learning_rates)
         dims.insert(1, "learning_rate")
     shape = [len(coords[name]) for name in dims]
     defaults = {"nc1": 0.3, "nc3": 0.4, "epsilon": 0.1, "relaxation_time": 5.0, "finite": 1.0, "weight_norm_sq": 2.0}
+    defaults |= {"delta": 0.0, "nc1_rank": 9.0, "accuracy": 0.9}
     defaults |= dict.fromkeys(("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"), np.nan)
-    further = {"nc1": "split", "nc3": "split", "epsilon": "split", "weight_norm_sq": "layer"}
+    further = dict.fromkeys(("nc1", "nc1_rank", "nc3", "epsilon", "delta", "accuracy"), "split")
+    further["weight_norm_sq"] = "layer"
     variables = {}
     for name, default in (defaults | last).items():
         end = np.broadcast_to(np.reshape(default, (*np.shape(default), *[1] * (len(shape) - np.ndim(default)))), shape)
@@ -149,3 +156,41 @@ def test_least_names_other_settings():
 )
 def test_the_mean_ends_where_its_sd_does_or_after_four_digits(values, text):
     assert report.mean_and_sd(np.array(values, np.float64)) == text
+
+
+def shown(history):
+    """The table of collapse as rows of cells under their headings, and the lines below it."""
+    console = Console(width=300, file=io.StringIO())
+    columns = [(name, name, {"split": "train"}) for name in ("accuracy", "nc1", "nc3", "epsilon")]
+    with mock.patch.object(report, "_COLLAPSE", tuple(columns)):
+        report.show_collapse(history.assign_attrs(PROVENANCE | history.attrs), console)
+    cells = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()]
+    header, *rows = [row for row in cells if len(row) > 1]
+    return [dict(zip(header, row, strict=True)) for row in rows], report._degenerate(history.assign_attrs(PROVENANCE))
+
+
+def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_collapsed():
+    out = {"epsilon": [[0.1, 0.1], [0.1, 0.9], [0.9, 0.9]], "delta": [[0.0, 0.0], [0.0, 0.1], [0.1, 0.1]]}
+    rows, lines = shown(
+        make_history(**out, accuracy=[[0.9, 0.9], [0.8, 1.0], [1.0, 1.0]], nc1=[[0.2, 0.2], [0.3, 0.0], [0.0, 0.0]])
+    )
+    assert [row["put out"] for row in rows] == ["0 of 2", "1 of 2", "2 of 2"]
+    assert [row["accuracy"] for row in rows] == ["0.9", "0.8", "-"]
+    assert [row["nc1"] for row in rows] == ["0.2", "0.3", "-"]
+    assert rows[2]["epsilon"] == "0.9"  # which is what says that it is out
+    assert [line.partition(":")[0] for line in lines] == ["put out"]
+    rows, lines = shown(make_history())
+    assert "put out" not in rows[0]
+    assert lines == []
+
+
+def test_class_means_of_lower_rank_are_named_with_their_decays():
+    (line,) = report._degenerate(make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE))
+    assert line.startswith("nc1_rank is below 9 in 3 runs at lambda = 0.001, 0.01: ")
+    narrow = PROVENANCE | {"config": json.dumps({"model": {"widths": [64, 3]}})}
+    assert report._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
+
+
+def test_single_examples_of_a_class_are_said_to_have_no_scatter():
+    (line,) = report._degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
+    assert line.startswith("one example in each class: nc1 and cdnv ")

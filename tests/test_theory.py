@@ -153,18 +153,18 @@ SOLUTIONS = {
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_symmetric_solution_equals_explicit_matrices_at_equilibrium(name):
     head, means, logits, residuals, weight_decay = symmetric_problem(**SOLUTIONS[name])
-    norm_sq, cosine, floor = solve(logits, residuals, weight_decay)
+    norm_sq, cosine, predicted = solve(logits, residuals, weight_decay)
     centred = means - means.mean(0)
     assert norm_sq == pytest.approx(np.sum(head**2), rel=1e-12)
     rows = head / np.linalg.norm(head, axis=1, keepdims=True)
     off_diagonal = (rows @ rows.T)[~np.eye(4, dtype=bool)]
     np.testing.assert_allclose(off_diagonal, cosine, atol=1e-12)
     nc3 = np.sum((head / np.linalg.norm(head) - centred / np.linalg.norm(centred)) ** 2)
-    assert floor == pytest.approx(nc3, abs=1e-12)
+    assert predicted == pytest.approx(nc3, abs=1e-12)
     if name == "quasi_interpolation":
-        assert (cosine, floor) == (pytest.approx(-1 / 3, rel=1e-12), pytest.approx(0, abs=1e-12))
+        assert (cosine, predicted) == (pytest.approx(-1 / 3, rel=1e-12), pytest.approx(0, abs=1e-12))
     if name == "orthogonal_frame":
-        assert (cosine, floor) == (pytest.approx(0, abs=1e-12), pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12))
+        assert (cosine, predicted) == (pytest.approx(0, abs=1e-12), pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -213,6 +213,55 @@ def test_the_theorem_misses_an_orthogonal_frame_by_the_closed_form():
     got = theory.theorem_residual(*numbers(np.trace(residuals) / 4, head, means - means.mean(0), weight_decay))
     # t = epsilon here; C epsilon/((C-1) t) = 4/3 times the differences, whose squared norm is 3/4 of the whole.
     assert float(got) == pytest.approx(np.sqrt(3 / 4 * (1 / 3) ** 2 + 1 / 4), rel=1e-12)
+
+
+def two_layer_minimum(inputs, targets, weight_decay):
+    """Head (C, k) and class means (C, k) of the global minimum of a two-layer linear net, one example in each class.
+
+    1/(2C) ||Y - W_2 W_1 X||^2 + lambda/2 (||W_1||^2 + ||W_2||^2), least over factors of Z = W_2 W_1 = U S V^T at
+    W_2 = U S^{1/2}, W_1 = S^{1/2} V^T, is convex in Z: accelerated proximal gradient descent, in float64.
+    """
+    num_classes = len(targets)
+    step = num_classes / np.linalg.norm(inputs, 2) ** 2
+    product = ahead = np.zeros((num_classes, len(inputs)))
+    momentum = 1.0
+    for _ in range(4000):
+        moved = ahead + step / num_classes * (targets - ahead @ inputs) @ inputs.T
+        u, s, vt = np.linalg.svd(moved, full_matrices=False)
+        newest = u * np.maximum(s - step * weight_decay, 0) @ vt
+        grown = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = newest + (momentum - 1) / grown * (newest - product)
+        product, momentum = newest, grown
+    u, s, vt = np.linalg.svd(product, full_matrices=False)
+    return u * np.sqrt(s), (np.sqrt(s)[:, None] * vt @ inputs).T
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_theorem_does_not_become_exact_as_decay_goes_to_0(seed):
+    """No scatter, no bias to miss, the global minimum: asymmetry alone stands against it, and does not shrink."""
+    inputs = np.linalg.qr(np.random.default_rng(seed).standard_normal((4, 4)))[0] * [0.5, 0.8, 1.2, 2.0]
+    inputs = inputs @ np.linalg.qr(np.random.default_rng(seed + 9).standard_normal((4, 4)))[0]
+    targets = across(4)
+    errors, nc3s = [], []
+    for weight_decay in (1e-2, 1e-3, 1e-4):
+        head, means = two_layer_minimum(inputs, targets, weight_decay)
+        residuals, centred = targets - head @ means.T, means - means.mean(0)
+        gradient = weight_decay * head - residuals @ means / 4
+        assert np.linalg.norm(gradient) < 1e-6 * weight_decay * np.linalg.norm(head)
+        _, shares = account(
+            head, weight_decay, mean_residuals=residuals.T, means=means, covariance=0 * head, gradient=gradient
+        )
+        assert abs(shares["budget_mean"]) < 1e-6
+        whole = weight_decay * np.linalg.norm(head)
+        assert shares["budget_asymmetry_norm"] > 0.2 * whole
+        errors.append(float(theory.theorem_residual(*numbers(np.trace(residuals) / 4, head, centred, weight_decay))))
+        nc3s.append(np.sum((head / np.linalg.norm(head) - centred / np.linalg.norm(centred)) ** 2))
+    s = np.linalg.svd(targets @ np.linalg.inv(inputs), compute_uv=False)[:3]
+    spread = s.mean() * (1 / s).mean()
+    assert spread > 1.05
+    assert errors[-1] == pytest.approx(np.sqrt(spread - 1), rel=1e-3)
+    assert nc3s[-1] == pytest.approx(2 - 2 / np.sqrt(spread), rel=1e-3)
+    assert abs(errors[-1] - errors[-2]) < 0.2 * abs(errors[-2] - errors[-3]) < 0.01
 
 
 @functools.cache

@@ -73,6 +73,7 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, hea
     else:
         assert (alive["nc3"] < 1e-6).all()
         np.testing.assert_allclose(alive["predicted_head_cosine"], -1 / (classes - 1), rtol=1e-6)
+    np.testing.assert_allclose(alive["symmetric_nc3"], alive["nc3"], atol=1e-6)
     np.testing.assert_allclose(alive["nc3_floor"], alive["nc3"], atol=1e-6)
     np.testing.assert_allclose(alive["normalized_margin"], gamma, rtol=1e-6)
     np.testing.assert_allclose(alive["predicted_head_norm_sq"], expected.weight_norm_sq, rtol=1e-6)

@@ -22,7 +22,8 @@ COLLAPSE = {
 }
 THEORY = {
     "nc3": ("nc3", {"split": "train"}),
-    "symmetric nc3": ("nc3_floor", {}),
+    "its floor": ("nc3_floor", {}),
+    "symmetric nc3": ("symmetric_nc3", {}),
     "head norm^2": ("weight_norm_sq", {"layer": "head"}),
     "symmetric norm^2": ("predicted_head_norm_sq", {}),
     "theorem's error": ("theorem_residual", {}),
