@@ -21,11 +21,13 @@ SLOW = {
 }
 
 # What each module may import, besides the leaves; "*" is all but main.
-LEAVES = {"errors", "files", "interrupts"}
+LEAVES = {"cli", "environment", "errors", "files", "interrupts"}
 ALLOWED = {
     "__init__": {"measure", "runs"},  # when asked for
     "errors": set(),
-    "files": set(),
+    "cli": {"interrupts"},
+    "environment": {"errors"},
+    "files": {"errors"},
     "interrupts": set(),
     "lock": {"errors"},
     "linalg": set(),
@@ -61,7 +63,7 @@ ALLOWED = {
     "workdir": {
         *("checkpoint", "config", "evaluate", "history", "models", "parallel", "runs", "sweep", "theory", "train"),
     },
-    "show": {"history", "journal", "report", "runs", "workdir"},
+    "show": {"history", "journal", "parallel", "report", "runs", "workdir"},
     "features": set(),
     "moments": set(),
     "streaming": {"moments"},
@@ -82,7 +84,7 @@ ALLOWED = {
     },
 }
 MODULES = sorted(PACKAGE.glob("*.py"))
-AT_ONCE = ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
+AT_ONCE = ("__init__", "cli", "environment", "main", "show", "measure", "features", "config", "data", "preflight")
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -123,10 +125,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            PACKAGE / f"{name}.py"
-            for name in ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
-        ),
+        *(PACKAGE / f"{name}.py" for name in AT_ONCE),
         *CONFIGS,
     ],
     ids=lambda path: f"{path.parent.name}/{path.name}",
@@ -154,8 +153,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
+def test_the_package_stays_under_8250_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8250
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):
