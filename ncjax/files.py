@@ -22,6 +22,14 @@ def cache_folder() -> Path | None:
         return None
 
 
+def check_name(field: str, path: Path) -> None:
+    """Raises InputError where a path, the current folder included, is no UTF-8: libraries in C++ take no other."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(field, str(path), "its name is not UTF-8; choose another") from error
+
+
 def remove_leftovers(folder: Path) -> None:
     """What a killed process was writing."""
     for scratch in folder.glob(".*.tmp"):

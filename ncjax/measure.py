@@ -12,6 +12,11 @@ forward order, of which the last feeds the head; the others' labels may be left 
 In Python: `ncjax.measure.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes: 0; 2: bad input.
 """
 
+if __name__ == "__main__":
+    from ncjax import cli
+
+    cli.run("ncjax.measure")
+
 import argparse
 import json
 import sys
@@ -19,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ncjax import cli, environment
 from ncjax.errors import InputError
 from ncjax.files import expanded
 
@@ -145,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m ncjax.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -193,7 +199,8 @@ def _measure_files(arguments: argparse.Namespace) -> int:
             raise InputError(str(path), f"{len(arrays['features'])} examples", way_out)
     if arguments.figures is not None:
         _make_folder(expanded("--figures", arguments.figures))
-    from ncjax import parallel
+    environment.import_jax()
+    from ncjax import findings, parallel, streaming  # noqa: F401 (before the progress bar hides the cursor)
 
     parallel.use_every_core()
     found = []
@@ -319,7 +326,3 @@ def _print(layers: list[str], found: list["Measurement"], global_mean: str, cons
         console.print(f"classes have {present.min():,} to {present.max():,} examples; mu_G is the mean of {means}")
     for note in last.notes:
         console.print(note, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

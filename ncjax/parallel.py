@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 
 T = TypeVar("T")
 RUN, DATA = "run", "data"
@@ -22,11 +22,31 @@ def use_every_core() -> None:
 
     Runs never wait for each other, so a core per group of runs beats all cores on one small matmul
     (docs/performance.md). Has an effect only before JAX's first computation.
+
+    Raises:
+      InputError: JAX has no device of the kind that it is told to use.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    with contextlib.suppress(RuntimeError):  # JAX has started, with the devices it has
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # JAX has started, with the devices it has
+            jax.config.update("jax_num_cpu_devices", _cores())
+    find_devices()
+
+
+def find_devices() -> None:
+    """Starts JAX on the devices there are, or raises InputError: none is of the kind that JAX is told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        name = "JAX_PLATFORM_NAME" if "JAX_PLATFORM_NAME" in os.environ else "JAX_PLATFORMS"
+        way_out = f"JAX finds no such device ({last_line(error)}); name another, or unset it"
+        raise InputError(name, os.environ.get(name), way_out) from error
+
+
+def _cores() -> int:
+    """The number of cores that this process may use, or, where the system does not say (macOS), of all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:

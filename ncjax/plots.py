@@ -1,6 +1,10 @@
 """Writes figures. `python -m ncjax.plots WORKDIR...` redraws those of each run and lays several over one another."""
 
-import argparse
+if __name__ == "__main__":
+    from ncjax import cli
+
+    cli.run("ncjax.plots")
+
 import io
 import sys
 from collections.abc import Sequence
@@ -9,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import xarray as xr
 
-from ncjax import figures, theory_figures
+from ncjax import cli, figures, theory_figures
 from ncjax import history as histories_on_disk
 from ncjax.errors import InputError
 from ncjax.files import write_atomically
@@ -93,7 +97,7 @@ def _load(workdir: Path) -> xr.Dataset:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m ncjax.plots",
         description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also compared.",
     )
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         if len(workdirs) > 1:
             unique = [at.name if names.count(at.name) == 1 else str(at) for at in workdirs]
-            written += draw_comparison(dict(zip(unique, histories, strict=True)), arguments.out)
+            written += draw_comparison(dict(zip(map(_legible, unique), histories, strict=True)), arguments.out)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a reader's message was
         return 2
@@ -120,5 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _legible(name: str) -> str:
+    """Spells out the bytes of a file's name that no font can draw, since they are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()

@@ -4,15 +4,16 @@ import json
 import os
 import re
 import socket
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ncjax import config as configuration
-from ncjax import data
+from ncjax import data, environment
 from ncjax.errors import InputError
-from ncjax.files import expanded
+from ncjax.files import check_name, expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
@@ -49,8 +50,11 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
 
 def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
     """`prepare`, but nothing is made; a WORKDIR need not be named."""
+    if sys.platform == "win32":
+        way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
+        raise InputError("platform", sys.platform, way_out)
     config = configuration.validate(config)
-    _check_devices(os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
+    environment.check(os.environ)
     checked = Path() if workdir is None else _check_workdir(workdir, config)
     dataset = load_data(config.data)
     train_size = len(dataset.train.labels)
@@ -63,7 +67,8 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
     _check_images(config, dataset)
     configuration.check_units(config, dataset.num_classes)
     _check_scale(config, dataset)
-    _check_profile(config.profile.dir)
+    if config.profile.dir:
+        _check_profile(config.profile.dir)
     return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
 
 
@@ -136,6 +141,7 @@ def check_path(field: str, folder: Path) -> None:
 def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     workdir = expanded("--workdir", name)
     try:
+        check_name("--workdir", workdir)
         check_path("--workdir", workdir)
         if workdir.exists() and not workdir.is_dir():
             raise InputError("--workdir", str(workdir), "it is a file; name a folder")
@@ -162,14 +168,9 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     return workdir
 
 
-def _check_devices(number: str) -> None:
-    """JAX would end with a traceback, or take no notice."""
-    if not number.isdecimal() or int(number) < 1:
-        raise InputError("JAX_NUM_CPU_DEVICES", number, "must be an integer >= 1, of devices to simulate")
-
-
 def _check_profile(name: str) -> None:
     """A trace is written long after this: it must not be the first to find that it cannot."""
+    check_name("config.profile.dir", Path(name))
     try:
         folder = Path(name)
         while not folder.exists():

@@ -7,6 +7,11 @@
 Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad input.
 """
 
+if __name__ == "__main__":
+    from ncjax import cli
+
+    cli.run("ncjax.show")
+
 import argparse
 import json
 import math
@@ -16,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ncjax import cli, environment
 from ncjax.errors import InputError, listed
-from ncjax.files import expanded
+from ncjax.files import check_name, expanded
 
 if TYPE_CHECKING:
     from ncjax.workdir import Holdings
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m ncjax.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="folder of a run")
@@ -68,8 +74,12 @@ def parse_coordinates(text: str) -> dict[str, float]:
 
 
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
-    from ncjax import runs  # imports JAX, which takes longer than to see that a flag is wrong
+    environment.import_jax()
+    from ncjax import parallel, runs
 
+    check_name("WORKDIR", arguments.workdir)
+    if arguments.verify:
+        parallel.find_devices()
     for _ in range(runs.ATTEMPTS - 1):
         try:
             return _show_once(arguments, coordinates)
@@ -281,7 +291,3 @@ def _verdict(verification: dict[str, Any]) -> str:
             f"of {verification['tolerance']:g} allowed; "
         )
     return line + ("PASS" if verification["passed"] else f"FAIL: {'; '.join(verification['problems'])}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

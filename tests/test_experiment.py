@@ -1,13 +1,14 @@
 """End to end: what a run leaves behind, and that an interrupted run continues to the same bits."""
 
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import experiment, main, plots, preflight, report
+from ncjax import experiment, interrupts, main, plots, preflight, report
 from ncjax.checkpoint import Checkpoints
 from ncjax.config import default_config
 from ncjax.history import COSINES, VOCABULARY
@@ -179,12 +180,14 @@ def final_leaves(workdir):
 
 def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(plan):
-        raise KeyboardInterrupt
+        raise interrupts.Stopped(signal.SIGINT)
 
     monkeypatch.setattr(experiment, "run", interrupted)
     workdir = tmp_path / "run with a space"
     assert main.main(["ncjax", f"--workdir={workdir}"]) == 130
-    assert capsys.readouterr().err == f"stopped; this continues:\n    python -m ncjax.main '--workdir={workdir}'\n"
+    said, command = capsys.readouterr().err.splitlines()
+    assert said == "stopped by SIGINT; this continues:"
+    assert command == f"    python -m ncjax.main '--workdir={workdir}'"
 
 
 def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, capsys):

@@ -179,23 +179,3 @@ def test_a_second_signal_leaves_a_workdir_that_continues(signum, tmp_path):
     assert process.returncode == EXIT_CODES[signum]
     chaos.finish(chaos.start(chaos.KILLED, workdir, tmp_path))
     chaos.Outcome.of(reference).check(chaos.Outcome.of(workdir))
-
-
-class Interrupting:
-    """An importer: Ctrl-C comes when `ncjax.experiment`, and JAX with it, is imported."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name == "ncjax.experiment":
-            raise KeyboardInterrupt
-
-
-def test_ctrl_c_while_jax_is_imported_is_no_traceback(tmp_path, monkeypatch, capfd):
-    monkeypatch.delitem(sys.modules, "ncjax.experiment")
-    monkeypatch.delattr("ncjax.experiment")
-    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    try:
-        code = main.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path}"])
-    except KeyboardInterrupt:  # it would end pytest
-        code = None
-    assert code == 130
-    assert "this continues:" in capfd.readouterr().err

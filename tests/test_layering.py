@@ -21,10 +21,12 @@ SLOW = {
 }
 
 # What each module may import, besides the leaves; "*" is all but main.
-LEAVES = {"errors", "files", "interrupts"}
+LEAVES = {"cli", "environment", "errors", "files", "interrupts"}
 ALLOWED = {
     "__init__": {"measure", "runs"},  # when asked for
     "errors": set(),
+    "cli": {"interrupts"},
+    "environment": {"errors"},
     "files": {"errors"},
     "interrupts": set(),
     "lock": {"errors"},
@@ -75,7 +77,7 @@ ALLOWED = {
             "train",
         ),
     },
-    "show": {"history", "journal", "report", "runs", "workdir"},
+    "show": {"history", "journal", "parallel", "report", "runs", "workdir"},
     "features": set(),
     "moments": set(),
     "streaming": {"moments"},
@@ -96,7 +98,7 @@ ALLOWED = {
     },
 }
 MODULES = sorted(PACKAGE.glob("*.py"))
-AT_ONCE = ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
+AT_ONCE = ("__init__", "cli", "environment", "main", "show", "measure", "features", "config", "data", "preflight")
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -137,10 +139,7 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            PACKAGE / f"{name}.py"
-            for name in ("__init__", "main", "show", "measure", "features", "config", "data", "preflight")
-        ),
+        *(PACKAGE / f"{name}.py" for name in AT_ONCE),
         *CONFIGS,
     ],
     ids=lambda path: f"{path.parent.name}/{path.name}",
@@ -168,8 +167,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_8750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8750
+def test_the_package_stays_under_10000_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 10000
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):

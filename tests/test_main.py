@@ -1,5 +1,7 @@
 """The command line: every kind of bad input ends in one line that names the field, exit code 2, and no WORKDIR."""
 
+import sys
+
 import pytest
 
 from ncjax import main
@@ -32,9 +34,21 @@ BAD = [
     (["--config.data.num_classes=3"], "config.data.num_classes", "digits"),
     (["--config.data.name=no_such_set"], "config.data.name", "download_and_prepare"),
     (["--config.train.batch_size=5000"], "config.train.batch_size", "1450"),
-    (["--config=no/such/file.py"], "no/such/file.py", "No such file"),
+    (["--config=no/such/file.py"], "--config: got 'no/such/file.py'", "No such file"),
     (["--config=configs/digits.py:large"], "'large'", "smoke"),
     (["--colour=red"], "colour", ""),
+    (["--config.mesh.run=x"], "config.mesh.run: got 'x'", "integer >= 0"),
+    (["--config.mesh.run", "1e3"], "config.mesh.run: got '1e3'", "integer >= 0"),
+    (["-config.mesh.run=x"], "config.mesh.run: got 'x'", "integer >= 0"),
+    (["--config.data.standardize=maybe"], "config.data.standardize: got 'maybe'", "True or False"),
+    (["--config.mesh=3"], "config.mesh: got '3'", "no such field"),
+    (["--config.mesh.run.x=3"], "config.mesh.run.x: got '3'", "config.mesh.run?"),
+    (["--config.loss"], "--config.loss", "Missing value"),
+    (["--noconfig"], "--noconfig", ""),
+    (["--processes=x"], "--processes: got 'x'", "int()"),
+    (["--dry-run=perhaps"], "--dry-run: got 'perhaps'", ""),
+    (["--config="], "--config: got ''", ""),
+    (["--config=configs"], "--config: got 'configs'", "Is a directory"),
     (["surplus"], "surplus", "--workdir"),
 ]
 
@@ -79,13 +93,58 @@ def test_damaged_config_of_a_workdir_is_named(text, tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
-def test_an_error_in_the_users_config_is_one_line(tmp_path, capsys):
+# A config file, the line of it that is at fault (None: no line is), and what is said of it.
+FAULTS = [
+    ("def get_config():\n    return 1 / 0\n", 2, "division by zero"),
+    ("\n\ndef get_config(:\n", 3, "invalid syntax"),
+    ("x = 1\n\ndef get_config():\n    return y\n", 4, "NameError"),
+    ("import no_such_module\n", 1, "no_such_module"),
+    ("import json\n\ndef get_config():\n    return json.loads('{')\n", 4, "JSONDecodeError"),
+    ("def get_config():\n    raise ValueError('one\\ntwo')\n", 2, "one two"),
+    ("def get_config():\n    return open('no/such/file')\n", 2, "no/such/file"),
+    ("def get_config():\n    return get_config()\n", 2, "RecursionError"),
+    ("import sys\nsys.exit('bye')\n", 2, "bye"),
+    ("\xff = 'latin'\n", 1, "utf-8"),
+    ("x = 1\n", None, "no get_config()"),
+    ("get_config = 3\n", None, "not callable"),
+    ("def get_config():\n    pass\n", None, "returned NoneType"),
+    ("def get_config():\n    return {'train': {}}\n", None, "returned dict"),
+    ("\0", None, "null bytes"),
+]
+
+
+@pytest.mark.parametrize(("source", "line", "said"), FAULTS, ids=[source for source, _, _ in FAULTS])
+def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections loads a second one into the first
     config = tmp_path / "mine.py"
-    config.write_text("def get_config():\n    return 1 / 0\n")
+    config.write_bytes(source.encode("latin-1"))
     assert main.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err
-    assert "division by zero" in message
+    assert message.startswith(f"error: --config: got '{config}'; ")
+    assert ("; line " in message) == (line is not None)
+    assert line is None or f"; line {line}: " in message
+    assert said in message
     assert message.count("\n") == 1
+
+
+def test_a_config_without_variants_says_so_of_a_variant(tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text("from ncjax.config import default_config as get_config\n")
+    assert main.main(["ncjax", f"--config={config}:smoke", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --config: got '{config}:smoke'; ")
+
+
+def test_a_config_that_lacks_the_field_of_an_override_is_one_line(tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n")
+    for override in ("--config.mesh.run=2", "--config.loss=square"):
+        assert main.main(["ncjax", f"--config={config}", override, "--dry-run"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_config_that_does_not_exist_is_compared_with_those_that_do(capsys):
+    assert main.main(["ncjax", "--config=mnist", "--dry-run"]) == 2
+    assert "did you mean configs/mnist.py?" in capsys.readouterr().err
 
 
 def test_help_lists_every_field(capsys):

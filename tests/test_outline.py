@@ -88,11 +88,11 @@ def test_what_is_left_is_said_in_a_unit_one_can_read(seconds, epochs, said, tmp_
     assert outline.remaining(program, seconds, epochs).startswith(said)
 
 
-@pytest.mark.parametrize("number", ["x", "0", "-1"])
+@pytest.mark.parametrize("number", ["x", "0", "-1", "100000", "9" * 5000])
 def test_devices_that_cannot_be_are_one_line(number, monkeypatch, capsys):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", number)
     assert main.main(["ncjax", *DRY]) == 2
-    assert f"JAX_NUM_CPU_DEVICES: got '{number}'; must be an integer >= 1" in capsys.readouterr().err
+    assert f"JAX_NUM_CPU_DEVICES: got '{number[:100]}" in capsys.readouterr().err
 
 
 def test_a_profile_that_cannot_be_written_is_one_line(tmp_path, capsys):
