@@ -88,10 +88,11 @@ class Checkpoints:
             context=context,
             preservation_policy=_kept(keep, marked),
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # else damaged metadata of one checkpoint keep all from being read
         )
 
     def epochs(self) -> list[int]:
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return epochs_in(self._folder)
 
     def save(self, states: Any, facts: Facts) -> None:
         """Starts writing; the arrays may be donated as soon as this returns. `facts.crc32` is filled in here.

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -205,7 +205,7 @@ def validate(config: Config) -> Config:
     return config
 
 
-def check_held(field: str, values: tuple[float, ...], precision: str, factor: float = 1.0) -> None:
+def check_held(field: str, values: Sequence[float], precision: str, factor: float = 1.0) -> None:
     """Raises InputError for a number that training, which computes with `factor` times it, would take for another.
 
     A subnormal number is one of them: devices may take it for 0.

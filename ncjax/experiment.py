@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -112,7 +113,7 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts)
     does not is named and removed; its epochs are computed again.
     """
     workdir, epochs = sweep.plan.workdir, saved.epochs()
-    recorded = history.load(workdir / "history.nc") if (workdir / "history.nc").exists() else None
+    recorded = _load_history(workdir / "history.nc")
     facts = _restore_newest(sweep, saved, mine, recorded)
     distributed.check_read(workdir, facts and facts.epoch)  # before anything is removed or written
     if facts is None:
@@ -133,6 +134,17 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts)
         if recorded is not None and grown:
             history.save(recorded, workdir / "history.nc")
         journal.mend(workdir / "metrics.jsonl", recorded)
+    return recorded
+
+
+def _load_history(path: Path) -> xr.Dataset | None:
+    """Returns the history to be continued, or None where there is none."""
+    if not path.exists():
+        return None
+    recorded = history.load(path)
+    if missing := history.missing(recorded):
+        way_out = f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with that one"
+        raise InputError("history", str(path), f"{way_out}, or choose another WORKDIR")
     return recorded
 
 

@@ -193,9 +193,8 @@ def load(path: Path) -> xr.Dataset:
         raise InputError(
             "history", str(path), "not readable as netCDF; remove it, and the same command trains anew"
         ) from error
-    lost = sorted(_COORDINATES - set(history.indexes))
-    if lost:
-        raise InputError("history", str(path), f"it lacks the coordinate {lost[0]}; it is damaged, or no history")
+    if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {"train", "test"}:
+        raise InputError("history", str(path), "its coordinates are not those of a history; it is damaged, or none")
     return _renewed(history)
 
 

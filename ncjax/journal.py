@@ -50,9 +50,10 @@ def _lines(path: Path) -> dict[int, str]:
     found = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            record = json.loads(line)
+            text = line.decode()
+            record = json.loads(text)
             if record.pop("crc32") == _crc32(record):
-                found[record["epoch"]] = line.decode() + "\n"
+                found[record["epoch"]] = text + "\n"
     return found
 
 

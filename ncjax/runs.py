@@ -235,7 +235,7 @@ def parse_config(text: Any) -> dict[str, Any] | None:
     try:
         config = json.loads(text)
         return config if _is_config(config) else None
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

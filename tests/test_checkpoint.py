@@ -1,7 +1,13 @@
 """checkpoint: what is saved comes back bit for bit, of all runs or of one, or it is said where it is damaged."""
 
+import errno
 import json
+import os
 import shutil
+import sys
+import threading
+import zlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,7 @@ from ncjax import checkpoint
 from ncjax.checkpoint import Checkpoints, Damaged, Facts
 
 RUNS = 3
+DEEP = b"[" * 100_000  # deeper than Python's JSON goes
 
 
 def states(seed):
@@ -178,7 +185,7 @@ def test_changed_facts_are_found(folder, change, reason):
         checkpoint.read_facts(folder, 5)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"custom_metadata": null}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"custom_metadata": null}', DEEP])
 def test_metadata_that_are_none_are_found(folder, content):
     (folder / "5" / "_CHECKPOINT_METADATA").write_bytes(content)
     with pytest.raises(Damaged, match="its metadata cannot be read"):
@@ -270,3 +277,59 @@ def test_one_run_is_one_part_of_the_file():
     """What one run costs to read does not grow with the others."""
     leaf = np.zeros((RUNS, 40, 30), np.float32)
     assert checkpoint._one_chunk_per_run(None, leaf).chunk_byte_size == 40 * 30 * 4
+
+
+def test_a_save_whose_folders_cannot_be_made_leaves_no_thread_waiting(tmp_path, monkeypatch):
+    """Orbax's would wait for twenty minutes, and the process with them."""
+    mkdir = os.mkdir
+
+    def full(path, *arguments, **keywords):
+        if os.fspath(path).endswith("/1/state"):
+            raise OSError(errno.ENOSPC, "No space left on device", os.fspath(path))
+        mkdir(path, *arguments, **keywords)
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            checkpoints.save(states(1), facts(1))
+    waiting = [thread for thread in threading.enumerate() if type(thread).__name__ == "_SignalingThread"]
+    for thread in waiting:
+        thread.join(timeout=5)
+    assert not [thread for thread in waiting if thread.is_alive()]
+    checkpoints.save(states(2), facts(2))
+    checkpoints.close()
+    assert checkpoint.epochs_in(tmp_path / "checkpoints") == [2]
+
+
+def test_writes_that_end_after_their_save_has_failed_print_no_traceback(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    checkpoint._silence_abandoned_writes.__wrapped__()
+    abandoned = SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
+    other = SimpleNamespace(object=None, exc_value=RuntimeError("something else"))
+    for unraisable in (abandoned, other):
+        sys.unraisablehook(unraisable)
+    assert heard == [other]
+
+
+@pytest.mark.parametrize("name", ["5_backup", "5_0", "007", "5 (copy)", "\u0663", "+9", "copy"])
+def test_a_copy_beside_the_checkpoints_is_none(folder, name):
+    shutil.copytree(folder / "5", folder / name)
+    assert checkpoint.epochs_in(folder) == [2, 5]
+    assert checkpoint.unfinished_in(folder) == []
+    loaded(folder, 5)
+
+
+OLD = ("data", "random_bits", "arithmetic")
+
+
+def test_a_checkpoint_of_before_they_were_stored_has_no_checksums_of_data(folder):
+    path = folder / "5" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    old = {name: value for name, value in content["custom_metadata"]["facts"].items() if name not in OLD}
+    content["custom_metadata"] = {"facts": old, "seal": zlib.crc32(json.dumps(old, sort_keys=True).encode())}
+    path.write_text(json.dumps(content))
+    found = checkpoint.read_facts(folder, 5)
+    assert [getattr(found, name) for name in OLD] == [{}, {}, {}]
+    assert found._replace(crc32={}, **{name: getattr(facts(5), name) for name in OLD}) == facts(5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ncjax import config as configuration
+from ncjax import preflight
 from ncjax.errors import InputError
 
 
@@ -266,3 +267,76 @@ def test_every_field_is_described():
     for name, field in configuration.SCHEMA.items():
         assert f"--config.{name}=" in text
         assert field.meaning in text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "shown"),
+    [
+        ("sweep.momentum", (0.9, 0.9999999999), "0.9999999999"),  # 1
+        ("sweep.momentum", (1e-50,), "1e-50"),  # 0
+        ("sweep.weight_decay", (0.0, 1e-50), "1e-50"),
+        ("sweep.weight_decay", (1e-40,), "1e-40"),  # subnormal
+        ("sweep.weight_decay", (1e-3, 1.00000001e-3), "0.00100000001"),  # one number
+        ("sweep.weight_decay", (1e39,), "1e+39"),  # infinity
+        ("sweep.learning_rate", (1e-50,), "1e-50"),
+        ("sweep.learning_rate", (1e39,), "1e+39"),
+        ("sweep.learning_rate", (0.1, 0.1000000001), "0.1000000001"),
+        ("sweep.init_scale", (1e-50,), "1e-50"),
+        ("sweep.init_scale", (1e39,), "1e+39"),
+        ("data.input_scale", 1e-50, "1e-50"),
+        ("data.input_scale", 1e39, "1e+39"),
+    ],
+)
+def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_them(name, values, shown):
+    config = with_value(name, values)
+    with pytest.raises(InputError) as caught:
+        configuration.validate(config)
+    assert str(caught.value).startswith(f"config.{name}: got {shown}; ")
+    assert "config.train.precision=float64" in str(caught.value)
+    config.train.precision = "float64"
+    configuration.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "precision"),
+    [
+        ("sweep.momentum", (0.0, 0.9999999), "float32"),
+        ("sweep.weight_decay", (0.0, 1.2e-38, 3.4e38), "float32"),
+        ("sweep.weight_decay", (1e-3, 1.000001e-3), "float32"),  # 8.6 units in the last place of float32 apart
+        ("sweep.learning_rate", (0.99999999,), "float32"),  # rounds to 1, as all others round
+        ("sweep.momentum", (math.nextafter(1, 0),), "float64"),
+        ("sweep.weight_decay", (2.3e-308, 1e308), "float64"),
+    ],
+)
+def test_numbers_that_the_precision_holds_are_accepted(name, values, precision):
+    config = with_value(name, values)
+    config.train.precision = precision
+    assert configuration.validate(config).sweep[name.partition(".")[2]] == values
+
+
+def test_subnormal_numbers_of_float64_are_refused():
+    config = with_value("sweep.weight_decay", (1e-320,))
+    config.train.precision = "float64"
+    with pytest.raises(InputError, match=r"float64 holds numbers from 2\.23e-308"):
+        configuration.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [("weight_decay", 1e38, "5e+38"), ("learning_rate", 2e-38, "4e-39"), ("weight_decay", 2e-38, None)],
+)
+def test_what_leaves_the_precision_on_its_way_from_torch_units_is_refused(name, value, used):
+    """lambda = wd C/2 and, of SGD, lr = 2 lr/C: with ten classes factors of 5 and 1/5."""
+    config = configuration.validate(with_values(units="torch", **{f"sweep__{name}": (value,)}))
+    if used is None:
+        configuration.check_units(config, 10)
+        return
+    with pytest.raises(InputError, match=f"^config.sweep.{name}: got ") as caught:
+        configuration.check_units(config, 10)
+    assert f"(training would use {used})" in str(caught.value)
+
+
+def test_preflight_refuses_what_is_lost_in_units_and_scales():
+    for values in ({"units": "torch", "sweep__weight_decay": (1e38,)}, {"data__input_scale": 5e-38}):
+        with pytest.raises(InputError, match="training would use"):
+            preflight.examine(with_values(data__name="synthetic", **values), None)

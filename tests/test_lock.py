@@ -75,7 +75,7 @@ def test_it_is_let_go_of_when_it_is_left_however_it_is_left(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff\xfe", b"[" * 100_000])
 def test_an_owner_that_cannot_be_read_is_another_process(tmp_path, content):
     with lock.owned(tmp_path):
         (tmp_path / ".lock").write_bytes(content)
@@ -90,3 +90,26 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises((OSError, InputError), match="No locks available"), lock.owned(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("way", ["removed", "replaced", "folder"])
+def test_whoever_holds_a_lock_that_is_gone_is_told(tmp_path, way):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock.owned(folder) as check:
+        check()
+        if way == "folder":
+            folder.rename(tmp_path / "elsewhere")
+        else:
+            (folder / ".lock").unlink()
+        if way == "replaced":
+            with lock.owned(folder):  # another process would get it
+                check_fails(check, folder)
+        check_fails(check, folder)
+
+
+def check_fails(check, folder):
+    with pytest.raises(OSError, match="another may have begun") as lost:
+        check()
+    assert str(folder / ".lock") in str(lost.value)
+    assert "\n" not in str(lost.value)

@@ -11,7 +11,8 @@ import meshes
 import numpy as np
 import pytest
 
-from ncjax import checkpoint, experiment, history, main, preflight
+from ncjax import checkpoint, distributed, experiment, history, lock, main, preflight
+from ncjax.errors import InputError
 
 # Of `meshes.make_config`, as a command line; a schedule of its own lets a run of 1 epoch go on to 3.
 FLAGS = (
@@ -226,9 +227,66 @@ def test_flags_go_before_the_environment():
     assert preflight.find_processes("auto", None, None, {}) == preflight.Processes(None, None, None)
 
 
-def test_one_process_agrees_with_itself():
-    from ncjax import distributed
+def check_same(workdir):
+    config = meshes.make_config()
+    distributed.check_same(preflight.examine(config, workdir))
 
+
+@pytest.fixture
+def beside(monkeypatch):
+    """beside(position): another process, whose checksum at that position is another; None: the same."""
+
+    def start(position):
+        def gather(mine):
+            other = np.array(mine)
+            if position is not None:
+                other[position] += 1
+            return np.stack([mine, other])
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("position", "what"), [(0, "another config"), (1, "another data"), (2, "another PRNG"), (3, "another version")]
+)
+def test_a_process_that_would_train_something_else_is_refused(beside, tmp_path, position, what):
+    beside(position)
+    with pytest.raises(InputError, match=f"^--process: got 1; it has {what}"):
+        check_same(tmp_path)
+    beside(None)
+    check_same(tmp_path)
+
+
+def test_a_process_that_does_not_see_the_folder_or_the_checkpoint_is_refused(beside, tmp_path):
+    with lock.owned(tmp_path):
+        beside(0)
+        for check in (distributed.check_shared, lambda folder: distributed.check_read(folder, 4)):
+            with pytest.raises(InputError, match=f"^--workdir: got '{tmp_path}'; process 1 "):
+                check(tmp_path)
+        beside(None)
+        distributed.check_shared(tmp_path)
+        distributed.check_read(tmp_path, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["another folder", "no checkpoints"])
+def test_processes_of_different_folders_are_refused(tmp_path, cache, way):
+    folders = [tmp_path / "run", tmp_path / "other"]
+    if way == "no checkpoints":  # on hosts that do not share them, one --workdir is two folders too
+        train_alone(folders[0], 1)
+    flags = (*FLAGS, "--config.train.epochs=3", f"--coordinator=localhost:{free_port()}", "--processes=2")
+    processes = [chaos.start((*flags, f"--process={i}"), folder, cache) for i, folder in enumerate(folders)]
+    for process, folder in zip(processes, folders, strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert f"error: --workdir: got '{folder}'; process 1 does not see the same folder" in err
+    assert not (folders[1] / "checkpoints").exists()
+
+
+def test_one_process_agrees_with_itself():
     assert jax.process_count() == 1
     assert distributed.is_leader()
     assert distributed.agree(15, 7) == (15, 7)

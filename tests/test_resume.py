@@ -5,13 +5,17 @@ import errno
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import chaos
 import pytest
 import xarray as xr
 
-from ncjax import checkpoint, experiment, history, main, plots, preflight, report
+from ncjax import checkpoint, experiment, history, main, plots, preflight, provenance, report, runs, show
+from ncjax import workdir as holdings
 from ncjax.errors import InputError
+
+DEEP = b"[" * 100_000  # deeper than Python's JSON goes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,14 +135,18 @@ def test_without_config_json_the_checkpoints_say_what_they_are_of(workdir, chang
     assert checkpoint.epochs_in(workdir / "checkpoints") == [4, 6]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[1]", b'{"train": 3}', b'{"train": {"epochs": "6"}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe{}", b"[1]", b'{"train": 3}', b'{"train": {"epochs": "6"}}', DEEP]
+)
 def test_a_damaged_config_json_is_one_error(workdir, content):
     (workdir / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="--workdir"):
         preflight.prepare(chaos.small_config(), workdir)
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut", "flipped", "twice", "shuffled", "junk", "no_metrics", "other_type"])
+@pytest.mark.parametrize(
+    "damage", ["lost", "cut", "flipped", "twice", "shuffled", "junk", "no_metrics", "other_type", "deep", "bom"]
+)
 def test_metrics_are_mended(workdir, finished, damage):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -158,6 +166,10 @@ def test_metrics_are_mended(workdir, finished, damage):
         path.write_text("".join(lines).replace('"metrics"', '"metricr"', 1))
     elif damage == "other_type":
         path.write_text('{"epoch": 0, "metrics": [1]}\n{"epoch": [1]}\n' + "".join(lines[1:]))
+    elif damage == "deep":
+        path.write_bytes(DEEP + b"\n" + path.read_bytes())
+    elif damage == "bom":
+        path.write_text("".join([*lines[:2], "\ufeff" + lines[2], *lines[3:]]))
     run(workdir)
     finished[1].check(chaos.Outcome.of(workdir))
 
@@ -353,3 +365,158 @@ def test_whichever_write_a_crash_cuts_off_the_history_is_loaded(workdir, monkeyp
                 history.save(longer, path)
         assert ("longer" in history.load(path).attrs) == (survived == 2)
         history.save(whole, path)
+
+
+METADATA = [
+    DEEP,
+    b'{"a": ' + b"9" * 5000 + b"}",
+    b"1e999",
+    b'"text"',
+    b'{"train": 3}',
+    b'{"init_timestamp_nsecs": "x"}',
+    b'{"commit_timestamp_nsecs": 1e999}',
+    b'{"custom_metadata": 3, "custom_metadata": 3}',
+]
+
+
+@pytest.mark.parametrize("content", METADATA, ids=lambda content: content[:30].decode())
+def test_whatever_metadata_of_a_checkpoint_are_the_one_before_continues(workdir, finished, capfd, content):
+    (workdir / "checkpoints" / "6" / "_CHECKPOINT_METADATA").write_bytes(content)
+    run(workdir)
+    err = capfd.readouterr().err
+    assert err.startswith(f"warning: checkpoint 6 in {workdir} is not used: its metadata cannot be read")
+    assert err.count("\n") == 1
+    finished[1].check(chaos.Outcome.of(workdir))
+
+
+@pytest.mark.parametrize(("damage", "way_out"), [("variable", "it lacks nc3:"), ("coordinate", "its coordinates")])
+def test_a_history_that_is_none_is_refused_even_where_no_checksum_tells(workdir, damage, way_out):
+    path = workdir / "history.nc"
+    recorded = history.load(path)
+    history.save(recorded.drop_vars("nc3") if damage == "variable" else recorded.rename(split="spilt"), path)
+    with pytest.raises(InputError, match=rf"^history: got '{path}'; {way_out}"):
+        run(workdir)
+
+
+def test_a_history_that_is_replaced_while_it_is_read_is_not_called_damaged(workdir, monkeypatch):
+    path, sums = workdir / "history.nc", history._sums
+    longer = history.load(path).assign_attrs(longer="yes")
+
+    def replaced(of):  # between the two files
+        monkeypatch.setattr(history, "_sums", sums)
+        history.save(longer, path)
+        history.save(longer, path)  # of the one before not even the sum is left
+        return sums(of)
+
+    monkeypatch.setattr(history, "_sums", replaced)
+    assert history.load(path).attrs["longer"] == "yes"
+
+
+def everything(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_other_data_are_refused_and_named(workdir, monkeypatch):
+    load = preflight.load_data
+
+    def flipped(settings):
+        dataset = load(settings)
+        dataset.test.images[0, 0] += 1e-6
+        return dataset
+
+    before = everything(workdir)
+    monkeypatch.setattr(preflight, "load_data", flipped)
+    with pytest.raises(InputError, match=r"^config\.data\.name: got 'synthetic'; .*: test_images differ"):
+        run(workdir)
+    assert everything(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg"), ("jax_random_seed_offset", 1)],
+)
+def test_other_random_bits_are_refused_and_named(workdir, monkeypatch, setting, value):
+    import jax
+
+    before, usual = everything(workdir), getattr(jax.config, setting)
+    jax.config.update(setting, value)
+    try:
+        with pytest.raises(InputError, match=rf"^--workdir: .*: {setting} is '{value}' here and '{usual}' there"):
+            run(workdir)
+    finally:
+        jax.config.update(setting, usual)
+    assert everything(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("jaxlib", lambda patch: patch.setattr(provenance, "versions", lambda: {"jaxlib": "0.0.1"})),
+        ("XLA_FLAGS", lambda patch: patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")),
+        ("NVIDIA_TF32_OVERRIDE", lambda patch: patch.setenv("NVIDIA_TF32_OVERRIDE", "1")),
+        ("device", lambda patch: patch.setattr(provenance, "processor", lambda: "Z80")),
+    ],
+)
+def test_other_arithmetic_continues_and_is_named_once(workdir, finished, monkeypatch, capfd, name, change):
+    change(monkeypatch)
+    run(workdir)  # nothing is left to train
+    assert "warning" not in capfd.readouterr().err
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    run(workdir)
+    err = capfd.readouterr().err
+    assert err.startswith(f"warning: {workdir} continues to rounding, not to the same bits: {name} is ")
+    assert err.count("\n") == 1
+    finished[1].check(chaos.Outcome.of(workdir))  # JAX had started before the change
+
+
+# Patterns, URLs, markup, and what TensorStore gives a meaning elsewhere.
+NAME = "[a-b] [/x]*?#%20|{}&;'\"$HOME ~é漢"
+
+
+def test_any_name_of_a_folder_will_do(tmp_path, finished):
+    workdir = tmp_path / NAME / NAME
+    run(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    run(workdir)
+    finished[1].check(chaos.Outcome.of(workdir))
+    loaded = runs.load_run(workdir, weight_decay=1e-2, seed=1)
+    assert loaded.epoch == 6
+    assert loaded.history["epoch"].values[-1] == 6
+    assert show.main([str(workdir)]) == 0
+
+
+@pytest.mark.parametrize("name", ["a\\b", "logs:", "gs:", "\udce9"])
+@pytest.mark.parametrize("parent", [False, True])
+def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_made(tmp_path, capfd, name, parent):
+    workdir = tmp_path / name / "run" if parent else tmp_path / name
+    assert main.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: --workdir: got ")
+    assert "choose another" in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    workdir.mkdir(parents=True)
+    for read in (lambda: holdings.read(workdir, {}), lambda: runs.load_run(workdir)):
+        with pytest.raises(InputError, match="for another place"):
+            read()
+
+
+@pytest.mark.parametrize("root", ["/gs", "/s3", "/az", "/hf"])
+def test_folders_that_are_buckets_to_orbax_are_refused(root):
+    with pytest.raises(InputError, match="for another place"):
+        preflight.check_path("--workdir", Path(root) / "run")
+    preflight.check_path("--workdir", Path("/data") / root[1:] / "run")
+
+
+def test_a_run_whose_lock_was_removed_stops_before_it_writes(tmp_path, monkeypatch, finished, capfd):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_epoch(patch, 3, (workdir / ".lock").unlink)
+        assert command(workdir, patch) == 1
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {workdir / '.lock'} was removed")
+    assert len(err.splitlines()) == 2  # the second is the command
+    assert history.load(workdir / "history.nc")["epoch"].values.tolist() == [0, 1, 2, 3]
+    assert checkpoint.epochs_in(workdir / "checkpoints") == [2]
+    run(workdir)
+    finished[1].check(chaos.Outcome.of(workdir))
