@@ -26,8 +26,8 @@ def run(module: str) -> NoReturn:
     """
     output = _open_streams()
     stops = interrupts.Stops()
-    stops.begin()
     try:
+        stops.begin()
         code = importlib.import_module(module).main()
         sys.stdout.flush()
         stops.end(code)

@@ -98,7 +98,9 @@ SCHEMA: dict[str, Field] = {
     "data.pad": _integer(0, "sides of images, filled up with a border of zeros (0: as they are)", 0),
     "model.kind": _choice("mlp", "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head", "conv"),
     "model.widths": _each((128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS),
-    "model.normalization": _choice("none", "batch: before every activation; no longer homogeneous", "batch"),
+    "model.normalization": _choice(
+        "none", "batch: before every activation; no longer homogeneous; measured in eval mode", "batch"
+    ),
     "model.norms": _choice("decayed", "scale and shift of normalization; free: trained but not decayed", "free"),
     "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
     "model.linear_head_depth": _integer(1, "layers after the last activation, the head among them", 1),
@@ -107,7 +109,7 @@ SCHEMA: dict[str, Field] = {
     "targets": _choice("one_hot", "of the square loss; centered: one-hot less 1/C", "centered"),
     "train.epochs": _integer(300, "passes over the training split", 1),
     "train.schedule_epochs": _integer(0, "length of the schedule (0: train.epochs); set it to train on later", 0),
-    "train.batch_size": _integer(64, "examples per step (0: full batch)", 0),
+    "train.batch_size": _integer(64, "examples per step (0: full batch); a partial last batch is dropped", 0),
     "train.augment": _choice("none", "random 4-pixel crops of training images, and mirroring", "crop", "crop_flip"),
     "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
     "train.decay": _choice(

@@ -14,7 +14,11 @@ from ncjax.files import write_atomically
 
 
 class Variable(NamedTuple):
-    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times have no unit."""
+    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times have no unit.
+
+    Every number is of the network in eval mode, which is another one than that in training where there is batch
+    normalization: outputs and features are then by running statistics.
+    """
 
     dims: tuple[str, ...]
     definition: str
@@ -32,8 +36,8 @@ BUDGET_TERMS = {
 VOCABULARY: dict[str, Variable] = {
     "finite": Variable((), "1 while parameters and training loss are finite; all else is NaN where it is 0"),
     "loss": Variable(_SPLIT, "fit_loss + lambda/2 times the squared norm of what is decayed"),
-    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy"),
-    "accuracy": Variable(_SPLIT, "share of examples whose largest output is their class's"),
+    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode"),
+    "accuracy": Variable(_SPLIT, "share of examples whose largest output, in eval mode, is their class's"),
     "effective_decay": Variable((), "lambda of the loss whose critical points the optimizer seeks"),
     "flow_time": Variable((), "t = sum over steps of learning rate/(1 - momentum)"),
     "relaxation_time": Variable((), "2 lambda t: e-folds by which squared layer norms have drawn together"),
@@ -62,7 +66,7 @@ VOCABULARY: dict[str, Variable] = {
     "output_asymmetry": Variable(_SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"),
     "weight_norm_sq": Variable(_LAYER, "||W_k||_F^2"),
     "norm_target": Variable((), "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium"),
-    "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||"),
+    "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||, Fit in eval mode"),
     "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
     "theorem_residual": Variable((), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"),
     "symmetric_nc3": Variable((), "nc3 of a symmetric solution at equilibrium with the same mean outputs"),

@@ -92,6 +92,13 @@ def test_a_signal_ends_a_command_in_one_line_wherever_it_comes(place, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by SIGINT\n")
 
 
+def test_a_signal_that_comes_before_the_command_is_looked_for_ends_it_in_one_line(tmp_path):
+    (_, script), variables = fake(tmp_path, "return 0")
+    early = f"import os, signal, threading; threading.Thread.start = lambda self: {KILL}; {script}"
+    done = run("-c", early, env=variables)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by SIGINT\n")
+
+
 def test_a_signal_while_the_interpreter_shuts_down_leaves_the_exit_code(tmp_path):
     arguments, variables = fake(tmp_path, f"atexit.register(lambda: {KILL})\n    print('all')\n    return 7")
     done = run(*arguments, env=variables)

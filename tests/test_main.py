@@ -154,6 +154,19 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     assert all(f"--config.{name}=" in text for name in SCHEMA)
     assert "--workdir" in text
+    batch_size, normalization = (
+        text.partition(f"--config.{name}=")[2].partition("--config.")[0]
+        for name in ("train.batch_size", "model.normalization")
+    )
+    assert "partial last batch is dropped" in batch_size
+    assert "eval mode" in normalization
+
+
+def test_numbers_that_batch_normalization_makes_ambiguous_name_the_mode():
+    from ncjax.history import VOCABULARY
+
+    for name in ("fit_loss", "accuracy", "equilibrium_residual"):
+        assert "eval mode" in VOCABULARY[name].definition
 
 
 def test_a_folder_of_other_things_is_no_workdir(tmp_path, capsys):
