@@ -70,6 +70,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ncjax-hostile-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # other users run in it, too
         os.environ.update(_environment(Path(folder)))
+        import matplotlib.font_manager  # noqa: F401  (makes its list of fonts once, and says so where it cannot)
+
         cases = engine.cases(groups, arguments.seed)
         chosen = [i for i, case in enumerate(cases) if arguments.case in (None, case.name)]
         if arguments.list:

@@ -71,7 +71,8 @@ def _is_honest(workdir: Path, asked: dict[str, list[float]], precision: str, ran
 
 def _sweep(name: str, values: str, precision: str, draw: bool, folder: Path) -> None:
     flags = (f"--config.sweep.{name}={values}", f"--config.train.precision={precision}")
-    ran = engine.run_here("main", *_TINY, *flags, f"--workdir={folder / 'run'}", draw=draw)
+    others = (flag for flag in _TINY if name not in flag)  # a field given twice has the values of both
+    ran = engine.run_here("main", *others, *flags, f"--workdir={folder / 'run'}", draw=draw)
     asked = {name: [float(value) for value in values.split(",")]}
     engine.check(ran, lambda ran: _is_honest(folder / "run", asked, precision, ran))
     if ran.code == 0:

@@ -32,16 +32,17 @@ def _as(uid: int) -> tuple[str, ...]:
 
 
 def _command(kind: str, folder: Path) -> tuple:
-    """Command lines that write into the folder where they must."""
+    """Command lines that write into the folder where they must, from any current folder."""
+    config = f"--config={engine.ROOT / 'configs' / 'digits.py'}"
     return {
         "measure": _MEASURE,
-        "train": (engine.UNDRAWN, *chaos.SMALL, f"--workdir={folder / 'own' / 'new'}"),
-        "dry run": ("ncjax.main", *chaos.SMALL, "--dry-run"),
-        "digits": ("ncjax.main", "--config.train.epochs=1", "--dry-run"),
+        "train": (engine.UNDRAWN, config, *chaos.SMALL, f"--workdir={folder / 'own' / 'new'}"),
+        "dry run": ("ncjax.main", config, *chaos.SMALL, "--dry-run"),
+        "digits": ("ncjax.main", config, "--config.train.epochs=1", "--dry-run"),
         "show": ("ncjax.show", folder / "run"),
         "verify": ("ncjax.show", folder / "run", "--verify"),
         "plots": ("ncjax.plots", folder / "run"),
-        "continue": (engine.UNDRAWN, *chaos.SMALL, f"--workdir={folder / 'run'}"),
+        "continue": (engine.UNDRAWN, config, *chaos.SMALL, f"--workdir={folder / 'run'}"),
         "export": ("ncjax.show", folder / "run", "--run", "weight_decay=0,seed=0", "--export", folder / "no/x.npz"),
     }[kind]
 
