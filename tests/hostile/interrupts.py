@@ -36,7 +36,7 @@ import os, runpy, sys
 os.write({fd}, b".")
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-# Where the module was not run yet, Python itself says so.
+# Where nothing of ours has a say yet, the signal itself ends the process.
 _RIGHT_CODES = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
 
@@ -60,6 +60,8 @@ def _begin(folder: Path, command: str):
 
 
 def _check(ran: Ran, signum: int) -> None:
+    if ran.code == -signal.SIGINT and ran.err.startswith("Traceback") and f"{engine.ROOT}/ncjax/" not in ran.err:
+        return  # Python was still looking for the module: no line of ours had run
     lines = [line for line in ran.err.splitlines() if not line.startswith("warning: ")]
     engine.check(ran, refuses=False, also=_RIGHT_CODES[signal.Signals(signum)])
     if len(lines) > 4:
