@@ -7,12 +7,17 @@ class InputError(ValueError):
     """Bad input: names the field, the value it had, and the way out."""
 
     def __init__(self, field: str, value: object, way_out: str):
-        super().__init__(_one_line(f"{field}: got {_shown(value)}; {way_out}"))
+        super().__init__(printable(_one_line(f"{field}: got {_shown(value)}; {way_out}")))
 
 
 def listed(values: Iterable[float | int]) -> str:
     """Numbers as a message lists them."""
     return ", ".join(f"{value:.10g}" for value in values) or "none"
+
+
+def printable(text: str) -> str:
+    r"""Returns a text that is one line and can be encoded: a name may hold `\n`, ESC, or bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def last_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from ncjax import config as configuration
 from ncjax import data as datasets
 from ncjax import history as histories
 from ncjax.errors import InputError, listed
+from ncjax.files import expand
 
 # Rows of a forward pass: however many images are given, no more memory than for these.
 _ROWS = 1024
@@ -107,7 +108,7 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
     Raises:
       InputError: no such checkpoint or run, or it is damaged.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = expand(workdir)
     folder = workdir / "checkpoints"
     if not workdir.is_dir():
         raise InputError("workdir", str(workdir), "no such folder; name one that ncjax.main has left")

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncjax.errors import InputError, listed
+from ncjax.errors import InputError, listed, printable
+from ncjax.files import expand
 
 if TYPE_CHECKING:
     from ncjax.workdir import Holdings
@@ -69,7 +70,7 @@ def parse_coordinates(text: str) -> dict[str, float]:
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
     from ncjax import journal, runs, workdir  # import JAX, which takes longer than to see that a flag is wrong
 
-    holdings = workdir.read(arguments.workdir.expanduser(), coordinates)
+    holdings = workdir.read(expand(arguments.workdir), coordinates)
     measured, saved = _epochs(holdings, arguments.epoch)
     found = _describe(holdings, measured, saved)
     if arguments.export:
@@ -185,20 +186,15 @@ def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | N
 
 def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from ncjax import history, report
 
     console = report.make_console()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
     for name, line in _summary(found).items():
-        say(f"{name:<12}{line}")
+        report.say(console, f"{name:<12}{line}")
     table = Table("checkpoint", "size", "checksums" if found["run"] is None else "checksums of this run")
     for saved in found["checkpoints"]:
-        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), Text(saved["problem"] or "hold"))
+        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), printable(saved["problem"] or "hold"))
     if found["checkpoints"]:
         console.print(table)
     if found["parameters"]:
@@ -213,11 +209,11 @@ def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) ->
     if measured is not None and holdings.history is not None:
         report.show_collapse(history.up_to(holdings.history, measured), console)
     for note in found["notes"]:
-        say(f"note: {note}")
+        report.say(console, f"note: {note}")
     if "export" in found:
-        say(f"wrote {found['export']}")
+        report.say(console, f"wrote {found['export']}")
     if "verification" in found:
-        say(_verdict(found["verification"]))
+        report.say(console, _verdict(found["verification"]))
 
 
 def _summary(found: dict[str, Any]) -> dict[str, str]:

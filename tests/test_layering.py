@@ -25,7 +25,7 @@ LEAVES = {"errors", "files", "interrupts"}
 ALLOWED = {
     "__init__": {"measure", "runs"},  # when asked for
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "interrupts": set(),
     "lock": {"errors"},
     "linalg": set(),
@@ -53,7 +53,7 @@ ALLOWED = {
     "panels": {"history"},
     "figures": {"history", "config", "panels"},
     "theory_figures": {"closed_forms", "figures", "history", "panels"},
-    "plots": {"figures", "history", "theory_figures"},
+    "plots": {"figures", "history", "report", "theory_figures"},
     "preflight": {"config", "data"},
     "experiment": "*",
     "main": {"config", "preflight", "experiment", "distributed"},
@@ -154,8 +154,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
+def test_the_package_stays_under_8000_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8000
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):

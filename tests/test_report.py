@@ -1,6 +1,8 @@
 """What a run says when it is done, of small made-up histories."""
 
+import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -122,3 +124,26 @@ def test_least_names_other_settings():
         make_history(seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2])
     )
     assert nc1.startswith("nc1 is least at lambda=0.001, learning_rate=0.2: 0.2; 0.6 at lambda=0")
+
+
+def test_a_console_prints_names_as_they_are(capsys):
+    from rich.table import Table
+
+    for stderr in (False, True):
+        console = report.make_console(stderr=stderr)
+        table = Table("[/heading]", title="[/title] :cat:")
+        table.add_row("[/cell] [bold]")
+        console.print(table)
+        report.say(console, "[/line] [red] :cat: \x1b[31m \udcff\nend")
+        printed = capsys.readouterr()[stderr]
+        for text in ("[/title] :cat:", "[/heading]", "[/cell] [bold]"):
+            assert text in printed
+        assert printed.splitlines()[-1] == r"[/line] [red] :cat: \x1b[31m \udcff\nend"
+
+
+def test_a_locale_without_the_signs_of_a_table_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    report.say(report.make_console(), "0.5±0.1")
+    sys.stdout.flush()
+    assert written.getvalue() == b"0.5\\xb10.1\n"
