@@ -8,7 +8,7 @@ class InputError(ValueError):
     """Bad input: names the field, the value it had, and the way out."""
 
     def __init__(self, field: str, value: object, way_out: str):
-        super().__init__(_one_line(f"{field}: got {_shown(value)}; {way_out}"))
+        super().__init__(printable(_one_line(f"{field}: got {_shown(value)}; {way_out}")))
 
 
 def listed(values: Iterable[float | int]) -> str:
@@ -19,6 +19,11 @@ def listed(values: Iterable[float | int]) -> str:
 def warn(line: str) -> None:
     """Says on stderr what went otherwise than asked for, and well."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    r"""Returns a text that is one line and can be encoded: a name may hold `\n`, ESC, or bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def last_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from ncjax import (
     train,
 )
 from ncjax import config as configuration
-from ncjax.errors import InputError
+from ncjax.errors import InputError, printable
 from ncjax.files import remove_leftovers, write_atomically
 from ncjax.preflight import Plan
 from ncjax.sweep import Sweep, make_program
@@ -47,7 +47,7 @@ def run(plan: Plan) -> xr.Dataset:
     if distributed.is_leader():
         plots.draw_all(recorded, plan.workdir / "figures")
         report.show_results(recorded, report.make_console())
-        print(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+        _say(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
     return recorded
 
 
@@ -191,12 +191,12 @@ def _check_facts(plan: Plan, mine: checkpoint.Facts, theirs: checkpoint.Facts) -
 
 def _warn(line: str) -> None:
     if distributed.is_leader():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _say(line: str) -> None:
     if distributed.is_leader():
-        print(line)
+        report.say(report.make_console(), line)
 
 
 def _train(

@@ -1,78 +1,130 @@
 """Files of features, labels, logits and heads, memory-mapped wherever their format lets them be."""
 
-import json
+import io
 import math
-import struct
+import os
+import stat
+import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
 from ncjax.errors import InputError
 
-FORMATS = (".npz", ".npy", ".safetensors")
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 _SAFETENSORS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BF16": "bfloat16"}
+_CHUNK = 2**20  # bytes of a member of a .npz that are read at once
+
+
+class _Layout(NamedTuple):
+    """Shape, type and order of an array in a file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: Literal["C", "F"]
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of the numbers. Python's integers do not wrap where a damaged shape is huge."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read(path: Path, sole: str) -> dict[str, np.ndarray]:
-    """The arrays of a file by name; a .npy holds one alone, of the name `sole`.
+    """Reads the arrays of a file by name; a .npy holds one alone, of the name `sole`.
 
-    Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they are used.
+    Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they are used. A .npz
+    has checksums, for which it is read once here. The others have none: damage is seen where sizes contradict it.
 
     Raises:
       InputError: no such file, not of a known format, or damaged.
     """
-    readers = {".npy": lambda: {sole: np.load(path, mmap_mode="r")}, ".npz": lambda: _npz(path)}
-    readers[".safetensors"] = lambda: _safetensors(path)
+    readers = {".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
-        raise InputError("file", str(path), f"its name must end in {', '.join(FORMATS)}")
+        raise InputError("file", str(path), f"its name must end in {', '.join(readers)}")
     try:
-        return readers[path.suffix]()
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise InputError("file", str(path), "it is not a file")
+        # Of a header that is hardly Python: it is refused below, or read as it was meant.
+        with warnings.catch_warnings(action="ignore"):
+            return readers[path.suffix](path, sole)
     except InputError:
         raise
     except OSError as error:
         raise InputError("file", str(path), error.strerror or str(error)) from error
-    except (ValueError, KeyError, EOFError, TypeError, struct.error, zipfile.BadZipFile) as error:
-        raise InputError("file", str(path), f"it cannot be read: {error or 'it is empty'}") from error
+    # Damage ends in any error of any library: zlib's, tokenize's, RecursionError, MemoryError, RuntimeError, ...
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InputError("file", str(path), f"it cannot be read: {reason[:200]}") from error
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    arrays = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            if member.compress_type != zipfile.ZIP_STORED:
-                with archive.open(member) as file:
-                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                continue
-            # The local header before the data: 30 bytes, at whose end stand the lengths of two fields that follow.
-            raw.seek(member.header_offset + 26)
-            raw.seek(sum(struct.unpack("<HH", raw.read(4))), 1)
-            version = np.lib.format.read_magic(raw)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(raw)
-            arrays[name] = _mapped(path, raw.tell(), shape, dtype, "F" if fortran else "C")
-    return arrays
-
-
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_npy(path: Path, sole: str) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        layout = _read_header(file, os.fstat(file.fileno()).st_size)
+        return {sole: _map(path, file.tell(), layout)}
+
+
+def _read_npz(path: Path, _: str) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+        return {
+            member.filename.removesuffix(".npy"): _read_member(archive, member, raw, path)
+            for member in archive.infolist()
+        }
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, raw: io.BufferedIOBase, path: Path) -> np.ndarray:
+    """Reads a member of a .npz to its end, where zipfile compares its checksum, and maps it if it is not compressed."""
+    if member.comment:
+        raise ValueError(f"{member.filename} has a comment, which may be members that a flipped bit hides")
+    with archive.open(member) as file:
+        layout = _read_header(file, member.file_size)
+        header_size = file.tell()
+        if member.compress_type == zipfile.ZIP_STORED:
+            while file.read(_CHUNK):
+                pass
+    if member.compress_type != zipfile.ZIP_STORED:
+        with archive.open(member) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    if member.compress_size != member.file_size:
+        raise ValueError(f"{member.filename} has {member.compress_size} bytes and says {member.file_size}")
+    # The local header before the data: 30 bytes, at whose end stand the lengths of two fields that follow.
+    raw.seek(member.header_offset + 26)
+    lengths = np.frombuffer(raw.read(4), "<u2")
+    return _map(path, raw.tell() + int(lengths.sum()) + header_size, layout)
+
+
+def _read_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> _Layout:
+    """Reads the header of a .npy of `size` bytes and checks that its array fills the rest of them."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its header is of version {version}, which numbers do not need")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(file)
+    layout = _Layout(shape, dtype, "F" if fortran else "C")
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, not numbers")
+    if min(shape, default=0) < 0 or layout.nbytes != size - file.tell():
+        raise ValueError(f"an array of shape {shape} and type {dtype} does not fill {size - file.tell()} bytes")
+    return layout
+
+
+def _read_safetensors(path: Path, _: str) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    # It refuses tensors that overlap, leave gaps or do not fill the file; so offsets follow from sizes.
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        described = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    with open(path, "rb") as raw:
+        offset = 8 + int.from_bytes(raw.read(8), "little")
     arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS:
-            raise ValueError(f"{name} is of type {entry['dtype']}")
-        begin, end = entry["data_offsets"]
-        dtype, shape = _dtype(_SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
-        if end - begin != dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{name} has {end - begin} bytes and shape {shape}")
-        arrays[name] = _mapped(path, 8 + length + begin, shape, dtype, "C")
+    for name, (dtype, shape) in described.items():
+        if dtype not in _SAFETENSORS:
+            raise ValueError(f"{name} is of type {dtype}")
+        layout = _Layout(shape, _dtype(_SAFETENSORS[dtype]), "C")
+        arrays[name] = _map(path, offset, layout)
+        offset += layout.nbytes
     return arrays
 
 
@@ -84,11 +136,9 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(name)
 
 
-def _mapped(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, order: Any) -> np.ndarray:
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, not numbers")
-    if not math.prod(shape):
-        return np.empty(shape, dtype)
+def _map(path: Path, offset: int, layout: _Layout) -> np.ndarray:
+    if not layout.nbytes:
+        return np.empty(layout.shape, layout.dtype)
     # An empty tuple would map the rest of the file.
-    array = np.memmap(path, dtype, "r", offset, shape or (1,), order)
-    return array if shape else array.reshape(())
+    array = np.memmap(path, layout.dtype, "r", offset, layout.shape or (1,), layout.order)
+    return array if layout.shape else array.reshape(())

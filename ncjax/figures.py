@@ -51,7 +51,7 @@ def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
     curves = []
     for colour, (name, history) in zip(itertools.cycle(panels.COLOURS), histories.items(), strict=False):
         run = panels.training(history).isel(weight_decay=most_collapsed(history))
-        label = rf"{name}, $\lambda$ = {number(run['weight_decay'].item())}{panels.diverged(run)}"
+        label = rf"{panels.literal(name)}, $\lambda$ = {number(run['weight_decay'].item())}{panels.diverged(run)}"
         curves.append(Curve(label, colour, "-", run))
     return panels.against(curves, PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
 
@@ -83,8 +83,9 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
         axes.set_facecolor("0.85")
         axes.tick_params(length=0, labelsize=panels.SMALL)
         places = range(len(names) if len(names) <= _MOST_LABELLED_CLASSES else 0)
-        axes.set_xticks(places, names[: len(places)], rotation=90 if max(map(len, names)) > 2 else 0)
-        axes.set_yticks(places, names[: len(places)])
+        words = [panels.literal(name) for name in names[: len(places)]]
+        axes.set_xticks(places, words, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(places, words)
     bar = panels.cosine_bar(figure, all_axes, etf, reach, "cosine between centred class means")
     bar.ax.axhline(etf, color="black", linewidth=1)
     return figure

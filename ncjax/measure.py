@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncjax import cli, environment
-from ncjax.errors import InputError
-from ncjax.files import expanded
+from ncjax.errors import InputError, printable
+from ncjax.files import expanded, make_folder
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from ncjax.findings import Measurement, find, prepare
@@ -171,16 +172,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measure_files(arguments: argparse.Namespace) -> int:
-    from ncjax import features  # no JAX yet: what is wrong with a file is said at once
-
+    # No JAX yet: what is wrong with a file is said at once.
     for name, value in (("--batch", arguments.batch), ("--classes", arguments.classes)):
         if value is not None and value < 1:
             raise InputError(name, value, "give a number from 1 on")
-    head = {} if arguments.head is None else features.read(expanded("--head", arguments.head), "head_kernel")
+    head = {} if arguments.head is None else _read("--head", arguments.head, "head_kernel")
     if arguments.head is not None and "head_kernel" not in head:
         raise InputError("--head", str(arguments.head), f"it has no head_kernel, but {_names(head)}")
-    files = [features.read(expanded("features", path), "features") for path in arguments.features]
-    held = {} if arguments.labels is None else features.read(expanded("--labels", arguments.labels), "labels")
+    files = [_read("features", path, "features") for path in arguments.features]
+    held = {} if arguments.labels is None else _read("--labels", arguments.labels, "labels")
     if arguments.labels is not None and "labels" not in held:
         raise InputError("--labels", str(arguments.labels), f"it has no labels, but {_names(held)}")
     labels = held.get("labels")
@@ -198,7 +198,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
             way_out = f"layers are of the same examples, of which {arguments.features[0]} has {len(batches[0][0])}"
             raise InputError(str(path), f"{len(arrays['features'])} examples", way_out)
     if arguments.figures is not None:
-        _make_folder(expanded("--figures", arguments.figures))
+        make_folder("--figures", expanded("--figures", arguments.figures))
     environment.import_jax()
     from ncjax import findings, parallel, streaming  # noqa: F401 (before the progress bar hides the cursor)
 
@@ -218,11 +218,20 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     return _report(arguments, found)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("--figures", str(folder), f"{error.strerror}; name a folder") from error
+# Axes of the arrays that files hold, by name.
+_AXES = {"features": ("N", "p"), "labels": ("N",), "logits": ("N", "C"), "head_kernel": ("C", "p"), "head_bias": ("C",)}
+
+
+def _read(field: str, path: Path, sole: str) -> dict[str, "np.ndarray"]:
+    """Reads the arrays of a file by name, those of a known name with the axes that go with it; or InputError."""
+    from ncjax import features
+
+    arrays = features.read(expanded(field, path), sole)
+    for name in [name for name in _AXES if name in arrays]:
+        axes, shape = _AXES[name], arrays[name].shape
+        if len(shape) != len(axes) or any(size == 0 and axis != "N" for size, axis in zip(shape, axes, strict=True)):
+            raise InputError(str(path), f"{name} of shape {shape}", f"give {' x '.join(axes)}")
+    return arrays
 
 
 def _names(arrays: dict[str, Any]) -> str:
@@ -249,8 +258,6 @@ def _progress(total: int) -> Any:
 
 
 def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
-    from rich.console import Console
-
     from ncjax import journal, report
 
     layers = [str(path) for path in arguments.features]
@@ -262,13 +269,12 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
     if arguments.figures is not None:
         from ncjax import measure_figures
 
-        console = Console(stderr=True) if arguments.json else report.make_console()
+        console = report.make_console(stderr=arguments.json)
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
-        for path in measure_figures.write(
-            dict(zip(shown, found, strict=True)), expanded("--figures", arguments.figures)
-        ):
-            console.print(f"figure: {path}", highlight=False, soft_wrap=True)
+        folder = expanded("--figures", arguments.figures)
+        for path in measure_figures.write(dict(zip(shown, found, strict=True)), folder):
+            report.say(console, f"figure: {path}")
     return 0
 
 
@@ -297,6 +303,7 @@ _BY_LAYER = ("nc1", "nc1_rank", "nc1_trace_ratio", "cdnv", "nc2_equinorm_means",
 def _print(layers: list[str], found: list["Measurement"], global_mean: str, console: "Console") -> None:
     from rich.table import Table
 
+    from ncjax import report
     from ncjax.history import VOCABULARY
 
     if len(found) > 1:
@@ -305,12 +312,12 @@ def _print(layers: list[str], found: list["Measurement"], global_mean: str, cons
         for name in ("p", *_BY_LAYER):
             table.add_column(name.replace("_means", ""), justify="right", no_wrap=True)
         for layer, one in zip(layers, found, strict=True):
-            table.add_row(layer, str(_dim(one)), *(f"{one.metrics[name]:.3g}" for name in _BY_LAYER))
+            table.add_row(printable(layer), str(_dim(one)), *(f"{one.metrics[name]:.3g}" for name in _BY_LAYER))
         console.print(table)
     last = found[-1]
     present = last.examples[last.examples > 0]
     words = f"{present.sum():,} examples of {len(present):,} classes, {_dim(last):,} features"
-    table = Table(title=f"{layers[-1]}: {words}")
+    table = Table(title=printable(f"{layers[-1]}: {words}"))
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
@@ -320,9 +327,9 @@ def _print(layers: list[str], found: list["Measurement"], global_mean: str, cons
     if last.missing:
         shown = ", ".join(map(str, last.missing[:10])) + (", ..." if len(last.missing) > 10 else "")
         verbs = "class has no example and is" if len(last.missing) == 1 else "classes have no example and are"
-        console.print(f"{len(last.missing):,} {verbs} left out: {shown}", highlight=False, soft_wrap=True)
+        report.say(console, f"{len(last.missing):,} {verbs} left out: {shown}")
     if present.min() < present.max():
         means = {"classes": "the class means, each counting once", "examples": "all examples"}[global_mean]
         console.print(f"classes have {present.min():,} to {present.max():,} examples; mu_G is the mean of {means}")
     for note in last.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        report.say(console, note)

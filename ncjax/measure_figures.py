@@ -152,7 +152,7 @@ def layers(found: dict[str, "Measurement"]) -> "Figure":
         axes.plot(places, values, color=_BLUE, marker="o", markersize=3, linewidth=1)
         panels.finish(axes, panel, values)
         turned = max(map(len, found)) * len(found) > 40
-        words = list(found) if axes in all_axes[-2:] else [""] * len(found)
+        words = [panels.literal(name) if axes in all_axes[-2:] else "" for name in found]
         axes.set_xticks(
             places, words, size=panels.SMALL, rotation=45 if turned else 0, ha="right" if turned else "center"
         )

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ncjax import models, parallel, report
 from ncjax.config import Config, log_spaced_epochs
-from ncjax.errors import listed
+from ncjax.errors import listed, printable
 from ncjax.preflight import Plan
 from ncjax.sweep import Program
 
@@ -40,7 +40,7 @@ def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
 def show(plan: Plan, program: Program, console: Console) -> None:
     """All that is known before training."""
     config, recipe = plan.config, program.recipe
-    table = Table(title=headline(plan, program), show_header=False, title_justify="left")
+    table = Table(title=printable(headline(plan, program)), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column()
     for name in plan.grid.dims:
@@ -63,7 +63,7 @@ def show(plan: Plan, program: Program, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    console.print("nothing was trained and nothing was written", highlight=False)
+    report.say(console, "nothing was trained and nothing was written")
 
 
 def measured_epochs(config: Config) -> list[int]:

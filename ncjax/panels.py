@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import xarray as xr
 
+from ncjax.errors import printable
 from ncjax.history import extinct
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, DPI = 3.4, 2.1, 200  # a panel, in inches: two fill the text width of a two-column page
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
+_MOST_IN_NAME = 60  # characters: a longer one leaves no room for panels
+_MOST_DECADES = 9  # with a label each on one axis
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
@@ -184,7 +187,7 @@ def against_lambda(
     """Panels of the last epoch against weight decay, a colour and marker per history; one alone gives the title."""
     from matplotlib.lines import Line2D
 
-    title = "".join(histories) if len(histories) == 1 else ""
+    title = literal("".join(histories)) if len(histories) == 1 else ""
     drawn_panels = _measured(drawn_panels, [training(history) for history in histories.values()])
     figure, all_axes = frame(len(drawn_panels), r"weight decay $\lambda$", title)
     looks = zip(histories, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
@@ -199,7 +202,7 @@ def against_lambda(
         scale_x(axes, weight_decay, broken=True)
         finish(axes, panel, _draw_finals(axes, panel, finals, styles))
     handles = [
-        Line2D([], [], label=name + diverged(history), markersize=3.5, **style)
+        Line2D([], [], label=literal(name) + diverged(history), markersize=3.5, **style)
         for style, (name, history) in zip(styles, histories.items(), strict=True)
     ]
     shown = list(histories.values())
@@ -232,12 +235,15 @@ def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
     """A log axis with a place for 0; ticks at powers of ten, else at 1, 2, 5 times them, else at the ends."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ticks, positive = [0.0] if (values == 0).any() else [], values[values > 0]
+    ticks, positive = [0.0] if (values == 0).any() else [], values[(values > 0) & np.isfinite(values)]
     if positive.size:
-        low, high = float(positive.min()), float(positive.max())
-        axes.set_xscale("symlog", linthresh=low, linscale=0.6, subs=list(range(2, 10)))
+        # Nearer to the ends of float64 neither a scale nor its ticks can be computed.
+        low, high = np.clip([positive.min(), positive.max()], 1e-300, 1e300)
         # The rounding keeps 1e-3, whose logarithm is -2.9999999999999996.
         decades = np.arange(np.floor(round(np.log10(low), 9)), np.ceil(round(np.log10(high), 9)) + 1)
+        minor = list(range(2, 10)) if len(decades) <= _MOST_DECADES else None
+        decades = decades[:: -(-len(decades) // _MOST_DECADES)]
+        axes.set_xscale("symlog", linthresh=low, linscale=0.6, subs=minor)
         for factors in ((1,), (1, 2, 5), (low / 10.0 ** decades[0], high / 10.0 ** decades[0])):
             marks = np.unique(np.outer(factors, 10.0**decades))
             marks = marks[(marks > 0.999 * low) & (marks < 1.001 * high)]
@@ -261,7 +267,7 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     """Words, and a log scale with room for 0 where there are zeros (linear where nothing is positive)."""
     axes.set_title(panel.title, size=SIZE)
     axes.set_ylabel(panel.label, size=SIZE)
-    positive = values[values > 0]
+    positive = values[(values > 0) & np.isfinite(values)]
     axes.set_autoscaley_on(False)  # it sees lines moved by points elsewhere than where they are drawn
     # Twelve decades hold what means anything; what lies below is drawn with the zeros.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
@@ -279,11 +285,21 @@ def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
     if not finite.size:
         return 0.0, 1.0
     ends = axis.get_transform().transform(np.array([finite.min(), finite.max()], float))
-    pad = 0.05 * float(ends[1] - ends[0]) or 0.1
-    if axis.get_scale() == "log":
-        pad = max(pad, 0.02)  # decades: values equal up to rounding must not fill the panel
-    low, high = axis.get_transform().inverted().transform(ends + np.array([-pad, pad]))
+    # Decades, of which values equal up to rounding must not fill the panel; a symlog scale counts in its threshold.
+    least = 0.02 if axis.get_scale() == "log" else 0.0
+    pad = max(0.05 * float(ends[1] - ends[0]), least) or 0.1 * float(abs(ends[0])) or 0.1
+    with np.errstate(over="ignore"):
+        limits = axis.get_transform().inverted().transform(ends + np.array([-pad, pad]))
+    low, high = np.clip(limits, -np.finfo(float).max, np.finfo(float).max)
     return float(low), float(high)
+
+
+def literal(text: str) -> str:
+    r"""Returns a name of the user's such that matplotlib shows its characters: `$\frac$` is no mathematics."""
+    text = printable(text)
+    if len(text) > _MOST_IN_NAME:
+        text = f"{text[: _MOST_IN_NAME // 3]}...{text[-_MOST_IN_NAME // 2 :]}"
+    return text.replace("$", r"\$")
 
 
 def number(value: float | np.ndarray) -> str:

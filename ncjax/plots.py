@@ -5,23 +5,27 @@ if __name__ == "__main__":
 
     cli.run("ncjax.plots")
 
+import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xarray as xr
 
-from ncjax import cli, figures, theory_figures
+from ncjax import cli, figures, report, theory_figures
 from ncjax import history as histories_on_disk
 from ncjax.errors import InputError
-from ncjax.files import write_atomically
+from ncjax.files import expanded, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@np.errstate(over="ignore")  # where weight decay spans 300 decades, ends of curves and axes leave float64
 def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = None) -> list[Path]:
     """Writes the figures of one run, one set per setting of the axes other than weight_decay and seed.
 
@@ -42,7 +46,7 @@ def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = Non
                 "theory_against_lambda": theory_figures.theory_against_lambda({words: one}),
                 "budget_against_epoch": theory_figures.budget_against_epoch(one, _budget_decay(one, weight_decay)),
             }
-            if (one["relaxation_time"] > 0).any():
+            if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
                 drawn["collapse_against_clock"] = theory_figures.collapse_against_clock(one)
         written += [_write(figure, folder / f"{name}{suffix}.png") for name, figure in drawn.items()]
     if (history["weight_decay"] > 0).any():
@@ -63,12 +67,10 @@ def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
     return weight_decay
 
 
+@np.errstate(over="ignore")
 def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path]:
     """Writes the figures that lay several runs over one another, every setting of each as one of them."""
-    # Matplotlib takes dollars for mathematics.
-    named = [
-        (name.replace("$", r"\$"), one) for name, history in histories.items() for one in figures.settings(history)
-    ]
+    named = [(name, one) for name, history in histories.items() for one in figures.settings(history)]
     shown = {", ".join([name, *figures.setting_words(one)]): one for name, one in named}
     drawn = {
         "collapse_against_lambda": figures.collapse_against_lambda(shown),
@@ -96,34 +98,50 @@ def _load(workdir: Path) -> xr.Dataset:
     return history
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m ncjax.plots",
         description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also compared.",
     )
     parser.add_argument("workdirs", metavar="WORKDIR", type=Path, nargs="+", help="folder of a run")
     parser.add_argument("--weight-decay", type=float, help="lambda whose budget is drawn (default: least NC3)")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of the comparison (%(default)s)")
-    arguments = parser.parse_args(argv)
-    workdirs = list(dict.fromkeys(workdir.resolve() for workdir in arguments.workdirs))
-    names = [workdir.name for workdir in workdirs]
+    where = "folder: of one WORKDIR's figures (default: its own), else of the comparison (default: figures)"
+    parser.add_argument("--out", metavar="DIR", type=Path, help=where)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    arguments = _parse(argv)
     try:
-        histories = [_load(workdir) for workdir in workdirs]
-        written = [
-            path
-            for one, at in zip(histories, workdirs, strict=True)
-            for path in draw_all(one, at / "figures", arguments.weight_decay)
-        ]
-        if len(workdirs) > 1:
-            unique = [at.name if names.count(at.name) == 1 else str(at) for at in workdirs]
-            written += draw_comparison(dict(zip(map(_legible, unique), histories, strict=True)), arguments.out)
+        given = (expanded("WORKDIR", workdir) for workdir in arguments.workdirs)
+        workdirs = dict.fromkeys(Path(os.path.realpath(workdir)) for workdir in given)
+        histories = {workdir: _load(workdir) for workdir in workdirs}
+        if arguments.out is not None:
+            arguments.out = expanded("--out", arguments.out)
+            make_folder("--out", arguments.out)
+        written = _draw(histories, arguments)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a reader's message was
         return 2
-    print(*written, sep="\n")
+    console = report.make_console()
+    for path in written:
+        report.say(console, str(path))
     return 0
 
 
-def _legible(name: str) -> str:
-    """Spells out the bytes of a file's name that no font can draw, since they are not UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
+def _draw(histories: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[Path]:
+    """Draws one run into --out or its own folder; several each into its own folder, and compared into --out."""
+    if len(histories) == 1 and arguments.out is not None:
+        (history,) = histories.values()
+        return draw_all(history, arguments.out, arguments.weight_decay)
+    written = [
+        path
+        for workdir, history in histories.items()
+        for path in draw_all(history, workdir / "figures", arguments.weight_decay)
+    ]
+    if len(histories) > 1:
+        names = [workdir.name for workdir in histories]
+        unique = [at.name if names.count(at.name) == 1 else str(at) for at in histories]
+        written += draw_comparison(dict(zip(unique, histories.values(), strict=True)), arguments.out or Path("figures"))
+    return written

@@ -1,7 +1,9 @@
 """What a run says: a live line while it trains, a table and a verdict when it is done."""
 
+import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ncjax.errors import printable
 from ncjax.history import RELAXED, VOCABULARY, extinct
 
 # Columns of the final tables: heading, variable, what selects one number of it. Empty columns are left out.
@@ -71,7 +74,7 @@ class Progress:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(self._console, line)
 
     def trained(self, epoch: int, seconds_per_epoch: float) -> None:
         self._seconds_per_epoch = seconds_per_epoch
@@ -95,12 +98,24 @@ class Progress:
         )
 
 
-def make_console(quiet: bool = False) -> Console:
-    """Standard output; wide where nobody looks at it, so that a log holds whole tables. `quiet`: it prints nothing."""
+def make_console(quiet: bool = False, stderr: bool = False) -> Console:
+    """Returns standard output, or `stderr`; wide where nobody looks at it, so that a log holds whole tables.
+
+    It prints text as it stands: names of files, folders and data sets may hold `[/b]` or `:cat:`. `quiet`: nothing.
+    """
     if quiet:
         return Console(quiet=True, force_terminal=False)
-    console = Console()
-    return console if console.is_terminal else Console(width=220)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a locale that has no "±" it gets "\xb1"
+    console = Console(markup=False, emoji=False, stderr=stderr)
+    if not console.is_terminal:
+        console.width = 220
+    return console
+
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it stands, whatever is in the names that it holds."""
+    console.print(printable(line), highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -157,7 +172,7 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         history, console, _THEORY, "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L"
     )
     for line in (*_least(history), *_short(history), *_closed_form(history)):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def show_collapse(history: xr.Dataset, console: Console) -> None:

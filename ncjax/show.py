@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncjax import cli, environment
-from ncjax.errors import InputError, listed
+from ncjax.errors import InputError, listed, printable
 from ncjax.files import check_name, expanded
 
 if TYPE_CHECKING:
@@ -208,20 +208,15 @@ def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | N
 
 def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from ncjax import history, report
 
     console = report.make_console()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
     for name, line in _summary(found).items():
-        say(f"{name:<12}{line}")
+        report.say(console, f"{name:<12}{line}")
     table = Table("checkpoint", "size", "checksums" if found["run"] is None else "checksums of this run")
     for saved in found["checkpoints"]:
-        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), Text(saved["problem"] or "hold"))
+        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), printable(saved["problem"] or "hold"))
     if found["checkpoints"]:
         console.print(table)
     if found["parameters"]:
@@ -236,11 +231,11 @@ def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) ->
     if measured is not None and holdings.history is not None:
         report.show_collapse(history.up_to(holdings.history, measured), console)
     for note in found["notes"]:
-        say(f"note: {note}")
+        report.say(console, f"note: {note}")
     if "export" in found:
-        say(f"wrote {found['export']}")
+        report.say(console, f"wrote {found['export']}")
     if "verification" in found:
-        say(_verdict(found["verification"]))
+        report.say(console, _verdict(found["verification"]))
 
 
 def _summary(found: dict[str, Any]) -> dict[str, str]:

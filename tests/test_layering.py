@@ -57,7 +57,7 @@ ALLOWED = {
     "panels": {"history"},
     "figures": {"history", "config", "panels"},
     "theory_figures": {"closed_forms", "figures", "history", "panels"},
-    "plots": {"figures", "history", "theory_figures"},
+    "plots": {"figures", "history", "report", "theory_figures"},
     "preflight": {"config", "data"},
     "experiment": "*",
     "main": {"config", "preflight", "experiment", "distributed"},

@@ -1,5 +1,6 @@
 """Figures of small made-up histories: that they are drawn at all, without a warning, and what they are drawn from."""
 
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from ncjax import closed_forms, figures, panels, plots, theory_figures
 from ncjax import config as configuration
 from ncjax import history as histories
 from ncjax.config import SWEPT, Grid
+from ncjax.errors import printable
 
 LAYERS = ("layer_1", "head")
 DEFAULTS = {
@@ -273,6 +275,101 @@ def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 + 8 + 2
     assert plots.main([plain, twin, "--out", str(tmp_path / "decayed")]) == 0
     assert {path.name for path in (tmp_path / "decayed").iterdir()} == compared | {"theory_against_lambda.png"}
+
+
+@pytest.mark.usefixtures("unwritten")
+def test_out_of_one_run_is_where_its_figures_go(tmp_path, capsys):
+    folder = save(make_history(weight_decay=(0.0,)), tmp_path / "a")
+    assert plots.main([folder, "--out", str(tmp_path / "new" / "out")]) == 0
+    assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == WITHOUT_DECAY
+    assert not (tmp_path / "a" / "figures").exists()
+    assert len(capsys.readouterr().out.splitlines()) == len(WITHOUT_DECAY)
+
+
+@pytest.mark.parametrize("out", ["x.pdf", "x.PNG", "a/history.nc", "a/history.nc/x"])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_figures_are_not_written_to_a_file(out, runs, tmp_path, capsys):
+    folders = [save(make_history(epochs=(1,)), tmp_path / name) for name in "ab"[:runs]]
+    assert plots.main([*folders, "--out", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --out: got ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.png"))
+    assert not (tmp_path / out).is_dir()
+
+
+def shown(text):
+    """What matplotlib draws for a text without mathematics."""
+    string, mathematics = text._preprocess_math(text.get_text())
+    assert not mathematics, string
+    return string
+
+
+NAMES = ("[bold]", r"b$\frac$", "$1$", "_x", "-x", "a\nb", os.fsdecode(b"not\xffutf8"))
+
+
+def test_runs_of_any_name_are_compared_under_it(tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(plots, "draw_all", lambda *_: [])
+    history = make_history(epochs=(1,), weight_decay=(0.0,))
+    folders = [save(history, tmp_path / name) for name in NAMES]
+    assert plots.main([*folders, "--out", str(tmp_path / os.fsdecode(b"out\xff"))]) == 0
+    out = capsys.readouterr().out
+    assert len(out.encode().splitlines()) == 2
+    legend = drawn["collapse_against_lambda.png"].legends[0]
+    assert [shown(text) for text in legend.get_texts()] == [printable(name) for name in NAMES]
+    figure = drawn["compare_against_epoch.png"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        printable(name).replace("$", r"\$") + r", $\lambda$ = 0" for name in NAMES
+    ]
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+
+
+def test_classes_of_any_name_are_named_as_they_are():
+    history = make_history(epochs=(1,), classes=len(NAMES)).assign_coords(label=list(NAMES))
+    figure = figures.class_mean_cosines(history)
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        assert [shown(text) for text in axis.get_ticklabels()] == [printable(name) for name in NAMES]
+    figure.draw_without_rendering()
+
+
+EXTREMES = {
+    "1e-3 and 1e300": (1e-3, 1e300),
+    "least and greatest": (5e-324, 1e308),
+    "least": (5e-324,),
+    "greatest": (1.7e308,),
+}
+
+
+@pytest.mark.usefixtures("unwritten")
+@pytest.mark.parametrize("decays", EXTREMES.values(), ids=EXTREMES.keys())
+def test_weight_decays_of_any_size_are_drawn(decays, tmp_path):
+    with np.errstate(over="ignore", invalid="ignore"):
+        history = make_history(epochs=(0, 10), weight_decay=decays)
+    history["relaxation_time"].loc[{"epoch": 10}] = 4.0  # a law is fitted
+    assert {path.name for path in plots.draw_all(history, tmp_path)} == EVERY_FIGURE
+
+
+@pytest.mark.parametrize("decays", [(1e-3,), (3e-4,), (1e3,), (1e-3, 1e-2), (1e-2, 1e-3, 0.0)])
+def test_the_axis_of_weight_decay_ends_near_the_decays(decays):
+    history = make_history(epochs=(10,), weight_decay=decays)
+    axes = figures.collapse_against_lambda({"": history}).axes[0]
+    low, high = axes.get_xlim()
+    assert low < min(decays) <= max(decays) < high < 2 * max(decays)
+    assert low > (-max(decays) if 0 in decays else 0)
+    assert max(axes.get_xticks()) == pytest.approx(max(decays))
+
+
+def test_an_axis_of_hundreds_of_decades_has_few_labels_and_is_drawn():
+    history = make_history(epochs=(10,), weight_decay=(1e-308, 1e-3, 1e300))
+    with np.errstate(over="ignore"):
+        figure = figures.collapse_against_lambda({"": history})
+        figure.set_layout_engine("none")
+        figure.draw_without_rendering()
+    assert 2 <= len(figure.axes[0].get_xticks()) <= 10
+    assert len(figure.axes[0].xaxis.get_minorticklocs()) < 100
 
 
 def title_of_budget(monkeypatch, folder, *flags):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from unittest import mock
 
 import numpy as np
@@ -194,3 +195,26 @@ def test_class_means_of_lower_rank_are_named_with_their_decays():
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
     (line,) = report._degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
     assert line.startswith("one example in each class: nc1 and cdnv ")
+
+
+def test_a_console_prints_names_as_they_are(capsys):
+    from rich.table import Table
+
+    for stderr in (False, True):
+        console = report.make_console(stderr=stderr)
+        table = Table("[/heading]", title="[/title] :cat:")
+        table.add_row("[/cell] [bold]")
+        console.print(table)
+        report.say(console, "[/line] [red] :cat: \x1b[31m \udcff\nend")
+        printed = capsys.readouterr()[stderr]
+        for text in ("[/title] :cat:", "[/heading]", "[/cell] [bold]"):
+            assert text in printed
+        assert printed.splitlines()[-1] == r"[/line] [red] :cat: \x1b[31m \udcff\nend"
+
+
+def test_a_locale_without_the_signs_of_a_table_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    report.say(report.make_console(), "0.5±0.1")
+    sys.stdout.flush()
+    assert written.getvalue() == b"0.5\\xb10.1\n"
