@@ -1,7 +1,6 @@
 """Lemma 1: a collapsed solution whose outputs sum to 0 does not interpolate; its loss is at least 1/(2C)."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
@@ -10,65 +9,55 @@ from configs import ufm
 from experiments import common
 from ncjax import closed_forms, panels, theory
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-# cosine: mean product of two rows of the head over the mean of their squared norms.
-HEADINGS = ("lambda", "fit loss", "sum of outputs", "cosine", "nc3", "nc3_floor", "if the sum were 0", "1/(2C)")
-
 
 def histories(train: bool) -> dict[str, xr.Dataset]:
-    """Returns histories by network."""
     networks = {}
     for num_classes in (3, 10):
         # lambda counts in units of the scale of (*) in `closed_forms`, which goes with 1/C.
         fields = {"data__num_classes": num_classes, "model__widths": (64,), "sweep__init_scale": 1.0}
         decays = tuple(float(f"{x / num_classes:.3g}") for x in (0.01, 0.03, 0.1))
         config = common.changed(ufm.get_config(), sweep__weight_decay=decays, sweep__seed=(0,), **fields)
-        networks[f"UFM, C = {num_classes}, no bias"] = common.recorded(f"lemma1_ufm_{num_classes}", config, train)
-    return networks | {f"digits, {setting}": history for setting, history in common.relaxed_digits(train).items()}
+        networks[f"UFM of depth 2, C = {num_classes}, no bias"] = common.recorded(
+            f"lemma1_ufm_{num_classes}", config, train
+        )
+    return networks | {f"digits, {setting}": one for setting, one in common.relaxed_digits(train).items()}
 
 
-def tables(networks: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
-    tables = {}
-    for kind in ("UFM", "digits"):
-        chosen = {name: history for name, history in networks.items() if name.startswith(kind)}
-        seeds = next(iter(chosen.values())).sizes["seed"]
-        caption = f"What one-hot targets cost ({kind}), and would if only the sum of the outputs were 0"
-        rows = [row for name, history in chosen.items() for row in _rows(name.removeprefix(f"{kind}, "), history)]
-        tables[kind.lower()] = common.Table(caption, (f"setting (n = {seeds})", *HEADINGS), rows)
-    return tables
-
-
-def _rows(setting: str, history: xr.Dataset) -> Iterator[list[str]]:
-    num_classes = history.sizes["label"]
-    final = history.isel(epoch=-1).sel(split="train")
-    asks_for_a_sum = "centred" not in setting
-    for weight_decay in final["weight_decay"].values:
-        run = final.sel(weight_decay=weight_decay)
-        outputs = int(asks_for_a_sum) - (run["epsilon"] - (num_classes - 1) * run["delta"])
-        # ||1^T W||^2 = ||W||^2 + the sum over pairs, C (C-1) of them.
-        cosine = (common.sum_of_rows(run) - 1) / (num_classes - 1)
-        measured = (run["fit_loss"], outputs, cosine, run["nc3"], run["nc3_floor"])
-        cells = [common.over_seeds(cell.where(abs(cell) > 1e-6, 0)) for cell in measured]
-        lemma = [common.over_seeds(if_sum_were_0(run, num_classes)), f"{1 / (2 * num_classes):.3g}"]
-        yield [setting, common.number(weight_decay), *cells, *(lemma if asks_for_a_sum else ["-", "-"])]
+def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
+    rows = []
+    for name, history in histories.items():
+        num_classes = history.sizes["label"]
+        final = history.isel(epoch=-1).sel(split="train")
+        outputs = 1 - (final["epsilon"] - (num_classes - 1) * final["delta"])
+        asks_for_a_sum = "centred" not in name
+        if not asks_for_a_sum:
+            outputs -= 1
+        cells = (final["fit_loss"], outputs.where(abs(outputs) > 1e-6, 0), final["nc3"])
+        columns = [*map(common.per_decay, cells), common.per_decay(if_sum_were_0(final, num_classes))]
+        for decay, *row, lemma in zip(map(common.number, final["weight_decay"].values), *columns, strict=True):
+            lemmas = (lemma, f"{1 / (2 * num_classes):.3g}") if asks_for_a_sum else ("-", "-")
+            rows.append((name, str(history.sizes["seed"]), decay, *row, *lemmas))
+    table = common.Table(
+        "What one-hot targets cost, and what they would cost were the mean outputs a simplex ETF (sum 0)",
+        ("network", "n", "lambda", "fit loss", "sum of outputs", "nc3", "loss if the sum were 0", "1/(2C)"),
+        rows,
+    )
+    return {"loss": table}
 
 
 def main(train: bool) -> None:
-    networks = histories(train)
-    common.print_tables(tables(networks))
-    common.save(_figure(networks), "lemma1")
+    recorded = histories(train)
+    common.print_tables(tables(recorded))
+    common.save(_figure(recorded), "lemma1")
 
 
-def if_sum_were_0(run: xr.Dataset, num_classes: int) -> xr.DataArray:
+def if_sum_were_0(run, num_classes: int):
     """Fit term of the symmetric part of the mean residuals, 1/2 (t^2 (C-1) + q^2)/C, with q = 1: Lemma 1's loss."""
     t = run["epsilon"] + run["delta"]
     return 0.5 * (t**2 * (num_classes - 1) + 1) / num_classes
 
 
-def _figure(networks: dict[str, xr.Dataset]) -> "Figure":
+def _figure(networks):
     figure, (curves, losses) = panels.frame(2, "", "")
     alpha = np.linspace(0, 1, 400)
     for num_classes, colour in zip((2, 3, 10, 100), panels.COLOURS, strict=False):
