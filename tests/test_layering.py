@@ -65,7 +65,8 @@ ALLOWED = {
     "features": set(),
     "moments": set(),
     "streaming": {"moments"},
-    "findings": {"collapse", "linalg", "moments", "streaming", "theory"},
+    "cautions": set(),
+    "findings": {"cautions", "collapse", "linalg", "moments", "streaming", "theory"},
     "measure_figures": {"panels"},
     "measure": {
         *(
@@ -154,8 +155,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
     assert not {path.stem for path in MODULES} & sys.stdlib_module_names - {"__init__"}
 
 
-def test_the_package_stays_under_7750_lines():
-    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 7750
+def test_the_package_stays_under_8400_lines():
+    assert 1000 < sum(len(path.read_text().splitlines()) for path in MODULES) < 8400
 
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):
