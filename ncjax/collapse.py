@@ -14,7 +14,7 @@ Banburski (ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,21 +131,27 @@ def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
     return means - means.mean(0, keepdims=True)
 
 
+def rank_tolerance(dtype: Any) -> float:
+    """Returns which singular values count as 0, relative to the largest, of features or of a head of this type.
+
+    It decides ranks, and of which directions nc1 and nc1_row_space speak; no output depends on it.
+    """
+    return 1e-5 if jnp.dtype(dtype).itemsize < 8 else 1e-12
+
+
 def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Frame, ...]:
     """Spans of several sets of centred means, with the singular values of Mdot/sqrt(C), then the row space of W.
 
-    Of the means, singular values above 1e-5 (float32 features) or 1e-12 (float64) of the largest are kept, and at most
-    min(C - 1, p); of the head, those above max(C, p) eps of the largest, eps of its own type.
+    Singular values above `rank_tolerance` of the largest are kept, and of the means at most min(C - 1, p).
     """
     num_classes, dim = head.shape
     dtype = head.dtype
-    tolerances = [1e-12 if dtype == jnp.float64 else 1e-5] * len(means) + [max(head.shape) * jnp.finfo(dtype).eps]
     ranks = [min(num_classes - 1, dim)] * len(means) + [min(head.shape)]
     with jax.enable_x64(True):
         centred = [centred_means(m.features.astype(jnp.float64)) / jnp.sqrt(num_classes) for m in means]
         # One call for all: the decomposition is many small steps, each as cheap for three matrices as for one.
         singular_values, basis = jax.vmap(row_space)(jnp.stack([*centred, head.astype(jnp.float64)]))
-        kept = singular_values > jnp.asarray(tolerances)[:, None] * singular_values[:, :1]
+        kept = singular_values > rank_tolerance(dtype) * singular_values[:, :1]
         kept &= jnp.arange(num_classes)[None] < jnp.asarray(ranks)[:, None]
         fields = (basis * kept[..., None]).astype(dtype), singular_values * kept, kept.sum(1)
     return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
@@ -248,7 +254,8 @@ def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -
 
     def terms(index: Array | slice) -> tuple[Array, ...]:
         products = centred[index] @ centred.T
-        distances = square_norms[index][:, None] + square_norms[None, :] - 2 * products
+        # Of equal means rounding may leave less than nothing.
+        distances = jnp.maximum(square_norms[index][:, None] + square_norms[None, :] - 2 * products, 0)
         crowding = (variances[index][:, None] + variances[None, :]) / (2 * distances)
         return *angles(index, products), crowding, (products / size + across / num_classes) ** 2
 
@@ -292,17 +299,17 @@ def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]
 
 
 def quasi_interpolation_of_head(
-    means: Float[Array, "C p"], head: Float[Array, "C p"], bias: Float[Array, " C"]
+    means: Float[Array, "C p"], head: Float[Array, "C p"], bias: Float[Array, " C"], target: Float[Array, ""]
 ) -> dict[str, Array]:
-    """`quasi_interpolation` of the mean residuals I - (mu_c^T W^T + b^T) of one-hot targets, never held whole."""
+    """`quasi_interpolation` of the mean residuals target I - (mu_c^T W^T + b^T), never held whole."""
     num_classes = len(means)
     own = jnp.sum(means * head, axis=1) + bias
-    epsilon = 1 - own.mean()
+    epsilon = target - own.mean()
     total = means.sum(0) @ head.sum(0) + num_classes * bias.sum()
     delta = (total - own.sum()) / (num_classes * (num_classes - 1))
     # The symmetric part of the mean residuals has epsilon on its diagonal and -delta elsewhere.
     (off,) = _means_over_pairs(lambda index: ((means[index] @ head.T + bias[None] - delta) ** 2,), num_classes)
-    asymmetry = jnp.sqrt(num_classes * (num_classes - 1) * off + jnp.sum((1 - own - epsilon) ** 2))
+    asymmetry = jnp.sqrt(num_classes * (num_classes - 1) * off + jnp.sum((target - own - epsilon) ** 2))
     return _interpolation(epsilon, delta, asymmetry, num_classes)
 
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,9 @@ def __getattr__(name: str) -> Any:
 
 
 def measure(features: Any, labels: Any, logits: Any = None, **options: Any) -> dict[str, float]:
-    """Every number of the vocabulary that these arrays determine, by name.
+    """Returns every number of the vocabulary that these arrays determine, by name.
+
+    Warns of numbers that would mislead, as where they are 0 for another reason than collapse.
 
     Args:
       features: h, (N, p), of NumPy (memory-mapped too), JAX or DLPack (PyTorch).
@@ -63,7 +66,10 @@ def measure(features: Any, labels: Any, logits: Any = None, **options: Any) -> d
     Raises:
       InputError (a ValueError): names the argument, its value and the way out.
     """
-    return measure_batches([(features, labels) if logits is None else (features, labels, logits)], **options).metrics
+    found = measure_batches([(features, labels) if logits is None else (features, labels, logits)], **options)
+    for caution in found.cautions:
+        warnings.warn(caution, stacklevel=2)
+    return found.metrics
 
 
 def measure_batches(
@@ -80,7 +86,8 @@ def measure_batches(
     devices: Sequence[Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> "Measurement":
-    """The same of batches, which are iterated twice: a list, a data loader, anything but a generator.
+    """Measures batches, which are iterated twice and must be the same both times: a list, a data loader without random
+    augmentation, anything but a generator.
 
     Args:
       batches: (features, labels) or (features, labels, logits) each, see `measure`.
@@ -91,7 +98,7 @@ def measure_batches(
       weight_decay: lambda of loss + lambda/2 ||W||^2, the loss a mean over examples of 1/2 ||y - f||^2, or of the
         cross-entropy: equilibrium residual, predictions and budget. PyTorch's MSELoss has another unit, docs/theory.md.
       global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same for balanced classes.
-      float64: compute in float64; None: where the features are of it.
+      float64: compute in float64; None: where float32 does not hold features or logits of their type.
       rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read in place.
       devices: JAX devices that share the work; None: all of this process.
       progress: called with the number of examples of every chunk, in both passes.
@@ -102,14 +109,14 @@ def measure_batches(
     Raises:
       InputError (a ValueError): names the argument, its value and the way out.
     """
-    import numpy as np
 
     from ncjax import findings, streaming
 
     if rows is not None and rows < 1:
         raise InputError("rows", rows, "give a number from 1 on")
-    if num_classes is None and head is not None and np.ndim(head):
-        num_classes = len(head)
+    if num_classes is None and head is not None:
+        kernel = streaming.as_array("head", head)
+        num_classes = len(kernel) if kernel.ndim else None
     if num_classes is None and isinstance(batches, list | tuple):
         num_classes = max((_classes_in(batch) for batch in batches), default=1)
         if num_classes > _MOST_INFERRED:
@@ -132,7 +139,10 @@ def _classes_in(batch: Any) -> int:
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         return 1
     name, which = ("logits", batch[2]) if len(batch) > 2 else ("labels", batch[1])
-    array = as_array(name, which)
+    try:
+        array = as_array(name, which)
+    except InputError:
+        return 1
     if name == "logits":
         return array.shape[-1] if array.ndim else 1
     return max(1, int(array.max()) + 1) if array.size and array.dtype.kind in "iu" else 1
@@ -192,6 +202,10 @@ def _measure_files(arguments: argparse.Namespace) -> int:
         own = shared if labels is not None else arrays.get("labels", shared)
         if own is None:
             raise InputError(str(path), _names(arrays), "no array is named labels; add it, or give --labels FILE")
+        if arrays["features"].ndim != 2:
+            raise InputError(
+                str(path), f"features of shape {arrays['features'].shape}", "give (N, p), a row per example"
+            )
         logits = () if "logits" not in arrays else (arrays["logits"],)
         batches.append((arrays["features"], own, *logits))
         if len(arrays["features"]) != len(batches[0][0]):
@@ -203,6 +217,10 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     from ncjax import findings, parallel, streaming  # noqa: F401 (before the progress bar hides the cursor)
 
     parallel.use_every_core()
+    from ncjax.streaming import check_num_classes
+
+    if arguments.classes is not None:
+        check_num_classes("--classes", arguments.classes, max(own.shape[1] for own, *_ in batches))
     found = []
     with _progress(2 * sum(len(own) for _, own, *_ in batches if own.ndim)) as advance:
         for i, batch in enumerate(batches):
@@ -283,7 +301,7 @@ def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -
     facts = {"features": layer, "examples": int(present.sum()), "classes": len(present), "dimension": _dim(found)}
     facts |= {"missing_classes": found.missing, "examples_per_class": [int(present.min()), int(present.max())]}
     facts |= {"loss": arguments.loss, "weight_decay": arguments.weight_decay, "global_mean": arguments.global_mean}
-    return facts | {"notes": found.notes, "metrics": _ordered(found)}
+    return facts | {"notes": found.cautions + found.notes, "metrics": _ordered(found)}
 
 
 def _ordered(found: "Measurement") -> dict[str, float]:
@@ -331,5 +349,6 @@ def _print(layers: list[str], found: list["Measurement"], global_mean: str, cons
     if present.min() < present.max():
         means = {"classes": "the class means, each counting once", "examples": "all examples"}[global_mean]
         console.print(f"classes have {present.min():,} to {present.max():,} examples; mu_G is the mean of {means}")
-    for note in last.notes:
-        report.say(console, note)
+    for layer, one in zip(layers, found, strict=True):
+        for note in one.cautions + one.notes:
+            report.say(console, note if len(found) == 1 else f"{layer}: {note}")

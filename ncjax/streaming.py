@@ -16,6 +16,8 @@ O(C p) and a chunk, whatever the number of examples.
 
 import collections
 import contextlib
+import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +34,15 @@ _COPIED, _IN_PLACE = 2**22, 2**24
 # Chunks on their way to one device; the next one is copied while the last is worked on.
 _IN_FLIGHT = 2
 _ALIGNMENT = 64  # bytes: of memory that XLA reads in place
+# Bytes for each class and feature, at the peak: sums, means, frames and their copies.
+_BYTES = 48
+_MOST_CLASSES = 2**31 - 2  # labels are int32 on the devices
+
+# The way out where the second pass meets other examples than the first.
+SAME_EXAMPLES = (
+    "both passes must see the same examples: switch off random augmentation and dropout (model.eval()), and shuffling "
+    "that drops a last batch, or collect the batches in a list"
+)
 
 Statistics = TypeVar("Statistics", Sums, Deviations)
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -50,21 +61,25 @@ def first_pass(
 
     Args:
       num_classes: C; labels are 0 to C - 1.
-      float64: whether to compute in float64; None: as the first batch's features are.
+      float64: whether to compute in float64; None: where float32 does not hold features or logits of their type.
       rows: of a chunk, at most; None: 16 MiB of them, 64 MiB of those that can be read in place.
       devices: that share the work; None: all of this process.
       progress: called with the number of examples of every chunk.
 
     Raises:
-      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite, no example.
+      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite, no example, more
+        classes than fit into memory.
     """
+    num_classes = check_num_classes("num_classes", num_classes)
 
     def start(chunk: _Chunk) -> Sums:
         dim = chunk.dim
         dtype = np.float64 if chunk.float64 else np.float32
+        given.add(np.dtype(chunk.features.numbers.dtype).itemsize)
         logits = None if chunk.logits is None else np.zeros((num_classes, num_classes))
         return Sums(np.zeros(num_classes), np.zeros((num_classes, dim), dtype), np.zeros((num_classes, dim)), logits)
 
+    given: set[int] = set()  # bytes of a feature
     seen = collections.defaultdict(lambda: np.arange(num_classes + 1) == num_classes)  # padding, always
 
     def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
@@ -81,12 +96,27 @@ def first_pass(
         return add_sums(sums, *chunk[:3], _counts(chunk.labels, num_classes))
 
     parts = _run(batches, num_classes, start, step, float64, rows, devices, progress)
+    if not parts:
+        raise InputError("batches", "no example", "give at least one batch with at least one example")
     sums = merge(*parts)
     for name, values in (("features", sums.features), ("logits", sums.logits)):
         if values is not None and not np.isfinite(values).all():
             label, column = np.argwhere(~np.isfinite(values))[0]
-            raise InputError(name, "a number that is not finite", f"look at class {label}, column {column}")
+            what = f"a number that is not finite, or too large to be added up in {sums.pivots.dtype}"
+            raise InputError(name, what, f"look at class {label}, column {column}")
+    _check_size(sums, np.float64 if min(given) == sums.pivots.dtype.itemsize == 8 else np.float32)
     return sums
+
+
+def _check_size(sums: Sums, dtype: Any) -> None:
+    """Refuses features whose differences, or a millionth of them, are subnormal numbers, which XLA takes for 0."""
+    present = np.flatnonzero(sums.examples)
+    pivots, info = sums.pivots[present], np.finfo(dtype)
+    means = sums.features[present] / sums.examples[present, None]
+    with np.errstate(over="ignore"):
+        size = max(float((pivots.max(0) - pivots.min(0)).max()), float(means.max()), -float(means.min()))
+    if 0 < size < 1e6 * info.tiny / info.eps:
+        raise InputError("features", f"of size {size:.1g}", "their differences underflow; multiply by a power of two")
 
 
 def second_pass(
@@ -100,23 +130,28 @@ def second_pass(
     """Squares and products of deviations from the class means of `reference`, made by `findings.prepare`.
 
     The batches may come in another order than in the first pass, or be a part of them for `merge`.
+
+    Raises:
+      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell; `findings.find`
+        compares the whole.
     """
     frames, asked = reference.frames, reference.asked
     num_classes, dim = frames.high.shape
     all_classes = len(reference.examples)
     position = np.full(all_classes + 1, -1, np.int32)
     position[reference.present], position[-1] = np.arange(num_classes), num_classes
-    with_logits, with_head = reference.with_logits, frames.head is not None
+    with_logits, with_head = reference.with_logits, frames.head_basis is not None
     linear = with_head and not with_logits and asked.loss == "square"
 
     def start(chunk: _Chunk) -> Deviations:
         def zeros(wanted: bool, *shape: int) -> np.ndarray | None:
             return np.zeros(shape) if wanted else None
 
-        outputs = frames.near is not None
+        outputs = frames.nearness is not None
         rank = len(frames.head_basis) if linear else num_classes
+        balance = np.zeros((num_classes, len(frames.probes) + with_logits))
         return Deviations(
-            *(np.zeros(num_classes), np.zeros(num_classes), np.zeros(len(frames.basis))),
+            *(np.zeros(num_classes), np.zeros(num_classes), np.zeros(len(frames.basis)), balance, balance),
             along_head=zeros(with_head, len(frames.head_basis) if with_head else 0),
             correct=zeros(outputs),
             disagreements=zeros(outputs),
@@ -132,7 +167,10 @@ def second_pass(
             held[device] = jax.device_put(frames, device)
         labels = position[chunk.labels]
         if labels.min() < 0:
-            raise InputError("labels", int(chunk.labels[labels.argmin()]), "the first pass saw no example of it")
+            label = int(chunk.labels[labels.argmin()])
+            raise InputError("labels", label, f"the first pass saw no example of it; {SAME_EXAMPLES}")
+        if with_logits and chunk.logits is None:
+            raise InputError("logits", None, f"the first pass saw them; {SAME_EXAMPLES}")
         logits = chunk.logits if with_logits else None
         if logits is not None and num_classes < all_classes:
             logits = logits[:, reference.present]
@@ -140,7 +178,10 @@ def second_pass(
         return add_deviations(sums, held[device], chunk.features, labels, logits, counts, linear=linear)
 
     float64 = frames.high.dtype == np.float64
-    return merge(*_run(batches, all_classes, start, step, float64, rows, devices, progress))
+    parts = _run(batches, all_classes, start, step, float64, rows, devices, progress, dim)
+    if not parts:
+        raise InputError("batches", "no example in the second pass", SAME_EXAMPLES)
+    return merge(*parts)
 
 
 def _counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -170,20 +211,26 @@ def _run(
     rows: int | None,
     devices: Sequence[Device] | None,
     progress: Callable[[int], Any] | None,
+    dim: int | None = None,
 ) -> list[Statistics]:
     """Deals chunks out to the devices; statistics of each device that got one, as NumPy arrays."""
     devices = list(devices or jax.local_devices())
     states: dict[Device, Statistics] = {}
     waiting: collections.deque = collections.deque()
-    turn, dim, with_logits = 0, None, None
+    turn, with_logits, chosen = 0, None, float64
     for batch in _fresh(batches):
         features, labels, logits = check_batch(batch, num_classes, dim)
-        dim = features.shape[1]
+        dim = int(features.shape[1])
+        check_num_classes("num_classes", num_classes, dim)
         if with_logits not in (None, logits is not None):
             raise InputError("logits", "some batches with and some without", "give them with all or with none")
         with_logits = logits is not None
+        wide = [name for name, a in (("features", features), ("logits", logits)) if a is not None and _is_wide(a)]
         if float64 is None:
-            float64 = bool(features.dtype == np.float64)
+            float64 = bool(wide)
+        if wide and not float64 and chosen is None:
+            found = str((features if wide[0] == "features" else logits).dtype)
+            raise InputError(wide[0], found, "the first batch's fit into float32; give one type, or float64=True")
         for fresh, length in _cut(features, logits, rows, len(devices)):
             device = devices[turn % len(devices)]
             turn += 1
@@ -200,8 +247,6 @@ def _run(
         # What the batch's memory is used for next is its owner's affair.
         jax.block_until_ready(tuple(waiting))
         waiting.clear()
-    if not states:
-        raise InputError("batches", "no example", "give at least one batch with at least one example")
     return [jax.tree.map(np.asarray, states.pop(device)) for device in list(states)]
 
 
@@ -220,18 +265,19 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
         if features.ctypes.data % _ALIGNMENT:
             begin = -(-_ALIGNMENT // features[0].nbytes)  # the rows before are copied, at the end, on their own
     count = parts * max(1, -(-(size - begin) // (parts * most)))
-    length = min(most, _rounded(max(1, -(-(size - begin) // count))))
+    length = _rounded(max(1, -(-(size - begin) // count)), most)
     for first in range(begin, size, length):
         yield slice(first, min(size, first + length)), length
     if begin:
         yield slice(0, begin), LEAST_BLOCK
 
 
-def _rounded(rows: int) -> int:
-    """A number of rows not much greater, one of few, as each is compiled, and divisible into blocks."""
+def _rounded(rows: int, most: int) -> int:
+    """A number of rows not much greater, `most` or hardly less at most: one of few, as each is compiled, and divisible
+    into blocks."""
     octave = 1 << (rows - 1).bit_length()
     unit = max(1, octave // 16, min(LEAST_BLOCK, octave // 8))
-    return -(-rows // unit) * unit
+    return min(-(-rows // unit), most // unit) * unit
 
 
 @contextlib.contextmanager
@@ -251,7 +297,8 @@ def _fresh(batches: Iterable) -> Iterator:
 def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[Any, np.ndarray, Any]:
     """(features, labels, logits or None) of a batch, as NumPy or JAX arrays; or InputError."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        raise InputError("batch", type(batch).__name__, "give (features, labels) or (features, labels, logits)")
+        way_out = "each must be (features, labels) or (features, labels, logits); `measure` takes the arrays themselves"
+        raise InputError("batch", type(batch).__name__, way_out)
     arrays = [as_array(name, a) for name, a in zip(("features", "labels", "logits"), batch, strict=False)]
     features, labels, logits = arrays[0], np.asarray(arrays[1]), arrays[2] if len(arrays) == 3 else None
     if features.ndim != 2 or 0 in features.shape[1:] or (dim or features.shape[1]) != features.shape[1]:
@@ -260,6 +307,8 @@ def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[A
         raise InputError("labels", labels.shape, f"give one per row of features, ({len(features)},)")
     if labels.dtype.kind not in "iu":
         raise InputError("labels", str(labels.dtype), "give integers, 0 to C - 1")
+    if logits is not None and (logits.ndim != 2 or len(logits) != len(features)):
+        raise InputError("logits", logits.shape, f"give ({len(features)}, C), a row per example")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         if labels.min() < 0:
             raise InputError("labels", int(labels.min()), "they count classes from 0 on")
@@ -267,6 +316,29 @@ def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[A
     if logits is not None and logits.shape != (len(features), num_classes):
         raise InputError("logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example")
     return features, labels, logits
+
+
+def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
+    """Returns a number of classes whose sums of `dim` features fit into this machine's memory; or InputError."""
+    try:
+        number = operator.index(num_classes)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(num_classes, bool):
+        raise InputError(name, num_classes, "give an integer from 1 on")
+    needed, memory = _BYTES * number * dim, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if number > _MOST_CLASSES or needed > memory:
+        way_out = f"sums of {dim} features of so many take {needed / 1e9:.3g} GB, and there are {memory / 1e9:.3g}"
+        raise InputError(name, num_classes, f"{way_out}; number the classes from 0 on without gaps")
+    return number
+
+
+def _is_wide(array: Any) -> bool:
+    """Returns whether there are numbers of an array's type that float32 does not hold: float64, int32, ..."""
+    return array.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(array.dtype.kind, 2)
+
+
+_NO_ARRAY = "give an array of numbers: what a model makes of its loader's batches, collected (docs/measure.md)"
 
 
 def as_array(name: str, value: Any) -> np.ndarray | Array:
@@ -280,8 +352,13 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
                 value = np.from_dlpack(value)
             except (BufferError, RuntimeError, TypeError):  # bfloat16, which NumPy has not
                 value = jax.dlpack.from_dlpack(value)
+        elif hasattr(value, "__array__") or isinstance(value, Sequence | int | float):
+            try:
+                value = np.asarray(value)
+            except (ValueError, TypeError) as error:
+                raise InputError(name, type(value).__name__, f"no array can be made of it: {error}") from error
         else:
-            value = np.asarray(value)
+            raise InputError(name, type(value).__name__, _NO_ARRAY)
     if value.dtype.kind not in "iuf" and value.dtype != jnp.bfloat16:
         raise InputError(name, str(value.dtype), "give an array of numbers")
     return value
@@ -317,7 +394,7 @@ _DEVICE_TYPES = ("float16", "float32", "float64", "bfloat16")
 
 def _filled(part: Any, rows: int, float64: bool) -> Any:
     """Rows of zeros at the end, and a type that every device computes with."""
-    if str(part.dtype) not in _DEVICE_TYPES or (part.dtype == np.float64 and not float64):
+    if str(part.dtype) not in _DEVICE_TYPES or (part.dtype.itemsize > 4 and not float64):
         part = part.astype(np.float64 if float64 else np.float32)
     if len(part) == rows:
         return part

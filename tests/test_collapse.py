@@ -173,9 +173,10 @@ def test_nc1_row_space_is_1_or_0_where_scatter_lies_in_the_row_space_or_in_the_n
 
 @pytest.mark.parametrize(("dtype", "ranks"), [(np.float32, (2, 2)), (np.float64, (3, 3))], ids=["float32", "float64"])
 def test_frames_keep_what_stands_above_the_rounding_of_the_features(dtype, ranks):
-    """Relative singular values 1, 1e-4, 1e-7 and 0: float32 means keep those above 1e-5, float64 means above 1e-12."""
+    """Relative singular values 1, 1e-4, 1e-7 and 0: float32 keeps those above 1e-5, float64 those above 1e-12, of means
+    and of a head, however wide."""
     strengths = np.array([1.0, 1e-4, 1e-7, 0.0])
-    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 6)))[0][:4]
+    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((1024, 4)))[0].T
     sum_to_zero = np.linalg.qr(np.eye(4)[:, :3] - 0.25)[0]  # three orthonormal columns that do
     with jax.enable_x64(dtype == np.float64):
         centred = jnp.asarray(sum_to_zero @ (strengths[:3, None] * directions[:3]), dtype)

@@ -81,7 +81,8 @@ ALLOWED = {
     "features": set(),
     "moments": set(),
     "streaming": {"moments"},
-    "findings": {"collapse", "linalg", "moments", "streaming", "theory"},
+    "cautions": set(),
+    "findings": {"cautions", "collapse", "linalg", "moments", "streaming", "theory"},
     "measure_figures": {"panels"},
     "measure": {
         *(

@@ -61,6 +61,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*have a single example")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize(
     ("dtype", "rtol"),
@@ -149,9 +150,11 @@ def test_a_ridge_regression_is_at_equilibrium_and_its_budget_adds_up(shape):
     assert got["budget_residual"] < 1e-12
     deviation = h - np.stack([h[labels == c].mean(0) for c in range(len(bias))])[labels]
     assert got["budget_within_norm"] == pytest.approx(np.linalg.norm(head @ deviation.T @ deviation / len(h)), rel=1e-9)
-    assert np.isnan(measure.measure(h, labels, head=head, bias=bias, weight_decay=0.0)["equilibrium_residual"])
+    without = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=0.0)
+    assert np.isnan(without.metrics["equilibrium_residual"])
 
 
+@pytest.mark.filterwarnings("ignore:.*have a single example")
 def test_both_conventions_of_the_global_mean():
     h, labels, head, _ = split(sizes=[1, 2, 40, 7, 11])
     mu = np.stack([h[labels == c].mean(0) for c in range(5)])
@@ -195,6 +198,312 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     for options in ({"logits": outputs_of(h, head, bias)}, {"head": head, "loss": "cross_entropy"}):
         with pytest.raises(InputError, match="beyond 10, give no logits but a head"):
             measure.measure(h, labels, **options)
+
+
+# Whole heads, every type, every size
+
+
+def noisy(num_classes, dim, per_class, noise, seed=0):
+    """Means M, features M[y] + noise, labels: of what a head M makes many mistakes of."""
+    rng = np.random.default_rng(seed)
+    means, labels = rng.standard_normal((num_classes, dim)), np.repeat(np.arange(num_classes), per_class)
+    return means, (means[labels] + noise * rng.standard_normal((len(labels), dim))).astype(np.float32), labels
+
+
+def decided(h, labels, head, bias=0.0):
+    """accuracy and nc4 of float64 NumPy."""
+    h, outputs = np.float64(h), outputs_of(h, head, bias)
+    means = np.stack([h[labels == c].mean(0) for c in range(len(head))])
+    nearest = np.argmin([np.sum((h - mean) ** 2, axis=1) for mean in means], axis=0)
+    winners = outputs.argmax(1)
+    return {"accuracy": np.mean(winners == labels), "nc4": np.mean(winners != nearest)}
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(jnp.bfloat16, 512), (np.float16, 2048)])
+@pytest.mark.parametrize("loss", ["square", "cross_entropy"])
+def test_a_head_in_half_precision_counts_whole(dtype, dim, loss):
+    means, h, labels = noisy(10, dim, 20, 0.4 * np.sqrt(dim))
+    head = means.astype(dtype)
+    got = measure.measure(h, labels, head=head, loss=loss)
+    expected = decided(h, labels, head)
+    assert 0.5 < expected["accuracy"] < 0.95
+    assert_same(got, expected, 1e-12)
+    basis = np.linalg.svd(np.float64(head), full_matrices=False)[2]
+    deviation = np.float64(h) - np.stack([np.float64(h)[labels == c].mean(0) for c in range(10)])[labels]
+    assert got["nc1_row_space"] == pytest.approx(np.sum((deviation @ basis.T) ** 2) / np.sum(deviation**2), rel=1e-4)
+
+
+def test_a_large_offset_of_all_rows_of_a_head_hides_none_of_its_directions():
+    means, h, labels = noisy(500, 16, 3, 0.5)
+    head, bias = np.float32(means + 6000), -np.sum(means**2, axis=1) / 2
+    got = measure.measure(h, labels, head=head, bias=bias)
+    expected = decided(h, labels, head, bias)
+    assert 0.5 < expected["accuracy"] < 0.999
+    assert_same(got, expected, 0, atol=2 / len(h))
+    assert got["nc1_row_space"] == pytest.approx(1, abs=1e-6)
+
+
+def test_classes_near_each_other_are_told_apart_beside_others_far_away():
+    means, h, labels = noisy(4, 8, 50, 0.5)
+    apart = np.array([1e6, 1e6, -1e6, -1e6])
+    means[:, 0] += apart
+    h[:, 0] += apart[labels].astype(np.float32)
+    head, bias = means.astype(np.float32), -np.sum(np.float32(means).astype(np.float64) ** 2, axis=1) / 2
+    got = measure.measure(h, labels, head=head, bias=bias)
+    assert_same(got, decided(h, labels, head, bias), 1e-12)
+    assert got["accuracy"] > 0.9
+
+
+WIDE = {
+    ">f8": lambda h: (h + 1e7).astype(">f8"),
+    "longdouble": lambda h: (h + 1e7).astype(np.longdouble),
+    "int64": lambda h: np.round(1000 * h).astype(np.int64) + 10**10,
+    ">i8": lambda h: (np.round(1000 * h).astype(np.int64) + 10**10).astype(">i8"),
+    "int32": lambda h: np.round(1000 * h).astype(np.int32) + 10**9,
+    "uint32": lambda h: (np.round(1000 * h).astype(np.int64) + 4 * 10**9).astype(np.uint32),
+    "uint64": lambda h: (np.round(1000 * h).astype(np.int64) + 10**10).astype(np.uint64),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_types_that_float32_does_not_hold_are_computed_in_float64(name):
+    h, labels, head, bias = split()
+    given = WIDE[name](h)
+    expected = oracle(given.astype(np.float64), labels, head, bias)
+    assert_same(measure.measure(given, labels, head=head, bias=bias), expected, 1e-6, atol=1e-9)
+    assert not np.array_equal(np.float32(given), given)  # the premise
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, ">f4", np.int16, np.uint8])
+def test_types_that_float32_holds_are_computed_in_float32(dtype):
+    h, labels, _, _ = split()
+    assert measure.first_pass([((10 + h).astype(dtype), labels)], 5).pivots.dtype == np.float32
+
+
+def test_arrays_of_a_netcdf_file_of_scipy(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    h, labels, _, _ = split()
+    with scipy_io.netcdf_file(tmp_path / "h.nc", "w") as file:
+        file.createDimension("n", len(h))
+        file.createDimension("p", h.shape[1])
+        file.createVariable("features", "d", ("n", "p"))[:] = h + 1e7
+        file.createVariable("labels", "i", ("n",))[:] = labels
+    with scipy_io.netcdf_file(tmp_path / "h.nc", mmap=False) as file:
+        got = measure.measure(file.variables["features"][:], file.variables["labels"][:])
+    assert_same(got, measure.measure(h + 1e7, labels), 1e-12)
+
+
+def test_wide_logits_take_float64_and_types_may_not_widen_on_the_way():
+    h, labels, head, bias = split(dtype=np.float32)
+    logits = outputs_of(h, head, bias) + 1e9
+    expected = np.mean(logits.argmax(1) == labels)
+    assert measure.measure(h, labels, logits)["accuracy"] == expected
+    with pytest.raises(InputError, match="features: got 'float64'; the first batch's fit into float32"):
+        measure.measure_batches([(h, labels), (h.astype(np.float64), labels)], num_classes=5)
+
+
+BY_FEATURES = {"delta": 1, "output_spread": 1, "output_asymmetry": 1, "weight_norm_sq": 0}
+BY_HEAD = {"delta": 1, "output_spread": 1, "output_asymmetry": 1, "weight_norm_sq": 2}
+QUASI = ("epsilon", "sqi_gap")  # of targets and outputs, which grow apart
+
+
+@pytest.mark.parametrize("exponent", [996, 664, 60, -60, -664, -900])
+@pytest.mark.parametrize("scaled", ["features", "head"])
+def test_powers_of_two_change_no_digit(exponent, scaled):
+    h, labels, head, _ = split(sizes=[5, 9, 12, 12, 3])
+    before = measure.measure(h, labels, head=head)
+    factor = 2.0**exponent
+    batch, kernel = ((h * factor, labels), head) if scaled == "features" else ((h, labels), head * factor)
+    found = measure.measure_batches([batch], head=kernel)
+    powers = BY_FEATURES if scaled == "features" else BY_HEAD
+    for name, value in before.items():
+        if name == "output_asymmetry" and exponent < 0:  # what is left of 1 - f at the rounding of 1
+            continue
+        if name in QUASI:
+            continue
+        with np.errstate(over="ignore", under="ignore"):
+            expected = float(np.ldexp(value, exponent * powers.get(name, 0)))
+        assert found.metrics[name] == pytest.approx(expected, rel=1e-12, abs=0), name
+        if not 1e-300 < abs(expected) < np.inf and value:
+            assert any(note.startswith(f"{name} is ") for note in found.notes)
+    assert found.metrics["epsilon"] == pytest.approx(1 - factor * (1 - before["epsilon"]), rel=1e-12)
+    np.testing.assert_allclose(
+        found.centred * (found.unit / (factor if scaled == "features" else 1)),
+        centred_of(h, labels),
+        rtol=1e-10,
+        atol=1e-12,
+    )
+
+
+def centred_of(h, labels):
+    means = np.stack([h[labels == c].mean(0) for c in range(labels.max() + 1)])
+    return means - means.mean(0)
+
+
+@pytest.mark.parametrize("factor", [1e-24, 1e-20, 1e20, 1e30])
+def test_float32_features_of_any_size_are_measured(factor):
+    h, labels, head, _ = split()
+    small = np.float32(h * factor)
+    assert_same(
+        measure.measure(small, labels, head=head),
+        {
+            name: value
+            for name, value in oracle(np.float64(small) / factor, labels, head, np.zeros(5)).items()
+            if name not in (*BY_FEATURES, *QUASI)
+        },
+        1e-4,
+    )
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1e-36, np.float32), (1e-300, np.float64)])
+def test_features_whose_differences_underflow_are_refused(factor, dtype):
+    for float64 in (None, True):
+        with pytest.raises(InputError, match=r"features: got 'of size .*; their differences underflow"):
+            measure.measure((factor * H).astype(dtype), LABELS, float64=float64)
+
+
+@pytest.mark.parametrize("exponent", [200, -200])
+def test_equilibrium_in_other_units(exponent):
+    h, labels, head, bias = split()
+    before = measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2)
+    s = 2.0**exponent
+    after = measure.measure(h * s, labels, head=head / s, bias=bias, weight_decay=1e-2 * s**2)
+    powers = {"weight_norm_sq": -2, "norm_target": -2, "predicted_head_norm_sq": -2}
+    powers |= {name: 1 for name in before if name.startswith("budget") and name.endswith("norm")}
+    for name, value in before.items():
+        assert after[name] == pytest.approx(value * s ** powers.get(name, 0), rel=1e-9, nan_ok=True), name
+
+
+def test_what_leaves_float64_is_refused():
+    with pytest.raises(InputError, match=r"weight_decay: got 0\.01; its equilibrium leaves float64"):
+        measure.measure(H * 1e200, LABELS, head=HEAD, weight_decay=1e-2)
+    with pytest.raises(InputError, match="outputs: got 'up to 2"):
+        measure.measure(H, LABELS, head=HEAD * 1e305, loss="cross_entropy")
+    with pytest.raises(InputError, match="features: got 'a number that is not finite, or too large"):
+        measure.measure(H * 2.5e307, LABELS)
+
+
+# Batches that differ between the passes
+
+
+class Twice:
+    """Batches of the first iteration, then others."""
+
+    def __init__(self, first, then):
+        self.iterations = iter([first, then])
+
+    def __iter__(self):
+        return iter(next(self.iterations))
+
+
+def differing():
+    h, labels, head, bias = split(per_class=120, dtype=np.float32)
+    logits = outputs_of(h, head, bias).astype(np.float32)
+    rng = np.random.default_rng(1)
+    blurred, spoilt = h + np.float32(0.3) * rng.standard_normal(h.shape, np.float32), h.copy()
+    spoilt[7, 3] = np.nan
+    swapped = labels.copy()
+    a, b = np.flatnonzero(labels == 0)[0], np.flatnonzero(labels == 1)[0]
+    swapped[[a, b]] = swapped[[b, a]]
+    return {
+        "augmented": ([(h, labels)], [(blurred, labels)]),
+        "other labels": ([(h, labels)], [(h, swapped)]),
+        "not finite": ([(h, labels)], [(spoilt, labels)]),
+        "fewer": ([(h, labels)], [(h[:-1], labels[:-1])]),
+        "none": ([(h, labels)], []),
+        "other logits": ([(h, labels, logits)], [(h, labels, logits * (rng.random(logits.shape) < 0.9))]),
+        "no logits": ([(h, labels, logits)], [(h, labels)]),
+        "an unknown class": ([(h[labels < 4], labels[labels < 4])], [(h, labels)]),
+    }
+
+
+@pytest.mark.parametrize("case", differing())
+def test_batches_that_differ_between_the_passes_are_refused(case):
+    with pytest.raises(InputError, match=r"(batches|labels|logits): got .* both passes must see the same examples"):
+        measure.measure_batches(Twice(*differing()[case]), num_classes=5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_the_same_examples_in_other_batches_are_not(offset, dtype):
+    h, labels, head, bias = split(per_class=120)
+    h = (h + offset).astype(dtype)
+    order = np.random.default_rng(1).permutation(len(h))
+    # A model on an accelerator gives the same features to a few units in the last place of float32.
+    again = h if dtype == jnp.bfloat16 else (h * (1 + 2.0**-22 * np.random.default_rng(2).standard_normal(h.shape)))
+    again = again.astype(dtype)
+    shuffled = [(again[part], labels[part]) for part in np.split(order, [100, 300])]
+    found = measure.measure_batches(Twice([(h, labels)], shuffled), num_classes=5, head=head, bias=bias)
+    assert_same(found.metrics, measure.measure(h, labels, head=head, bias=bias), 1e-2, atol=1e-2)
+
+
+def test_equal_numbers_that_all_round_the_same_way_cost_no_digits():
+    """Half a million times 0.1, added up one by one in float32, is off by 1%."""
+    labels = np.repeat(np.arange(2), 600_000)
+    ones = np.random.default_rng(0).random((len(labels), 2)) < np.array([0.3, 0.7])[labels][:, None]
+    h = np.where(ones, np.float32(0.1), np.float32(0))
+    shares = np.stack([ones[labels == c].mean(0) for c in (0, 1)])
+    within, between = np.mean(np.sum(shares * (1 - shares), axis=1)), np.sum((shares - shares.mean(0)) ** 2) / 2
+    assert measure.measure(h, labels)["nc1_trace_ratio"] == pytest.approx(within / between, rel=1e-4)
+
+
+def test_parts_are_compared_as_a_whole(tmp_path):
+    h, labels, _, _ = split(per_class=40, dtype=np.float32)
+    halves = [(h[:99], labels[:99]), (h[99:], labels[99:])]
+    for i, half in enumerate(halves):
+        measure.save(measure.first_pass([half], 5), tmp_path / f"sums{i}.npz")
+    reference = measure.prepare(measure.merge(*(measure.load(tmp_path / f"sums{i}.npz") for i in (0, 1))))
+    noise = np.random.default_rng(0).standard_normal(halves[1][0].shape).astype(np.float32)
+    others = measure.second_pass([(halves[1][0] + noise, halves[1][1])], reference)
+    for i, half in enumerate(halves):
+        measure.save(measure.second_pass([half], reference), tmp_path / f"deviations{i}.npz")
+    first, second = (measure.load(tmp_path / f"deviations{i}.npz") for i in (0, 1))
+    assert_same(measure.find(reference, measure.merge(first, second)).metrics, measure.measure(h, labels), 1e-5)
+    with pytest.raises(InputError, match="batches: got 'other examples of class"):
+        measure.find(reference, measure.merge(first, others))
+
+
+# What would mislead
+
+
+def noted(h, labels, *parts, **options):
+    """The metrics, after all parts were found in one note each."""
+    found = measure.measure_batches([(h, labels)], **options)
+    notes = found.cautions + found.notes
+    for part in parts:
+        assert sum(part in note for note in notes) == 1, (part, notes)
+    return found.metrics
+
+
+def test_numbers_that_would_mislead_are_noted():
+    means = np.random.default_rng(0).standard_normal((5, 8))
+    alone, labels = np.arange(5), np.repeat(np.arange(5), 12)
+    assert noted(means, alone, "every class has a single example")["nc1"] == 0
+    assert noted(means[labels], labels, "equal to the last bit")["nc1"] == 0
+    h, few, head, _ = split(sizes=[1, 9, 12, 1, 3])
+    assert noted(h, few, "2 of 5 classes have a single example")["nc1"] > 0
+    tight = np.float32(100 + means)[labels] * (1 + np.float32(2.0**-24) * (np.arange(60) % 2)[:, None])
+    assert noted(np.float32(tight), labels, "no larger than the rounding")["nc1"] < 1e-9
+    constant = noted(np.ones((60, 8)), labels, "all class means are the same", "undefined (NaN): ", head=head)
+    assert np.isnan([constant["nc1"], constant["cdnv"], constant["nc3"]]).all()
+    mirrored = np.concatenate([means[:2], -means[:2], np.zeros((1, 8))])[labels] + np.tile([1e-3, -1e-3], 30)[:, None]
+    noted(mirrored, labels, "the mean of class 4 is the global mean")
+    h, full, head, _ = split()
+    h = h[np.argsort(full, kind="stable")]
+    h[12:24] = h[:12][::-1]
+    for dtype in (np.float32, np.float64):
+        assert noted(h.astype(dtype), labels, "the means of classes 0 and 1 are the same")["cdnv"] > 1e10
+    head[2] = 0
+    noted(h, labels, "the head's row of class 2 is 0", "undefined (NaN): ", head=head)
+    noted(h, labels, "the head is 0", head=0 * head)
+    noted(h, labels, "weight_decay is 0", "undefined (NaN): ", head=head, weight_decay=0.0)
+    sound = measure.measure_batches([split()[:2]])
+    assert sound.cautions + sound.notes == []
+
+
+def test_a_dictionary_of_numbers_warns():
+    with pytest.warns(UserWarning, match="every class has a single example"):
+        assert measure.measure(np.eye(3), np.arange(3))["cdnv"] == 0
 
 
 INVARIANT = settings(max_examples=4, deadline=None)
@@ -296,7 +605,7 @@ def test_statistics_are_read_back_as_they_were_and_nothing_else_is(tmp_path):
         measure.merge(sums, measure.first_pass([(h[:, :3], labels)], 5))
     reference = measure.prepare(measure.first_pass([(h, labels)], 5))
     deviations = measure.second_pass([(h[:9], labels[:9])], reference)
-    with pytest.raises(InputError, match="the first pass saw 60; both must see the same"):
+    with pytest.raises(InputError, match=r"batches: got .* the first pass saw 12"):
         measure.find(reference, deviations)
 
 
@@ -403,7 +712,7 @@ BAD = {
     "features: got (60, 0)": {"features": H[:, :0]},
     "features: got '<U1'": {"features": np.full((60, 8), "a")},
     "features: got 'bool'": {"features": H > 0},
-    "features: got 'a number that is not finite'; look at class 3, column 2": {
+    "features: got 'a number that is not finite": {
         "features": np.where(
             (np.arange(60) == np.flatnonzero(LABELS == 3)[1])[:, None] & (np.arange(8) == 2), np.nan, H
         )
@@ -416,8 +725,6 @@ BAD = {
     "head: got (5, 3)": {"head": HEAD[:, :3]},
     "head: got 'a number that is not finite'": {"head": HEAD * np.inf},
     "head: got (8, 5); give (C, 8), a row per class, its transpose": {"head": HEAD.T, "num_classes": 5},
-    "features: got 'of size 4e-20'; their squares leave float32": {"features": np.float32(1e-20 * H)},
-    "features: got 'of size 4e+20'; their squares leave float32": {"features": np.float32(1e20 * H)},
     "labels: got -1; they count classes from 0 on": {"labels": LABELS - 1},
     "labels: got 4000000000; number classes from 0 on": {"labels": LABELS * 10**9, "head": None, "bias": None},
     "bias: got (4,)": {"bias": BIAS[:4]},
@@ -428,6 +735,19 @@ BAD = {
     "weight_decay: got -1.0": {"weight_decay": -1.0},
     "weight_decay: got 0.1; what it is compared with": {"weight_decay": 0.1, "head": None, "bias": None},
     "rows: got 0": {"rows": 0},
+    "features: got (); give (B, p)": {"features": np.float64(1)},
+    "features: got 'list'; no array": {"features": [[1.0, 2.0], [3.0]]},
+    "features: got 'object'; give an array of numbers": {"features": object(), "head": None, "bias": None},
+    "features: got 'function'": {"features": outputs_of, "labels": [(H, LABELS)]},
+    "labels: got ()": {"labels": np.int64(1)},
+    "logits: got ()": {"logits": np.float64(1)},
+    "head: got ()": {"head": np.float64(1), "bias": None},
+    "head: got 'function'": {"head": outputs_of, "bias": None},
+    "bias: got ()": {"bias": np.float64(1)},
+    "bias: got 'a number that is not finite'": {"bias": BIAS * np.nan},
+    "num_classes: got 1000000000000; ": {"num_classes": 10**12, "head": None, "bias": None},
+    "num_classes: got 0; give an integer from 1 on": {"num_classes": 0, "head": None, "bias": None},
+    "num_classes: got True": {"num_classes": True, "head": None, "bias": None},
 }
 
 
@@ -447,6 +767,10 @@ def test_batches_that_cannot_be_measured():
         measure.measure_batches([(H, LABELS), (H[:, :3], LABELS)])
     with pytest.raises(InputError, match="batch: got 'ndarray'"):
         measure.measure_batches([H], num_classes=5)
+    with pytest.raises(InputError, match="batch: got 'function'; each must be"):
+        measure.measure_batches((outputs_of, [(H, LABELS)]))
+    with pytest.raises(InputError, match="features: got 'function'; give an array of numbers: what a model makes"):
+        measure.measure_batches([(outputs_of, [(H, LABELS)])])
     with pytest.raises(AttributeError, match="no attribute 'measures'"):
         _ = measure.measures  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -536,6 +860,16 @@ def test_layers_classes_and_conventions_on_the_command_line(said, tmp_path):
     assert json.loads(out)["missing_classes"] == [10, 11]
 
 
+def test_notes_of_every_layer_are_printed(tmp_path, said):
+    h, labels, _, _ = split()
+    np.savez(tmp_path / "flat.npz", features=np.ones_like(h), labels=labels)
+    np.savez(tmp_path / "last.npz", features=h * 2.0**664, labels=labels)
+    code, out, err = said(tmp_path / "flat.npz", tmp_path / "last.npz", "--figures", tmp_path / "figures")
+    assert (code, err) == (0, "")
+    assert "flat.npz: all class means are the same" in out
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+
+
 def test_figures_of_many_classes(tmp_path, said):
     h, labels, _, _ = split(num_classes=150, dim=20, per_class=3)
     np.savez(tmp_path / "a.npz", features=h, labels=labels)
@@ -556,6 +890,9 @@ FILES = {
     "objects": ("a.npz", {"features": np.array([{}]), "labels": LABELS}, "it cannot be read"),
     "words": ("a.npz", {"features": np.full((60, 2), "a"), "labels": LABELS}, "give an array of numbers"),
     "no example": ("a.npz", {"features": H[:0], "labels": LABELS[:0]}, "no example"),
+    "0-d features": ("a.npz", {"features": np.float64(1), "labels": LABELS}, "features of shape ()"),
+    "0-d labels": ("a.npz", {"features": H, "labels": np.int64(1)}, "labels: got ()"),
+    "0-d logits": ("a.npz", {"features": H, "labels": LABELS, "logits": np.float64(1)}, "logits: got ()"),
 }
 
 
@@ -573,6 +910,14 @@ def test_a_bad_file_is_one_line_and_exit_code_2(case, tmp_path, said):
     assert err.startswith("error: ")
 
 
+@pytest.mark.parametrize("kernel", [np.float64(1), np.ones(8)])
+def test_a_head_of_another_shape_is_refused(kernel, tmp_path, said):
+    np.savez(tmp_path / "head.npz", head_kernel=kernel)
+    code, out, err = said(DATA / "features.npz", "--head", tmp_path / "head.npz")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--head: got 'head_kernel of shape" in err
+
+
 def test_layers_of_other_examples_are_refused(tmp_path, said):
     np.savez(tmp_path / "few.npz", features=H, labels=LABELS)
     code, _, err = said(DATA / "features.npz", tmp_path / "few.npz")
@@ -585,6 +930,7 @@ def test_layers_of_other_examples_are_refused(tmp_path, said):
     [
         (["--batch=0"], "--batch: got 0"),
         (["--classes=-1"], "--classes: got -1"),
+        (["--classes=1000000000000"], "--classes: got 1000000000000"),
         (["--head", DATA / "features.npz"], "it has no head_kernel, but features, labels"),
         (["--weight-decay=1e-3"], "give one"),
         (["--classes=3"], "labels: got 9; with 3 classes they are 0 to 2"),
