@@ -71,12 +71,21 @@ def check_shared(workdir: Path) -> None:
 
     It could read no checkpoint, and its part of each would be written elsewhere.
     """
+    _wait_for_all("locked")
     path = workdir / ".lock"
     if found := _first_difference({"lock": path.read_text(errors="replace") if path.exists() else ""}):
         way_out = (
             f"process {found[0]} does not see the same folder; give all one --workdir, on a file system they share"
         )
         raise InputError("--workdir", str(workdir), way_out)
+
+
+def _wait_for_all(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def check_read(workdir: Path, epoch: int | None) -> None:

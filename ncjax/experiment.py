@@ -127,7 +127,7 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts)
     for later in (e for e in epochs if e > facts.epoch):
         saved.delete(later)
     text = configuration.to_json(sweep.plan.config)
-    grown = recorded is not None and recorded.attrs["config"] != text  # more epochs, or another mesh
+    grown = recorded is not None and recorded.attrs.get("config") != text  # more epochs, or another mesh
     if recorded is not None and grown:
         recorded = recorded.assign_attrs(config=text)
     if distributed.is_leader():

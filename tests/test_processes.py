@@ -245,6 +245,7 @@ def beside(monkeypatch):
 
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+        monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
 
     return start
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -520,3 +521,46 @@ def test_a_run_whose_lock_was_removed_stops_before_it_writes(tmp_path, monkeypat
     assert checkpoint.epochs_in(workdir / "checkpoints") == [2]
     run(workdir)
     finished[1].check(chaos.Outcome.of(workdir))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """limit(inodes) -> a file system of so many; the same one each time."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def limit(inodes):
+        how = "remount,nr_inodes" if os.path.ismount(folder) else "nr_inodes"
+        command = ["mount", "-t", "tmpfs", "-o", f"{how}={inodes}", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield limit
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inodes", [10, 25, 41, 43, 48, 53])  # in each of its three saves, in its folders and its files
+def test_no_inodes_are_one_line_and_an_end_and_it_continues(tmp_path, small_disk, finished, inodes):
+    workdir = small_disk(inodes) / "run"
+    _, err = chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path), 1)
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 2
+    small_disk(1000)
+    chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path))
+    finished[1].check(chaos.Outcome.of(workdir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["JAX_DEFAULT_PRNG_IMPL=rbg", "JAX_THREEFRY_PARTITIONABLE=0"])
+def test_another_prng_of_the_environment_is_one_line(workdir, tmp_path, variable):
+    name, _, value = variable.partition("=")
+    _, err = chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path, **{name: value}), 2)
+    assert err.startswith(
+        f"error: --workdir: got '{workdir}'; its checkpoints are of other random bits: {name.lower()}"
+    )
+    assert err.count("\n") == 1
