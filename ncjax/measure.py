@@ -174,7 +174,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weight-decay", metavar="LAMBDA", type=float, help="of the head's training: equilibrium and budget")
     words = "mu_G, where classes are not of one size: the mean of their means (default) or of all examples"
     add("--global-mean", choices=("classes", "examples"), default="classes", help=words)
-    add("--float64", action="store_true", help="compute in float64 (default: where the features are)")
+    add(
+        "--float64",
+        action="store_true",
+        help="compute in float64 (default: where float32 is too narrow for their type)",
+    )
     add("--batch", metavar="ROWS", type=int, help="examples at once (default: 16 to 64 MiB of features)")
     add("--figures", metavar="DIR", type=Path, help="writes spectra, angles and a scatter of classes, or of layers")
     add("--json", action="store_true", help="one JSON object; its `metrics` are flat, null where undefined")
@@ -202,10 +206,9 @@ def _measure_files(arguments: argparse.Namespace) -> int:
         own = shared if labels is not None else arrays.get("labels", shared)
         if own is None:
             raise InputError(str(path), _names(arrays), "no array is named labels; add it, or give --labels FILE")
-        if arrays["features"].ndim != 2:
-            raise InputError(
-                str(path), f"features of shape {arrays['features'].shape}", "give (N, p), a row per example"
-            )
+        shape = arrays["features"].shape
+        if len(shape) != 2:
+            raise InputError(str(path), f"features of shape {shape}", "give (N, p), a row per example")
         logits = () if "logits" not in arrays else (arrays["logits"],)
         batches.append((arrays["features"], own, *logits))
         if len(arrays["features"]) != len(batches[0][0]):

@@ -110,12 +110,14 @@ def first_pass(
 
 def _check_size(sums: Sums, dtype: Any) -> None:
     """Refuses features whose differences, or a millionth of them, are subnormal numbers, which XLA takes for 0."""
-    present = np.flatnonzero(sums.examples)
-    pivots, info = sums.pivots[present], np.finfo(dtype)
-    means = sums.features[present] / sums.examples[present, None]
+    present, info = np.flatnonzero(sums.examples), np.finfo(dtype)
+    least = 1e6 * float(info.tiny / info.eps)
+    pivots = sums.pivots if len(present) == len(sums.pivots) else sums.pivots[present]
     with np.errstate(over="ignore"):
-        size = max(float((pivots.max(0) - pivots.min(0)).max()), float(means.max()), -float(means.min()))
-    if 0 < size < 1e6 * info.tiny / info.eps:
+        size = float((pivots.max(0) - pivots.min(0)).max())
+    if size < least:
+        size = max(size, float(np.abs(sums.features[present] / sums.examples[present, None]).max()))
+    if 0 < size < least:
         raise InputError("features", f"of size {size:.1g}", "their differences underflow; multiply by a power of two")
 
 
@@ -149,9 +151,9 @@ def second_pass(
 
         outputs = frames.nearness is not None
         rank = len(frames.head_basis) if linear else num_classes
-        balance = np.zeros((num_classes, len(frames.probes) + with_logits))
+        probed = num_classes, len(frames.probes) + with_logits
         return Deviations(
-            *(np.zeros(num_classes), np.zeros(num_classes), np.zeros(len(frames.basis)), balance, balance),
+            *(np.zeros(shape) for shape in (num_classes, num_classes, len(frames.basis), probed, probed)),
             along_head=zeros(with_head, len(frames.head_basis) if with_head else 0),
             correct=zeros(outputs),
             disagreements=zeros(outputs),
