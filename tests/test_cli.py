@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import compilation, environment, main, measure, parallel, plots, preflight, show
+from ncjax import compilation, environment, main, measure, panels, parallel, plots, preflight, show
 from ncjax.config import default_config
 from ncjax.errors import InputError
 
@@ -382,4 +382,4 @@ def test_names_that_are_no_utf8_are_drawn_and_stay_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
     names = [os.fsdecode(name) for name in (b"b\xff", b"b\xfe")]
     assert plots.main([str(tmp_path / name) for name in names]) == 0
-    assert [name.encode() for name in drawn] == [b"b\\udcff", b"b\\udcfe"]
+    assert [panels.literal(name) for name in drawn] == [r"b\udcff", r"b\udcfe"]

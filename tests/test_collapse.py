@@ -319,9 +319,10 @@ def test_no_class_means_bring_nc3_below_its_floor_and_the_centred_head_attains_i
         for means in (others, head + 0.1 * others, head):
             nc3, centred, floor = (np.asarray(value) for value in nc3s_and_floor(head, means))
             assert (floor >= 0).all()
-            assert (floor <= nc3 + 1e-12).all()
-            np.testing.assert_allclose(1 - nc3 / 2, (1 - centred / 2) * share, atol=1e-12)
-    np.testing.assert_allclose(nc3, floor, rtol=1e-6, atol=1e-13)  # the means were the head
+            # Heads a thousand times their centred part lose three of float64's digits in being centred.
+            assert (floor <= nc3 + 1e-10).all()
+            np.testing.assert_allclose(1 - nc3 / 2, (1 - centred / 2) * share, atol=1e-10)
+    np.testing.assert_allclose(nc3, floor, rtol=1e-6, atol=1e-10)  # the means were the head
 
 
 def test_the_floor_is_that_of_the_frames_known():

@@ -284,7 +284,7 @@ def measured(monkeypatch):
     metrics = dict.fromkeys(measure._BY_LAYER, 0.5) | {"nc3": 0.25}
     centred = H[:3].astype(np.float64)
     spectrum, within, variances = np.array([2.0, 1.0]), np.array([0.1, 0.2]), np.full(3, 0.1)
-    found = findings.Measurement(metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [])
+    found = findings.Measurement(metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], [])
     monkeypatch.setattr(measure, "measure_batches", lambda *_, **__: found)
     return found
 
@@ -334,6 +334,7 @@ def test_a_long_name_in_a_figure_keeps_its_ends(measured):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_about_a_file_of_any_name_is_one_line(name, tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(said("--", name), "No such file or directory")
+    missing = "there is no such home" if name.startswith("~") else "No such file or directory"
+    assert_one_line(said("--", name), missing)
     write(name, npz({"features.npy": H}))
     assert_one_line(said("--", name), "no array is named labels")

@@ -102,7 +102,7 @@ def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_no
 @pytest.mark.parametrize("global_mean", ["classes", "examples"])
 def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
     """The head is what the class means of imbalanced classes are, up to a common offset: nc3 is the floor itself."""
-    h, labels, _, _ = split(sizes=[1, 2, 40, 7, 11])
+    h, labels, _, _ = split(sizes=[3, 2, 40, 7, 11])
     means = np.stack([h[labels == c].mean(0) for c in range(5)])
     weights = np.ones(5) if global_mean == "classes" else np.bincount(labels)
     head = means - weights @ means / weights.sum() + np.outer(weights / weights.max(), np.arange(8.0)) / 2
@@ -891,8 +891,8 @@ FILES = {
     "words": ("a.npz", {"features": np.full((60, 2), "a"), "labels": LABELS}, "give an array of numbers"),
     "no example": ("a.npz", {"features": H[:0], "labels": LABELS[:0]}, "no example"),
     "0-d features": ("a.npz", {"features": np.float64(1), "labels": LABELS}, "features of shape ()"),
-    "0-d labels": ("a.npz", {"features": H, "labels": np.int64(1)}, "labels: got ()"),
-    "0-d logits": ("a.npz", {"features": H, "labels": LABELS, "logits": np.float64(1)}, "logits: got ()"),
+    "0-d labels": ("a.npz", {"features": H, "labels": np.int64(1)}, "labels of shape ()"),
+    "0-d logits": ("a.npz", {"features": H, "labels": LABELS, "logits": np.float64(1)}, "logits of shape ()"),
 }
 
 
@@ -915,7 +915,7 @@ def test_a_head_of_another_shape_is_refused(kernel, tmp_path, said):
     np.savez(tmp_path / "head.npz", head_kernel=kernel)
     code, out, err = said(DATA / "features.npz", "--head", tmp_path / "head.npz")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "--head: got 'head_kernel of shape" in err
+    assert "head.npz: got 'head_kernel of shape" in err
 
 
 def test_layers_of_other_examples_are_refused(tmp_path, said):
