@@ -240,7 +240,9 @@ def _silence_abandoned_writes() -> None:
     report = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
-        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        is_closed = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        never_opened = getattr(unraisable.object, "__qualname__", "") == "BaseEventLoop.__del__"
+        if not is_closed and not never_opened:
             report(unraisable)
 
     sys.unraisablehook = filtered

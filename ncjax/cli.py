@@ -40,11 +40,14 @@ def run(module: str) -> NoReturn:
         code = None  # whatever a library made of what it was stopped by
     if stops.noted and code != stops.noted.exit_code:
         code = stops.noted.exit_code
-        print(f"stopped by {stops.noted}", file=sys.stderr)
+        print(f"stopped by {stops.noted}", file=sys.stderr, flush=True)
     if output.problem and not isinstance(output.problem, BrokenPipeError):
         code = code or 1
         print(f"error: standard output cannot be written ({output.problem.strerror})", file=sys.stderr)
     stops.end(code or 0)
+    if stops.noted:  # threads of libraries that were stopped in the middle crash while the interpreter shuts down
+        sys.stdout.flush()
+        os._exit(code or 0)
     sys.exit(code)
 
 

@@ -170,7 +170,7 @@ def _shown(value: object) -> str:
 def validate(config: Config) -> Config:
     """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
     try:
-        flat = _flatten(config)
+        flat = flatten(config)
     except TypeError as error:  # ConfigDict sorts its keys
         raise InputError("config", "keys of several types", "name every field by a string") from error
     for name in sorted(flat.keys() - SCHEMA.keys()):
@@ -193,8 +193,11 @@ def validate(config: Config) -> Config:
         if name != "seed":
             check_held(f"config.sweep.{name}", values, config.train.precision)
     for momentum in config.sweep.momentum:
-        if np.asarray(momentum, config.train.precision) >= 1:  # float64 holds all that pass for less than 1
-            way_out = "float32 takes it for 1; choose a smaller one, or set config.train.precision=float64"
+        # Steps add up to 1/(1 - momentum) gradients: what it lacks of 1 must be held as well.
+        lacks = 1 - float(np.asarray(momentum, config.train.precision))
+        if not math.isclose(lacks, 1 - momentum, rel_tol=1e-2):
+            way_out = f"{config.train.precision} takes it for {1 - lacks:.10g}; choose a smaller one"
+            way_out += ", or set config.train.precision=float64" if config.train.precision == "float32" else ""
             raise InputError("config.sweep.momentum", momentum, way_out)
     check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision)
     _check_combinations(config)
@@ -228,7 +231,7 @@ def check_held(field: str, values: Sequence[float], precision: str, factor: floa
 
 def is_sound(config: Config) -> bool:
     """Returns whether every field that is known, of a config as it was written, has a value that it may have."""
-    flat = _flatten(config)
+    flat = flatten(config)
     return all(name in flat and _holds(field, flat[name]) for name, field in SCHEMA.items())
 
 
@@ -264,11 +267,12 @@ def _plain(value: Any, default: object) -> Any:
     return python_type(value)
 
 
-def _flatten(config: Config, prefix: str = "") -> dict[str, object]:
+def flatten(config: Config, prefix: str = "") -> dict[str, object]:
+    """Returns every field by its dotted name."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, config_dict.ConfigDict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -279,7 +283,7 @@ def differences(config: Config, other: dict) -> list[str]:
 
     More epochs are no hindrance where the learning rate of those behind does not depend on them; nor is another mesh.
     """
-    mine, theirs = (_flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
+    mine, theirs = (flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
     fields = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
     longer: Any = (theirs.get("train.epochs"), mine.get("train.epochs"))
     fixed = mine.get("train.schedule") == "constant" or mine.get("train.schedule_epochs")

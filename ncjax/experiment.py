@@ -32,7 +32,7 @@ from ncjax import (
     train,
 )
 from ncjax import config as configuration
-from ncjax.errors import InputError, printable
+from ncjax.errors import InputError, listed, printable
 from ncjax.files import remove_leftovers, write_atomically
 from ncjax.preflight import Plan
 from ncjax.sweep import Sweep, make_program
@@ -116,6 +116,8 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts)
     recorded = _load_history(workdir / "history.nc")
     facts = _restore_newest(sweep, saved, mine, recorded)
     distributed.check_read(workdir, facts and facts.epoch)  # before anything is removed or written
+    if facts is not None and recorded is not None:
+        _check_grid(recorded, sweep.plan.grid, workdir / "history.nc")
     if facts is None:
         if epochs:
             way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
@@ -146,6 +148,15 @@ def _load_history(path: Path) -> xr.Dataset | None:
         way_out = f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with that one"
         raise InputError("history", str(path), f"{way_out}, or choose another WORKDIR")
     return recorded
+
+
+def _check_grid(recorded: xr.Dataset, grid: configuration.Grid, path: Path) -> None:
+    """Raises InputError where a history is not of the grid whose checkpoints lie beside it."""
+    for name in grid.dims:
+        found = recorded[name].values.tolist() if name in recorded.indexes else []
+        if found != list(grid.axes[name]):
+            way_out = f"its {name} is {listed(found)} and not {listed(grid.axes[name])}: it is damaged; remove it"
+            raise InputError("history", str(path), f"{way_out}, and the same command trains anew")
 
 
 def _restore_newest(

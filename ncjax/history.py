@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
+from ncjax import config
 from ncjax.config import Grid
 from ncjax.errors import InputError
 from ncjax.files import write_atomically
@@ -199,6 +200,10 @@ def load(path: Path) -> xr.Dataset:
         ) from error
     if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {"train", "test"}:
         raise InputError("history", str(path), "its coordinates are not those of a history; it is damaged, or none")
+    try:
+        config.from_json(history.attrs["config"])
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError("history", str(path), "its attribute config is no config; it is damaged, or none") from error
     return _renewed(history)
 
 

@@ -91,12 +91,20 @@ def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
             f"error: {reason}; what is in {plan.workdir} is whole, and this continues:\n    {command}", file=sys.stderr
         )
         return 1
-    except Exception:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            way_out = "take fewer runs at once (config.sweep.runs_per_program), smaller layers or smaller batches"
+            return _refuse(InputError("memory", "less than a device needs", way_out))
         if not arguments.processes:
             raise
         traceback.print_exc()
         return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether XLA could not allocate an array; it says so in words alone."""
+    return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def _parse(argv: list[str]) -> _Arguments:
@@ -123,6 +131,8 @@ def _load_config(named: str) -> configuration.Config:
     file = Path(named.partition(":")[0])
     try:
         file.read_bytes()
+    except ValueError as error:  # a null byte
+        raise InputError("--config", named, f"{error}; name a Python file with get_config()") from error
     except OSError as error:
         near = difflib.get_close_matches(file.stem, known := {p.stem: p for p in Path("configs").glob("*.py")}, n=1)
         hint = f"did you mean {known[near[0]]}?" if near else "name a Python file with get_config()"
@@ -136,10 +146,15 @@ def _load_config(named: str) -> configuration.Config:
         config = loaded.value
         if not hasattr(config, "copy_and_resolve_references"):  # asking raises the OSError of a get_config that did
             raise TypeError(f"get_config() returned {type(config).__name__}, not a ConfigDict")
-    except (Exception, SystemExit) as error:  # the config is the user's Python file: anything may be wrong in it
+        for value in configuration.flatten(config).values():  # RecursionError: it contains itself, or nests too deep
+            repr(value)
+    except (Interrupted, Stopped):
+        raise
+    except BaseException as error:  # the config is the user's Python file: anything may be wrong in it
         raise InputError("--config", named, _fault(error, str(file))) from error
     finally:
         logger.disabled = False
+        sys.modules.pop("config_config", None)  # ml_collections would load the next file on top of this one's names
     return config
 
 

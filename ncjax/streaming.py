@@ -344,7 +344,15 @@ _NO_ARRAY = "give an array of numbers: what a model makes of its loader's batche
 
 
 def as_array(name: str, value: Any) -> np.ndarray | Array:
-    """A NumPy or JAX array of numbers, without a copy where the other library's memory can be read; or InputError."""
+    """Returns a NumPy or JAX array of numbers, without a copy where the other library's memory can be read.
+
+    Raises:
+      InputError: it is no array of numbers, some are masked, or some are integers that float64 does not hold.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise InputError(name, "a masked array", "leave out what is masked, or fill it in")
+        value = value.data
     if not isinstance(value, np.ndarray | jax.Array):
         value = value.detach() if hasattr(value, "detach") else value
         if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:  # not in a CPU's memory
@@ -363,6 +371,10 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
             raise InputError(name, type(value).__name__, _NO_ARRAY)
     if value.dtype.kind not in "iuf" and value.dtype != jnp.bfloat16:
         raise InputError(name, str(value.dtype), "give an array of numbers")
+    if value.dtype.kind in "iu" and value.dtype.itemsize == 8 and value.size and name != "labels":
+        largest = max(int(value.max()), -int(value.min()))
+        if largest > 2**53:
+            raise InputError(name, largest, "float64 holds integers up to 2**53; subtract what is common to all")
     return value
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import time
 from typing import Any
 
@@ -82,6 +83,11 @@ class Program:
         return compiled
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self._data.center.shape
+
+    @property
     def runs_per_device(self) -> int:
         return self.runs // self.mesh.shape[parallel.RUN]
 
@@ -114,7 +120,7 @@ class Program:
     @property
     def flops_per_epoch(self) -> int:
         """Over all runs, of training's matmuls: see `training_flops`."""
-        return self.samples_per_epoch * training_flops(self.recipe.model, self._data.center.shape)
+        return self.samples_per_epoch * training_flops(self.recipe.model, self.image_shape)
 
 
 def make_program(plan: Plan) -> Program:
@@ -126,6 +132,8 @@ def make_program(plan: Plan) -> Program:
     program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
     limit = parallel.device_memory(program.mesh)
     # A CPU says nothing of its memory, and states that wait would lie in it all the same: all runs at once.
+    if limit is None:
+        _check_host_memory(program, tuple(plan.config.model.widths))
     if plan.config.sweep.runs_per_program or limit is None:
         return program
     while program.bytes_per_device > _USABLE * limit:
@@ -137,6 +145,17 @@ def make_program(plan: Plan) -> Program:
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
         program = Program(plan, fewer)
     return program
+
+
+def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
+    """Refuses states that a CPU's memory cannot hold, by their shapes alone: nothing is compiled to find out."""
+    states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes)) * len(program.slices)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if states > memory:
+        way_out = (
+            f"weights and momenta of all runs take {states:,} bytes, and there are {memory:,}; shrink layers"
+        )
+        raise InputError("config.model.widths", widths, way_out)
 
 
 def training_flops(model: models.Network, image: tuple[int, ...]) -> int:

@@ -325,13 +325,13 @@ def one_program() -> Iterator[None]:
     made, begun, compile_, begin = {}, {}, sweep.Program.compiled, train.start
 
     def compile_once(program):
-        key = (program.recipe, program.mesh, program.runs, train.evaluate)
+        key = (program.recipe, program.mesh, program.runs, program.image_shape, train.evaluate)
         if key not in made:
             made[key] = compile_.func(program)
         return made[key]
 
     def start_once(recipe, mesh, columns, data):
-        key = (recipe, mesh, str(columns))
+        key = (recipe, mesh, data.center.shape, str(columns))
         if key not in begun:
             begun[key] = begin(recipe, mesh, columns, data)
         states, keys, hyper = begun[key]

@@ -273,6 +273,7 @@ def test_every_field_is_described():
     ("name", "values", "shown"),
     [
         ("sweep.momentum", (0.9, 0.9999999999), "0.9999999999"),  # 1
+        ("sweep.momentum", (0.9999999,), "0.9999999"),  # 0.99999988
         ("sweep.momentum", (1e-50,), "1e-50"),  # 0
         ("sweep.weight_decay", (0.0, 1e-50), "1e-50"),
         ("sweep.weight_decay", (1e-40,), "1e-40"),  # subnormal
@@ -300,7 +301,7 @@ def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_the
 @pytest.mark.parametrize(
     ("name", "values", "precision"),
     [
-        ("sweep.momentum", (0.0, 0.9999999), "float32"),
+        ("sweep.momentum", (0.0, 0.99999), "float32"),
         ("sweep.weight_decay", (0.0, 1.2e-38, 3.4e38), "float32"),
         ("sweep.weight_decay", (1e-3, 1.000001e-3), "float32"),  # 8.6 units in the last place of float32 apart
         ("sweep.learning_rate", (0.99999999,), "float32"),  # rounds to 1, as all others round

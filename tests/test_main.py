@@ -1,7 +1,5 @@
 """The command line: every kind of bad input ends in one line that names the field, exit code 2, and no WORKDIR."""
 
-import sys
-
 import pytest
 
 from ncjax import main
@@ -47,6 +45,7 @@ BAD = [
     (["--noconfig"], "--noconfig", ""),
     (["--processes=x"], "--processes: got 'x'", "int()"),
     (["--dry-run=perhaps"], "--dry-run: got 'perhaps'", ""),
+    (["--config=\0"], "--config: got ", "null"),
     (["--config="], "--config: got ''", ""),
     (["--config=configs"], "--config: got 'configs'", "Is a directory"),
     (["surplus"], "surplus", "--workdir"),
@@ -63,6 +62,14 @@ def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path
     assert field in message
     assert hint in message
     assert not workdir.exists()
+
+
+def test_weights_beyond_the_memory_of_the_machine_are_refused_before_anything_is_compiled(tmp_path, capsys):
+    assert main.main(["ncjax", f"--workdir={tmp_path}", "--config.model.widths=1000000,1000000"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: config.model.widths: got (1000000, 1000000); ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_missing_workdir_is_named(capsys):
@@ -93,6 +100,13 @@ def test_damaged_config_of_a_workdir_is_named(text, tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
+_SELF = """from ncjax.config import default_config
+
+def get_config():
+    config = default_config().unlock()
+    config.itself = config
+    return config
+"""
 # A config file, the line of it that is at fault (None: no line is), and what is said of it.
 FAULTS = [
     ("def get_config():\n    return 1 / 0\n", 2, "division by zero"),
@@ -105,6 +119,8 @@ FAULTS = [
     ("def get_config():\n    return get_config()\n", 2, "RecursionError"),
     ("import sys\nsys.exit('bye')\n", 2, "bye"),
     ("\xff = 'latin'\n", 1, "utf-8"),
+    ("def get_config():\n    raise KeyboardInterrupt\n", 2, "KeyboardInterrupt"),
+    (_SELF, None, "recursion"),
     ("x = 1\n", None, "no get_config()"),
     ("get_config = 3\n", None, "not callable"),
     ("def get_config():\n    pass\n", None, "returned NoneType"),
@@ -114,8 +130,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("source", "line", "said"), FAULTS, ids=[source for source, _, _ in FAULTS])
-def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections loads a second one into the first
+def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, said, tmp_path, capsys):
     config = tmp_path / "mine.py"
     config.write_bytes(source.encode("latin-1"))
     assert main.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2

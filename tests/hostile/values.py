@@ -304,7 +304,12 @@ def measured(batches: Any, **options: Any) -> tuple[dict[str, float], list[str]]
     with contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = measure.measure_batches(batches, **options)
-    return found.metrics, [*found.notes, *(str(one.message) for one in caught), *err.getvalue().splitlines()]
+    return found.metrics, [
+        *found.cautions,
+        *found.notes,
+        *(str(one.message) for one in caught),
+        *err.getvalue().splitlines(),
+    ]
 
 
 @contextlib.contextmanager
