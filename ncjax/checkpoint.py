@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -236,7 +237,10 @@ def _silence_abandoned_writes() -> None:
     """Keeps a save that failed from printing a traceback for each of its writes that ends after it.
 
     TensorStore tells the event loop of the save, which Orbax has closed by then; the error itself has been raised.
+    What failed besides it, or was never begun, asyncio and Python would print as well.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
