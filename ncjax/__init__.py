@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncjax import measure
-    from ncjax.runs import load_run
+    from ncjax.cli import measure
+    from ncjax.runs.load import load_run
 
 __all__ = ["load_run", "measure"]
 __version__ = "0.1.0"
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_run":  # imports JAX, for which a command line must not wait
-        from ncjax.runs import load_run
+        from ncjax.runs.load import load_run
 
         return load_run
     if name == "measure":

@@ -51,8 +51,9 @@ def tfds_dir() -> str:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """WORKDIR of a tiny sweep with checkpoints at epochs 4 and 6; not to be changed: see `copied`."""
-    from ncjax import experiment, preflight
+    from ncjax import plan
     from ncjax.config import default_config
+    from ncjax.runs import loop
 
     config = default_config()
     config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
@@ -60,7 +61,7 @@ def trained(tmp_path_factory) -> Path:
     config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
     config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)
     workdir = tmp_path_factory.mktemp("trained")
-    experiment.record(preflight.prepare(config, workdir))
+    loop.record(plan.prepare(config, workdir))
     return workdir
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ncjax.augment import augment
+from ncjax.training.augment import augment
 
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(1, 256, (200, 6, 5, 2)), jnp.uint8)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import checkpoint
-from ncjax.checkpoint import Checkpoints, Damaged, Facts
+from ncjax.storage import checkpoint
+from ncjax.storage.checkpoint import Checkpoints, Damaged, Facts
 
 RUNS = 3
 DEEP = b"[" * 100_000  # deeper than Python's JSON goes

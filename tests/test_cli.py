@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import compilation, environment, main, measure, panels, parallel, plots, preflight, show
+from ncjax import environment, plan
+from ncjax.cli import measure, plot, show, train
 from ncjax.config import default_config
 from ncjax.errors import InputError
+from ncjax.report import panels
+from ncjax.training import compilation, mesh
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
@@ -188,7 +191,7 @@ def test_training_loses_nothing_where_nobody_reads(redirections, code, tmp_path)
         (show, ["run", "--colour"], "--colour"),
         (measure, ["a.npz", "--loss", "hinge"], "--loss"),
         (measure, ["a.npz", "--batch=\n"], "--batch"),
-        (plots, ["run", "--weight-decay", "x"], "--weight-decay"),
+        (plot, ["run", "--weight-decay", "x"], "--weight-decay"),
     ],
 )
 def test_a_mistake_is_one_line_without_the_usage(command, arguments, word, capsys):
@@ -244,9 +247,9 @@ def test_a_variable_that_does_no_harm_is_let_be(name, value):
     environment.check({name: value})
 
 
-@pytest.mark.parametrize("command", [main, show, measure])
+@pytest.mark.parametrize("command", [train, show, measure])
 def test_every_command_that_uses_jax_looks_at_its_variables(command, monkeypatch, capsys):
-    arguments = {main: ["ncjax", *chaos.SMALL, "--dry-run"], show: ["run"], measure: ["tests/data/features.npz"]}
+    arguments = {train: ["ncjax", *chaos.SMALL, "--dry-run"], show: ["run"], measure: ["tests/data/features.npz"]}
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     assert command.main(arguments[command]) == 2
     assert capsys.readouterr().err.startswith("error: JAX_DEBUG_NANS: got '1'; ")
@@ -266,7 +269,7 @@ def test_a_platform_that_is_not_here_is_named(error, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
-    for start in (parallel.use_every_core, parallel.find_devices):
+    for start in (mesh.use_every_core, mesh.find_devices):
         with pytest.raises(InputError, match=r"^JAX_PLATFORMS: got 'nonsense'; "):
             start()
 
@@ -284,14 +287,14 @@ def test_a_float64_default_of_jax_changes_no_bit_of_a_run(tmp_path):
 def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert parallel._cores() == 12
+    assert mesh._cores() == 12
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert parallel._cores() == 1
+    assert mesh._cores() == 1
 
 
 def test_windows_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "platform", "win32")
-    assert main.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert train.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: platform: got 'win32'; ")
     assert "flock" in message
@@ -359,7 +362,7 @@ NO_TEXT = os.fsdecode(b"b\xff")
 
 def test_a_workdir_whose_name_is_no_utf8_is_refused(tmp_path, capsys):
     workdir = tmp_path / NO_TEXT
-    for command, argv in ((main, ["ncjax", *chaos.SMALL, f"--workdir={workdir}"]), (show, [str(workdir)])):
+    for command, argv in ((train, ["ncjax", *chaos.SMALL, f"--workdir={workdir}"]), (show, [str(workdir)])):
         assert command.main(argv) == 2
         message = capsys.readouterr().err
         assert "UTF-8" in message
@@ -372,14 +375,14 @@ def test_a_current_folder_whose_name_is_no_utf8_is_seen(tmp_path, monkeypatch):
     (tmp_path / NO_TEXT).mkdir()
     monkeypatch.chdir(tmp_path / NO_TEXT)
     with pytest.raises(InputError, match=r"^--workdir: got 'run'; "):
-        preflight.prepare(default_config(), "run")
+        plan.prepare(default_config(), "run")
 
 
 def test_names_that_are_no_utf8_are_drawn_and_stay_apart(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "draw_all", lambda *_: [])
-    monkeypatch.setattr(plots, "draw_comparison", lambda histories, folder: drawn.update(histories) or [])
-    monkeypatch.setattr(plots, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
+    monkeypatch.setattr(plot, "draw_all", lambda *_: [])
+    monkeypatch.setattr(plot, "draw_comparison", lambda histories, folder: drawn.update(histories) or [])
+    monkeypatch.setattr(plot, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
     names = [os.fsdecode(name) for name in (b"b\xff", b"b\xfe")]
-    assert plots.main([str(tmp_path / name) for name in names]) == 0
+    assert plot.main([str(tmp_path / name) for name in names]) == 0
     assert [panels.literal(name) for name in drawn] == [r"b\udcff", r"b\udcfe"]

@@ -7,8 +7,8 @@ import pytest
 from conftest import oracle_geometry
 from scipy import optimize
 
-from ncjax import closed_forms
-from ncjax.closed_forms import Setting
+from ncjax.metrics import closed_forms
+from ncjax.metrics.closed_forms import Setting
 
 
 @pytest.mark.parametrize(("num_classes", "cosine"), [(2, -1.0), (3, -0.5), (10, -1 / 9), (10, 0.0), (4, 0.7), (5, 1.0)])

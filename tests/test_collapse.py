@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part, simplex_etf
 
-from ncjax import collapse
+from ncjax.metrics import collapse
 
 
 def two_passes(features, outputs, labels, head):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ncjax.conv import convolve
+from ncjax.training.conv import convolve
 
 CASES = [
     # height, width, window, strides, padding

@@ -7,8 +7,12 @@ import safetensors.numpy
 from conftest import oracle_split
 
 import ncjax
-from ncjax import experiment, history, main, preflight, show, train
+from ncjax import plan
+from ncjax.cli import show, train
 from ncjax.config import default_config
+from ncjax.runs import loop
+from ncjax.storage import history
+from ncjax.training import program
 
 
 def make_config(**fields):
@@ -23,7 +27,7 @@ def make_config(**fields):
 
 
 def start(folder, **fields):
-    return experiment.Sweep(preflight.prepare(make_config(**fields), folder))
+    return loop.Sweep(plan.prepare(make_config(**fields), folder))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +40,13 @@ def normalized(tmp_path_factory):
         "sweep__learning_rate": 0.003,
     }
     folder = tmp_path_factory.mktemp("normalized")
-    experiment.record(preflight.prepare(make_config(**fields), folder))
+    loop.record(plan.prepare(make_config(**fields), folder))
     return folder
 
 
 def trained_only(sweep, *chunks):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_, **__: {})  # most of the program
+        patch.setattr(program, "evaluate", lambda *_, **__: {})  # most of the program
         for epochs in chunks:
             sweep.advance(epochs, measured=False)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(sweep.states))]
@@ -143,7 +147,7 @@ def test_measurements_are_of_eval_mode_and_nan_where_normalization_leaves_no_mea
 
 @pytest.mark.slow
 def test_without_normalization_every_layer_has_its_equilibrium(tmp_path):
-    recorded = experiment.record(preflight.prepare(make_config(train__precision="float64"), tmp_path))
+    recorded = loop.record(plan.prepare(make_config(train__precision="float64"), tmp_path))
     final = recorded.sel(weight_decay=1e-2).isel(epoch=-1)
     assert np.isfinite(final["equilibrium_residual"]).all()
     assert abs(final["lemma2_residual"]).item() < 1e-12
@@ -190,14 +194,14 @@ def test_show_verifies_and_exports_statistics_with_the_weights(normalized, tmp_p
     ],
 )
 def test_what_does_not_go_together_is_one_line(flags, line, tmp_path, capsys):
-    assert main.main(["main", "--config=configs/digits.py", *flags, f"--workdir={tmp_path}"]) == 2
+    assert train.main(["main", "--config=configs/digits.py", *flags, f"--workdir={tmp_path}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {line}")
     assert said.count("\n") == 1
 
 
 def test_padding_is_a_border_of_zeros(tmp_path):
-    plain, padded = (preflight.prepare(make_config(data__pad=side), tmp_path / str(side)).dataset for side in (0, 11))
+    plain, padded = (plan.prepare(make_config(data__pad=side), tmp_path / str(side)).dataset for side in (0, 11))
     assert padded.train.images.shape[1:] == padded.center.shape == (11, 11, 1)
     np.testing.assert_array_equal(padded.train.images[:, 1:9, 1:9], plain.train.images)
     assert padded.train.images.sum() == plain.train.images.sum()

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ncjax import compilation, data
+from ncjax.data import dataset as data
 from ncjax.errors import InputError
+from ncjax.training import compilation
 
 
 def split_of(counts, start=0):

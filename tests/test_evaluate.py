@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
 
-from ncjax import evaluate, models
-from ncjax.objective import Objective
+from ncjax.training import evaluate, models
+from ncjax.training.objective import Objective
 
 SIZES = {"train": 30, "test": 11}
 NAMES = ("layer_1", "layer_2", "head")

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import experiment, interrupts, main, plots, preflight, report
-from ncjax.checkpoint import Checkpoints
+from ncjax import plan as preflight
+from ncjax.cli import plot, train
 from ncjax.config import default_config
-from ncjax.history import COSINES, VOCABULARY
+from ncjax.report import tables
+from ncjax.runs import loop, signals
+from ncjax.storage.checkpoint import Checkpoints
+from ncjax.storage.history import COSINES, VOCABULARY
 
 
 def small_config(**changes):
@@ -29,8 +32,8 @@ def run(workdir, figures=False, **changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     with pytest.MonkeyPatch.context() as patch:
         if not figures:  # most of a small run's time
-            patch.setattr(plots, "draw_all", lambda history, folder: [])
-        return experiment.run(preflight.prepare(small_config(**changes), workdir))
+            patch.setattr(plot, "draw_all", lambda history, folder: [])
+        return loop.run(preflight.prepare(small_config(**changes), workdir))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +126,7 @@ def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precisio
     config = default_config()
     config.train.epochs, config.train.precision, config.log.epochs = 3, precision, (0, 1, 2, 3)
     config.sweep.weight_decay, config.checkpoint.every = (0.0, 1e-3), 0
-    history = experiment.record(preflight.prepare(config, tmp_path))
+    history = loop.record(preflight.prepare(config, tmp_path))
     assert history["epoch"].size == 4
     for name in ("budget_residual", "lemma2_residual"):
         assert float(history[name].max()) < atol, name
@@ -149,7 +152,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(finished, capsys):
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 6])
 def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch, stop_at, capsys):
     workdir, _ = finished
-    measured = report.Progress.measured
+    measured = tables.Progress.measured
 
     def interrupt(self, epoch, nc1):
         measured(self, epoch, nc1)
@@ -157,7 +160,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.Progress, "measured", interrupt)
+        patch.setattr(tables.Progress, "measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     run(tmp_path)
@@ -170,7 +173,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monke
 
 def final_leaves(workdir):
     plan = preflight.prepare(small_config(), workdir)
-    sweep = experiment.Sweep(plan)
+    sweep = loop.Sweep(plan)
     saved = Checkpoints(workdir / "checkpoints", keep=2)
     try:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(saved.load(6, sweep.shapes))]
@@ -180,11 +183,11 @@ def final_leaves(workdir):
 
 def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(plan):
-        raise interrupts.Stopped(signal.SIGINT)
+        raise signals.Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(experiment, "run", interrupted)
+    monkeypatch.setattr(loop, "run", interrupted)
     workdir = tmp_path / "run with a space"
-    assert main.main(["ncjax", f"--workdir={workdir}"]) == 130
+    assert train.main(["ncjax", f"--workdir={workdir}"]) == 130
     said, command = capsys.readouterr().err.splitlines()
     assert said == "stopped by SIGINT; this continues:"
     assert command == f"    python -m ncjax.main '--workdir={workdir}'"

@@ -13,8 +13,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax import features, findings, measure, measure_figures
+from ncjax.cli import measure
 from ncjax.errors import InputError, printable
+from ncjax.features import files, measurement
+from ncjax.report import feature_figures
 
 H = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
 LABELS = np.arange(12) % 3
@@ -147,7 +149,7 @@ def test_a_flipped_bit_of_a_npz_is_an_error_or_changes_nothing(content, tmp_path
         flipped[i] ^= 1 << i % 8
         path.write_bytes(flipped)
         try:
-            read = features.read(path, "features")
+            read = files.read(path, "features")
         except InputError:
             refused += 1
             continue
@@ -170,7 +172,7 @@ def test_a_file_cut_short_or_with_more_behind_it_is_refused(suffix, tmp_path):
     for part in [*(content[:end] for end in range(0, len(content), 7)), content[:-1], *more]:
         path.write_bytes(part)
         with pytest.raises(InputError, match="cannot be read"):
-            features.read(path, "features")
+            files.read(path, "features")
 
 
 @settings(max_examples=300, deadline=None)
@@ -186,7 +188,7 @@ def test_any_bytes_are_arrays_or_one_error(tmp_path_factory, suffix, edits):
     path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     path.write_bytes(content)
     try:
-        read = features.read(path, "features")
+        read = files.read(path, "features")
     except InputError:
         return
     for array in read.values():
@@ -204,7 +206,7 @@ def test_a_npz_that_is_not_compressed_is_mapped_behind_local_headers_of_any_leng
             np.save(file, np.asarray(array, order=order))
             archive.writestr(member, file.getvalue())
     path.write_bytes(b"something before" + path.read_bytes())
-    read = features.read(path, "")
+    read = files.read(path, "")
     for name, array in ARRAYS.items():
         assert isinstance(read[name], np.memmap)
         np.testing.assert_array_equal(read[name], array)
@@ -220,7 +222,7 @@ def test_tensors_of_a_safetensors_file_lie_where_their_offsets_say(tmp_path):
         data += array.tobytes()
     ordered = {"__metadata__": {"any": "thing"}, **dict(sorted(header.items()))}
     (tmp_path / "a.safetensors").write_bytes(tensors(ordered, data))
-    read = features.read(tmp_path / "a.safetensors", "")
+    read = files.read(tmp_path / "a.safetensors", "")
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(read[name], array)
@@ -284,7 +286,7 @@ def measured(monkeypatch):
     metrics = dict.fromkeys(measure._BY_LAYER, 0.5) | {"nc3": 0.25}
     centred = H[:3].astype(np.float64)
     spectrum, within, variances = np.array([2.0, 1.0]), np.array([0.1, 0.2]), np.full(3, 0.1)
-    found = findings.Measurement(metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], [])
+    found = measurement.Measurement(metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], [])
     monkeypatch.setattr(measure, "measure_batches", lambda *_, **__: found)
     return found
 
@@ -318,12 +320,12 @@ def shown(text):
 
 
 def test_names_in_figures_are_no_mathematics(measured):
-    figure = measure_figures.layers(dict.fromkeys(NAMES, measured))
+    figure = feature_figures.layers(dict.fromkeys(NAMES, measured))
     assert [shown(text) for text in figure.axes[-1].get_xticklabels()] == [printable(name) for name in NAMES]
 
 
 def test_a_long_name_in_a_figure_keeps_its_ends(measured):
-    figure = measure_figures.layers({"begin" + 200 * "$" + "end": measured, "b": measured})
+    figure = feature_figures.layers({"begin" + 200 * "$" + "end": measured, "b": measured})
     long, short = (shown(text) for text in figure.axes[-1].get_xticklabels())
     assert short == "b"
     assert len(long) < 70

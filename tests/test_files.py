@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import ncjax
-from ncjax import files, main, measure, show
+from ncjax.cli import measure, show, train
 from ncjax.errors import InputError
+from ncjax.storage import files
 
 NOBODY = "~nobody-here/x"
 
@@ -25,7 +26,7 @@ def features(tmp_path):
         (lambda features: measure.main([features, "--labels", NOBODY]), "--labels"),
         (lambda features: measure.main([features, "--figures", NOBODY]), "--figures"),
         (lambda _: show.main([NOBODY]), "workdir"),
-        (lambda _: main.main(["main", "--config=configs/digits.py", f"--workdir={NOBODY}"]), "--workdir"),
+        (lambda _: train.main(["main", "--config=configs/digits.py", f"--workdir={NOBODY}"]), "--workdir"),
     ],
 )
 def test_a_folder_of_nobody_is_one_line_that_names_the_argument(command, field, features, capsys):

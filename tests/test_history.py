@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 
 from ncjax import config as configuration
-from ncjax import history
 from ncjax.errors import InputError
+from ncjax.storage import history
 
 LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
 SIZES = {"split": 2, "layer": len(LAYERS), "mode": len(LABELS)}

@@ -9,7 +9,11 @@ import sys
 import chaos
 import pytest
 
-from ncjax import checkpoint, experiment, history, interrupts, main, plots, preflight, report
+from ncjax import plan
+from ncjax.cli import plot, train
+from ncjax.report import tables
+from ncjax.runs import loop, signals
+from ncjax.storage import checkpoint, history
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -29,7 +33,7 @@ def reference(tmp_path_factory):
 
 def signal_at(monkeypatch, epoch, *signums):
     """The process gets signals once `epoch` is measured."""
-    measured = report.Progress.measured
+    measured = tables.Progress.measured
 
     def signalled(self, at, nc1):
         measured(self, at, nc1)
@@ -37,7 +41,7 @@ def signal_at(monkeypatch, epoch, *signums):
             for signum in signums:
                 os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(report.Progress, "measured", signalled)
+    monkeypatch.setattr(tables.Progress, "measured", signalled)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
@@ -45,11 +49,11 @@ def signal_at(monkeypatch, epoch, *signums):
 def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     signum, epoch, reference, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(plots, "draw_all", lambda history, folder: [])
+    monkeypatch.setattr(plot, "draw_all", lambda history, folder: [])
     argv = ["ncjax", *chaos.SMALL, f"--workdir={tmp_path / 'run 1'}"]
     with monkeypatch.context() as patch:
         signal_at(patch, epoch, signum)
-        assert main.main(argv) == EXIT_CODES[signum]
+        assert train.main(argv) == EXIT_CODES[signum]
     name = signal.Signals(signum).name
     noted, stopped, command = capfd.readouterr().err.splitlines()
     assert noted == f"{name}: stopping after this chunk and a checkpoint; again: at once"
@@ -60,7 +64,7 @@ def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     assert checkpoint.epochs_in(folder)[-1] == epoch
     assert checkpoint.read_facts(folder, epoch).measured == list(range(epoch + 1))
     assert history.load(tmp_path / "run 1" / "history.nc")["epoch"].values.tolist() == list(range(epoch + 1))
-    assert main.main(argv) == 0
+    assert train.main(argv) == 0
     out = capfd.readouterr().out
     assert f"continuing from epoch {epoch}" in out
     reference.check(chaos.Outcome.of(tmp_path / "run 1"))
@@ -70,15 +74,15 @@ def test_signals_are_python_s_own_again_once_the_run_is_left(tmp_path, monkeypat
     before = [signal.getsignal(signum) for signum in EXIT_CODES]
     with monkeypatch.context() as patch:
         signal_at(patch, 1, signal.SIGINT)
-        with pytest.raises(interrupts.Interrupted):
-            experiment.record(preflight.prepare(chaos.small_config(), tmp_path))
+        with pytest.raises(signals.Interrupted):
+            loop.record(plan.prepare(chaos.small_config(), tmp_path))
     assert [signal.getsignal(signum) for signum in EXIT_CODES] == before
 
 
 def test_a_signal_after_the_last_epoch_stops_nothing(tmp_path, monkeypatch, reference):
     with monkeypatch.context() as patch:
         signal_at(patch, 6, signal.SIGTERM)
-        experiment.record(preflight.prepare(chaos.small_config(), tmp_path))
+        loop.record(plan.prepare(chaos.small_config(), tmp_path))
     reference.check(chaos.Outcome.of(tmp_path))
 
 
@@ -93,13 +97,13 @@ def test_a_save_that_failed_is_not_passed_off_as_one_that_continues(tmp_path, mo
     with monkeypatch.context() as patch:
         signal_at(patch, 3, signal.SIGTERM)
         patch.setattr(checkpoint.Checkpoints, "close", fail)
-        assert main.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path}"]) == 1
+        assert train.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path}"]) == 1
     assert "No space left on device" in capfd.readouterr().err
 
 
 def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(tmp_path, monkeypatch):
     """Between the question whether to save and the question whether to stop."""
-    asked = interrupts.Requests.signum.fget
+    asked = signals.Requests.signum.fget
 
     def too_late(self):
         answer = asked(self)
@@ -107,17 +111,17 @@ def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(t
         return answer
 
     state = {"epoch": -1}
-    measured = report.Progress.measured
+    measured = tables.Progress.measured
 
     def note(self, epoch, nc1):
         measured(self, epoch, nc1)
         state["epoch"] = epoch
 
     with monkeypatch.context() as patch:
-        patch.setattr(interrupts.Requests, "signum", property(too_late))
-        patch.setattr(report.Progress, "measured", note)
-        with pytest.raises(interrupts.Interrupted):
-            experiment.record(preflight.prepare(chaos.small_config(), tmp_path))
+        patch.setattr(signals.Requests, "signum", property(too_late))
+        patch.setattr(tables.Progress, "measured", note)
+        with pytest.raises(signals.Interrupted):
+            loop.record(plan.prepare(chaos.small_config(), tmp_path))
     measured_epochs = history.load(tmp_path / "history.nc")["epoch"].values.tolist()
     assert checkpoint.epochs_in(tmp_path / "checkpoints")[-1] == measured_epochs[-1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import oracle_symmetric_part, simplex_etf
 
-from ncjax.linalg import row_space, symmetric_part
+from ncjax.metrics.linalg import row_space, symmetric_part
 
 
 def decompose(matrix):

@@ -11,8 +11,8 @@ import sys
 import chaos
 import pytest
 
-from ncjax import lock
 from ncjax.errors import InputError
+from ncjax.storage import lock
 
 HOLDER = """
 import sys, time
@@ -47,10 +47,10 @@ def test_a_second_process_is_refused_and_told_whose_the_workdir_is(holder, tmp_p
 
 
 def test_the_command_is_refused_before_it_touches_anything(holder, tmp_path, capsys):
-    from ncjax import main
+    from ncjax.cli import train
 
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert main.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path}"]) == 2
+    assert train.main(["ncjax", *chaos.SMALL, f"--workdir={tmp_path}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: --workdir: got ")
     assert f"process {holder.pid} on {socket.gethostname()}" in err

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ncjax import main
+from ncjax.cli import train
 
 BAD = [
     (["--config.sweep.weight_decy=1"], "config.sweep.weight_decy", "did you mean config.sweep.weight_decay?"),
@@ -56,7 +56,7 @@ BAD = [
 @pytest.mark.parametrize(("flags", "field", "hint"), BAD, ids=[" ".join(flags) for flags, _, _ in BAD])
 def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path, capsys):
     workdir = tmp_path / "run"
-    assert main.main(["ncjax", f"--workdir={workdir}", *flags]) == 2
+    assert train.main(["ncjax", f"--workdir={workdir}", *flags]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
@@ -66,7 +66,7 @@ def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path
 
 
 def test_missing_workdir_is_named(capsys):
-    assert main.main(["ncjax"]) == 2
+    assert train.main(["ncjax"]) == 2
     assert "--workdir" in capsys.readouterr().err
 
 
@@ -74,13 +74,13 @@ def test_workdir_that_is_a_file_or_cannot_be_made_is_named(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
     for workdir in (file, file / "below"):
-        assert main.main(["ncjax", f"--workdir={workdir}"]) == 2
+        assert train.main(["ncjax", f"--workdir={workdir}"]) == 2
         assert str(workdir) in capsys.readouterr().err
 
 
 def test_workdir_of_another_config_names_field_and_both_values(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"units": "torch"}')
-    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    assert train.main(["ncjax", f"--workdir={tmp_path}"]) == 2
     message = capsys.readouterr().err
     assert "config.units is 'ours' here and 'torch' there" in message
     assert message.count("\n") == 1
@@ -89,7 +89,7 @@ def test_workdir_of_another_config_names_field_and_both_values(tmp_path, capsys)
 @pytest.mark.parametrize("text", ["{", "[1]", "3", "null"])
 def test_damaged_config_of_a_workdir_is_named(text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
-    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    assert train.main(["ncjax", f"--workdir={tmp_path}"]) == 2
     assert "config.json" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, 
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections loads a second one into the first
     config = tmp_path / "mine.py"
     config.write_bytes(source.encode("latin-1"))
-    assert main.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert train.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: --config: got '{config}'; ")
     assert ("; line " in message) == (line is not None)
@@ -130,7 +130,7 @@ def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, 
 def test_a_config_without_variants_says_so_of_a_variant(tmp_path, capsys):
     config = tmp_path / "mine.py"
     config.write_text("from ncjax.config import default_config as get_config\n")
-    assert main.main(["ncjax", f"--config={config}:smoke", "--dry-run"]) == 2
+    assert train.main(["ncjax", f"--config={config}:smoke", "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith(f"error: --config: got '{config}:smoke'; ")
 
 
@@ -138,19 +138,19 @@ def test_a_config_that_lacks_the_field_of_an_override_is_one_line(tmp_path, caps
     config = tmp_path / "mine.py"
     config.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n")
     for override in ("--config.mesh.run=2", "--config.loss=square"):
-        assert main.main(["ncjax", f"--config={config}", override, "--dry-run"]) == 2
+        assert train.main(["ncjax", f"--config={config}", override, "--dry-run"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_config_that_does_not_exist_is_compared_with_those_that_do(capsys):
-    assert main.main(["ncjax", "--config=mnist", "--dry-run"]) == 2
+    assert train.main(["ncjax", "--config=mnist", "--dry-run"]) == 2
     assert "did you mean configs/mnist.py?" in capsys.readouterr().err
 
 
 def test_help_lists_every_field(capsys):
     from ncjax.config import SCHEMA
 
-    assert main.main(["ncjax", "--help"]) == 0
+    assert train.main(["ncjax", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"--config.{name}=" in text for name in SCHEMA)
     assert "--workdir" in text
@@ -163,7 +163,7 @@ def test_help_lists_every_field(capsys):
 
 
 def test_numbers_that_batch_normalization_makes_ambiguous_name_the_mode():
-    from ncjax.history import VOCABULARY
+    from ncjax.storage.history import VOCABULARY
 
     for name in ("fit_loss", "accuracy", "equilibrium_residual"):
         assert "eval mode" in VOCABULARY[name].definition
@@ -171,6 +171,6 @@ def test_numbers_that_batch_normalization_makes_ambiguous_name_the_mode():
 
 def test_a_folder_of_other_things_is_no_workdir(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("...")
-    assert main.main(["ncjax", f"--workdir={tmp_path}"]) == 2
+    assert train.main(["ncjax", f"--workdir={tmp_path}"]) == 2
     assert "thesis.tex and no run" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]

@@ -15,8 +15,11 @@ from conftest import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax import collapse, features, findings, history, measure, streaming
+from ncjax.cli import measure
 from ncjax.errors import InputError
+from ncjax.features import files, measurement, streaming
+from ncjax.metrics import collapse
+from ncjax.storage import history
 
 DATA = ROOT / "tests" / "data"
 
@@ -184,9 +187,9 @@ def test_classes_without_examples_are_named_and_left_out():
 def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     h, labels, head, bias = split(num_classes=23, dim=6, per_class=4)
     expected = measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2)
-    monkeypatch.setattr(findings, "MOST_SQUARE", 10)
+    monkeypatch.setattr(measurement, "MOST_SQUARE", 10)
     monkeypatch.setattr(collapse, "_MOST_PAIRS", 100)
-    compiled = findings._of_means, findings._of_head, findings._interpolation_of_head
+    compiled = measurement._of_means, measurement._of_head, measurement._interpolation_of_head
     for function in compiled:
         function.clear_cache()
     found = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=1e-2)
@@ -793,7 +796,7 @@ def test_files_hold_what_was_written_and_are_mapped_where_they_can_be(tmp_path, 
     arrays |= {"half": H.astype(np.float16)}
     if suffix == ".npz":
         arrays["fortran"] = np.asfortranarray(H)
-    read = features.read(written(tmp_path, arrays, suffix), "features")
+    read = files.read(written(tmp_path, arrays, suffix), "features")
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(read[name], array)
@@ -805,7 +808,7 @@ def test_bfloat16_of_a_safetensors_file(tmp_path):
     raw = np.asarray(array).view(np.uint16)
     header = json.dumps({"features": {"dtype": "BF16", "shape": [60, 8], "data_offsets": [0, raw.nbytes]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw.tobytes())
-    np.testing.assert_array_equal(features.read(tmp_path / "a.safetensors", "")["features"], np.asarray(array))
+    np.testing.assert_array_equal(files.read(tmp_path / "a.safetensors", "")["features"], np.asarray(array))
 
 
 @pytest.fixture
@@ -819,8 +822,8 @@ def said(capsys):
 
 
 def test_the_command_says_what_the_library_finds(said):
-    read = features.read(DATA / "features.npz", "features")
-    head = features.read(DATA / "head.npz", "")["head_kernel"]
+    read = files.read(DATA / "features.npz", "features")
+    head = files.read(DATA / "head.npz", "")["head_kernel"]
     expected = measure.measure(read["features"], read["labels"], head=head, weight_decay=1e-3)
     assert_same(expected, oracle(read["features"], read["labels"], head, np.zeros(10)), 1e-4, atol=1e-6)
     code, out, err = said(DATA / "features.npz", "--head", DATA / "head.npz", "--weight-decay=1e-3", "--json")

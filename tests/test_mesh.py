@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from ncjax import config as configuration
-from ncjax import experiment, models, parallel, preflight, sweep, train
+from ncjax import plan as preflight
 from ncjax.errors import InputError
+from ncjax.runs import loop
+from ncjax.training import mesh as parallel
+from ncjax.training import models, sweep
+from ncjax.training import program as train
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def plan(tmp_path, **fields):
 )
 def test_a_mesh_that_cannot_be_is_one_line(tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
-        experiment.record(plan(tmp_path, **fields))
+        loop.record(plan(tmp_path, **fields))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import models
+from ncjax.training import models
 
 
 @functools.cache

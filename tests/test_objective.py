@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import objective
-from ncjax.objective import Objective
+from ncjax.training import objective
+from ncjax.training.objective import Objective
 
 
 def random_outputs():

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ncjax import optim
+from ncjax.training import optim
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,11 @@ import jax
 import pytest
 from test_experiment import run, small_config
 
-from ncjax import compilation, experiment, main, outline, preflight, sweep, train
+from ncjax import plan as preflight
+from ncjax.cli import train
+from ncjax.runs import loop, summary
+from ncjax.training import compilation, sweep
+from ncjax.training import program
 
 SMALL = (
     "--config.data.name=synthetic",
@@ -22,13 +26,13 @@ DRY = (*SMALL, "--dry-run")
 @pytest.fixture
 def quickly(monkeypatch):
     """Without what measures: most of a program."""
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(program, "evaluate", lambda *_, **__: {})
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys, quickly):
     flags = ["--config.model.widths=8,6", "--config.sweep.seed=0,1,2"]
     workdir = tmp_path / "run"
-    assert main.main(["ncjax", *DRY, *flags, "--config.train.epochs=5", f"--workdir={workdir}"]) == 0
+    assert train.main(["ncjax", *DRY, *flags, "--config.train.epochs=5", f"--workdir={workdir}"]) == 0
     rows = [line.strip("│ \n").split("│") for line in capsys.readouterr().out.splitlines()]
     said = {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
     assert not workdir.exists()
@@ -46,13 +50,13 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsy
 
 
 def test_a_dry_run_needs_no_workdir_and_still_refuses_bad_input(capsys, quickly):
-    assert main.main(["ncjax", *DRY]) == 0
+    assert train.main(["ncjax", *DRY]) == 0
     assert "nothing was trained" in capsys.readouterr().out
     for flag, message in (
         ("--config.data.per_class=-1", "config.data.per_class: got -1"),
         ("--config.mesh.data=64", "config.mesh.data: got 64; there is no more than 2 cpu devices"),
     ):
-        assert main.main(["ncjax", *DRY, flag]) == 2
+        assert train.main(["ncjax", *DRY, flag]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
@@ -60,7 +64,7 @@ def test_a_dry_run_needs_no_workdir_and_still_refuses_bad_input(capsys, quickly)
 
 def test_a_dry_run_of_a_workdir_of_another_config_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"units": "torch"}')
-    assert main.main(["ncjax", *DRY, f"--workdir={tmp_path}"]) == 2
+    assert train.main(["ncjax", *DRY, f"--workdir={tmp_path}"]) == 2
     assert "config.units is 'ours' here and 'torch' there" in capsys.readouterr().err
 
 
@@ -85,20 +89,20 @@ def test_a_run_says_its_plan_before_it_trains_and_where_its_profile_is(tmp_path,
 )
 def test_what_is_left_is_said_in_a_unit_one_can_read(seconds, epochs, said, tmp_path):
     program = sweep.make_program(preflight.prepare(small_config(), tmp_path))
-    assert outline.remaining(program, seconds, epochs).startswith(said)
+    assert summary.remaining(program, seconds, epochs).startswith(said)
 
 
 @pytest.mark.parametrize("number", ["x", "0", "-1", "100000", "9" * 5000])
 def test_devices_that_cannot_be_are_one_line(number, monkeypatch, capsys):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", number)
-    assert main.main(["ncjax", *DRY]) == 2
+    assert train.main(["ncjax", *DRY]) == 2
     assert f"JAX_NUM_CPU_DEVICES: got '{number[:100]}" in capsys.readouterr().err
 
 
 def test_a_profile_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flag = f"--config.profile.dir={tmp_path / 'file' / 'below'}"
-    assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}", *SMALL, flag]) == 2
+    assert train.main(["ncjax", f"--workdir={tmp_path / 'run'}", *SMALL, flag]) == 2
     assert "config.profile.dir: got" in capsys.readouterr().err
 
 
@@ -120,4 +124,4 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_other
 def test_preview_of_a_config_that_does_not_fit_the_devices_is_refused(tmp_path):
     plan = preflight.examine(small_config(**{"mesh.run": 5}), None)
     with pytest.raises(ValueError, match=r"config\.mesh\.run: got 5"):
-        experiment.preview(plan)
+        loop.preview(plan)

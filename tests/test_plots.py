@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import closed_forms, figures, panels, plots, theory_figures
 from ncjax import config as configuration
-from ncjax import history as histories
+from ncjax.cli import plot
 from ncjax.config import SWEPT, Grid
 from ncjax.errors import printable
+from ncjax.metrics import closed_forms
+from ncjax.report import figures, panels, theory_figures
+from ncjax.storage import history as histories
 
 LAYERS = ("layer_1", "head")
 DEFAULTS = {
@@ -37,14 +39,14 @@ TERMS = ("theorem", "mean", "asymmetry", "within", "gradient")
 @pytest.fixture
 def without_layout(monkeypatch):
     """Measuring every text to place the panels takes most of the time of a figure; pixels take much of the rest."""
-    write = plots._write
+    write = plot._write
 
     def write_plainly(figure, path):
         figure.set_layout_engine("none")
         figure.set_dpi(50)
         return write(figure, path)
 
-    monkeypatch.setattr(plots, "_write", write_plainly)
+    monkeypatch.setattr(plot, "_write", write_plainly)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def unwritten(monkeypatch):
         path.touch()
         return path
 
-    monkeypatch.setattr(plots, "_write", touch)
+    monkeypatch.setattr(plot, "_write", touch)
 
 
 def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
@@ -134,7 +136,7 @@ def assert_drawn(paths, names):
 
 
 def test_every_figure_is_written(tmp_path):
-    assert_drawn(plots.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
+    assert_drawn(plot.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
 
 
 def test_terminal_phase_begins_where_every_seed_is_right_on_the_training_split():
@@ -184,7 +186,7 @@ def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
     ],
 )
 def test_unusual_histories_are_drawn(history, tmp_path):
-    assert_drawn(plots.draw_all(history, tmp_path), EVERY_FIGURE)
+    assert_drawn(plot.draw_all(history, tmp_path), EVERY_FIGURE)
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -200,7 +202,7 @@ def test_unusual_histories_are_drawn(history, tmp_path):
     ],
 )
 def test_figures_of_other_unusual_histories_are_made(history, tmp_path):
-    assert {path.name for path in plots.draw_all(history, tmp_path)} == EVERY_FIGURE
+    assert {path.name for path in plot.draw_all(history, tmp_path)} == EVERY_FIGURE
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -209,20 +211,20 @@ def test_a_history_of_epoch_0_alone_has_a_clock_that_has_not_started(tmp_path):
     kept = {"finite", "relaxation_time", *(f"budget_{term}" for term in TERMS)}
     zeros = changed(history, **dict.fromkeys(histories.VOCABULARY.keys() - kept, 0))
     for one in (history, zeros):
-        assert {path.name for path in plots.draw_all(one, tmp_path)} == WITHOUT_CLOCK
+        assert {path.name for path in plot.draw_all(one, tmp_path)} == WITHOUT_CLOCK
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_without_a_clock_as_with_adam_nothing_is_drawn_against_it_and_no_law_is_fitted(tmp_path):
     history = changed(make_history(), relaxation_time=np.nan, flow_time=np.nan)
-    assert {path.name for path in plots.draw_all(history, tmp_path)} == WITHOUT_CLOCK
+    assert {path.name for path in plot.draw_all(history, tmp_path)} == WITHOUT_CLOCK
     assert theory_figures.fitted_law(history) is None
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_without_weight_decay_there_is_no_equilibrium_to_draw(tmp_path):
     history = make_history(weight_decay=(0.0,))
-    assert {path.name for path in plots.draw_all(history, tmp_path)} == WITHOUT_DECAY
+    assert {path.name for path in plot.draw_all(history, tmp_path)} == WITHOUT_DECAY
 
 
 def test_diverged_runs_are_counted_and_the_others_drawn():
@@ -250,7 +252,7 @@ def test_many_classes_are_not_labelled():
 
 @pytest.mark.usefixtures("unwritten")
 def test_every_setting_of_another_axis_has_its_own_figures(tmp_path):
-    paths = plots.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
+    paths = plot.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
     names = {n.replace(".png", f"-learning_rate={lr}.png") for n in WITHOUT_DECAY for lr in (0.1, 0.25)}
     assert {path.name for path in paths} == names
 
@@ -268,19 +270,19 @@ def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
         save(make_history(epochs=(1,)), tmp_path / "b"),
         save(make_history(epochs=(1,)), tmp_path / "c"),
     )
-    assert plots.main([odd, plain, "--out", str(tmp_path / "both")]) == 0
+    assert plot.main([odd, plain, "--out", str(tmp_path / "both")]) == 0
     compared = {"collapse_against_lambda.png", "compare_against_epoch.png"}
     assert {path.name for path in (tmp_path / "both").iterdir()} == compared
     assert {path.name for path in (tmp_path / "b" / "figures").iterdir()} == EVERY_FIGURE
     assert len(capsys.readouterr().out.splitlines()) == 3 + 8 + 2
-    assert plots.main([plain, twin, "--out", str(tmp_path / "decayed")]) == 0
+    assert plot.main([plain, twin, "--out", str(tmp_path / "decayed")]) == 0
     assert {path.name for path in (tmp_path / "decayed").iterdir()} == compared | {"theory_against_lambda.png"}
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_out_of_one_run_is_where_its_figures_go(tmp_path, capsys):
     folder = save(make_history(weight_decay=(0.0,)), tmp_path / "a")
-    assert plots.main([folder, "--out", str(tmp_path / "new" / "out")]) == 0
+    assert plot.main([folder, "--out", str(tmp_path / "new" / "out")]) == 0
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == WITHOUT_DECAY
     assert not (tmp_path / "a" / "figures").exists()
     assert len(capsys.readouterr().out.splitlines()) == len(WITHOUT_DECAY)
@@ -290,7 +292,7 @@ def test_out_of_one_run_is_where_its_figures_go(tmp_path, capsys):
 @pytest.mark.parametrize("runs", [1, 2])
 def test_figures_are_not_written_to_a_file(out, runs, tmp_path, capsys):
     folders = [save(make_history(epochs=(1,)), tmp_path / name) for name in "ab"[:runs]]
-    assert plots.main([*folders, "--out", str(tmp_path / out)]) == 2
+    assert plot.main([*folders, "--out", str(tmp_path / out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --out: got ")
     assert error.count("\n") == 1
@@ -310,11 +312,11 @@ NAMES = ("[bold]", r"b$\frac$", "$1$", "_x", "-x", "a\nb", os.fsdecode(b"not\xff
 
 def test_runs_of_any_name_are_compared_under_it(tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
-    monkeypatch.setattr(plots, "draw_all", lambda *_: [])
+    monkeypatch.setattr(plot, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(plot, "draw_all", lambda *_: [])
     history = make_history(epochs=(1,), weight_decay=(0.0,))
     folders = [save(history, tmp_path / name) for name in NAMES]
-    assert plots.main([*folders, "--out", str(tmp_path / os.fsdecode(b"out\xff"))]) == 0
+    assert plot.main([*folders, "--out", str(tmp_path / os.fsdecode(b"out\xff"))]) == 0
     out = capsys.readouterr().out
     assert len(out.encode().splitlines()) == 2
     legend = drawn["collapse_against_lambda.png"].legends[0]
@@ -349,7 +351,7 @@ def test_weight_decays_of_any_size_are_drawn(decays, tmp_path):
     with np.errstate(over="ignore", invalid="ignore"):
         history = make_history(epochs=(0, 10), weight_decay=decays)
     history["relaxation_time"].loc[{"epoch": 10}] = 4.0  # a law is fitted
-    assert {path.name for path in plots.draw_all(history, tmp_path)} == EVERY_FIGURE
+    assert {path.name for path in plot.draw_all(history, tmp_path)} == EVERY_FIGURE
 
 
 @pytest.mark.parametrize("decays", [(1e-3,), (3e-4,), (1e3,), (1e-3, 1e-2), (1e-2, 1e-3, 0.0)])
@@ -382,7 +384,7 @@ def title_of_budget(monkeypatch, folder, *flags):
         return figure
 
     monkeypatch.setattr(theory_figures, "budget_against_epoch", noted)
-    return plots.main([folder, *flags]), titles
+    return plot.main([folder, *flags]), titles
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -514,7 +516,7 @@ def test_compared_histories_are_named():
 def test_bad_input_is_one_line_that_names_the_file(content, tmp_path, capsys):
     if content is not None:
         (tmp_path / "history.nc").write_bytes(content)
-    assert plots.main([str(tmp_path)]) == 2
+    assert plot.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "history.nc") in error
     assert error.count("\n") == 1
@@ -522,7 +524,7 @@ def test_bad_input_is_one_line_that_names_the_file(content, tmp_path, capsys):
 
 def test_another_netcdf_file_is_not_taken_for_a_history(tmp_path, capsys):
     folder = save(make_history(epochs=(1,)).drop_vars("nc3"), tmp_path / "run")
-    assert plots.main([folder]) == 2
+    assert plot.main([folder]) == 2
     assert "lacks nc3" in capsys.readouterr().err
 
 

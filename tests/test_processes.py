@@ -11,8 +11,12 @@ import meshes
 import numpy as np
 import pytest
 
-from ncjax import checkpoint, distributed, experiment, history, lock, main, preflight
+from ncjax import plan
+from ncjax.cli import train
 from ncjax.errors import InputError
+from ncjax.runs import loop
+from ncjax.runs import processes as distributed
+from ncjax.storage import checkpoint, history, lock
 
 # Of `meshes.make_config`, as a command line; a schedule of its own lets a run of 1 epoch go on to 3.
 FLAGS = (
@@ -57,7 +61,7 @@ def train_together(workdir, cache, *flags):
 def train_alone(workdir, epochs):
     config = meshes.make_config(train__epochs=epochs, train__schedule_epochs=3, log__epochs=(0, 1))
     config.checkpoint.every = 100
-    return experiment.record(preflight.prepare(config, workdir))
+    return loop.record(plan.prepare(config, workdir))
 
 
 def leaves(workdir, epoch):
@@ -193,7 +197,7 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_a_process_that_cannot_be_is_one_line(flags, message, tmp_path, capsys):
-    assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    assert train.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -203,7 +207,7 @@ def test_a_process_that_cannot_be_is_one_line(flags, message, tmp_path, capsys):
 def test_a_port_that_is_taken_is_one_line(tmp_path, capsys):
     with socket.create_server(("", 0)) as taken:
         flags = [f"--coordinator=localhost:{taken.getsockname()[1]}", "--processes=2", "--process=0"]
-        assert main.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+        assert train.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     assert "Address already in use" in capsys.readouterr().err
 
 
@@ -212,24 +216,24 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, capsys):
     [
         ({}, None),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, preflight.Processes(None, None, None)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, plan.Processes(None, None, None)),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, preflight.Processes(None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, plan.Processes(None, None, None)),
     ],
 )
 def test_several_tasks_and_hosts_are_found_in_the_environment(environment, expected):
-    assert preflight.find_processes("", None, None, environment) == expected
+    assert plan.find_processes("", None, None, environment) == expected
 
 
 def test_flags_go_before_the_environment():
-    found = preflight.find_processes("localhost:1234", 2, 1, {"SLURM_STEP_NUM_TASKS": "4"})
-    assert found == preflight.Processes("localhost:1234", 2, 1)
-    assert preflight.find_processes("auto", None, None, {}) == preflight.Processes(None, None, None)
+    found = plan.find_processes("localhost:1234", 2, 1, {"SLURM_STEP_NUM_TASKS": "4"})
+    assert found == plan.Processes("localhost:1234", 2, 1)
+    assert plan.find_processes("auto", None, None, {}) == plan.Processes(None, None, None)
 
 
 def check_same(workdir):
     config = meshes.make_config()
-    distributed.check_same(preflight.examine(config, workdir))
+    distributed.check_same(plan.examine(config, workdir))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 from rich.console import Console
 
-from ncjax import report
+from ncjax.report import tables
 
 DECAYS, EPOCHS = (0.0, 1e-3, 1e-2), (0, 100)
 PROVENANCE = {"config": json.dumps({"model": {"widths": [64, 64]}}), "per_class": "5"}
@@ -49,7 +49,7 @@ def make_history(seeds=2, learning_rates=None, **last):
 def test_a_run_that_is_too_short_names_the_decays_and_the_epochs_that_would_do():
     history = make_history(relaxation_time=[np.nan, 0.7, 7.0])
     # The clock is proportional to epochs: 100 * 3/0.7 = 428.6.
-    (line,) = report._short(history)
+    (line,) = tables._short(history)
     assert line == "short of equilibrium (2 lambda t below 3) at lambda = 0.001: the same schedule needs 429 epochs"
 
 
@@ -57,14 +57,14 @@ def test_every_short_decay_has_its_own_epochs_from_its_slowest_run():
     history = make_history(
         seeds=1, learning_rates=(0.1, 0.2), relaxation_time=[[[np.nan]] * 2, [[0.1], [0.2]], [[1.0], [2.0]]]
     )
-    (line,) = report._short(history)
+    (line,) = tables._short(history)
     assert "at lambda = 0.001, 0.01" in line
     assert line.endswith("needs 3,000, 300 epochs")
 
 
 @pytest.mark.parametrize("clock", [[np.nan, 3.0, 30.0], [np.nan] * 3, [0.0] * 3], ids=["long", "no_clock", "epoch_0"])
 def test_a_run_that_is_long_enough_or_has_no_clock_is_not_called_short(clock):
-    assert report._short(make_history(relaxation_time=clock)) == []
+    assert tables._short(make_history(relaxation_time=clock)) == []
 
 
 def closed_form_history(error=0.0, **changes):
@@ -83,7 +83,7 @@ def closed_form_history(error=0.0, **changes):
 def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
     error = np.array([[0, 0], [1e-9, -3e-9], [0, 2e-9]])
     history = closed_form_history(error, weight_norm_sq=[[2, 2], [2, 2 + 2e-8], [2, 2]], nc3=[0.4, 0.4, 0.4 + 5e-10])
-    (line,) = report._closed_form(history)
+    (line,) = tables._closed_form(history)
     assert line.startswith("closed form: epsilon met to 1e-06 by 4 of 4 finite runs that have one; ")
     assert re.findall(r"(\S+(?: \(absolute\))?) (\d\S*e-\d+)", line.partition("those: ")[2].replace(",", "")) == [
         ("epsilon", "3e-09"),
@@ -95,38 +95,38 @@ def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
 
 def test_a_closed_form_missed_names_the_decays_and_leaves_their_errors_out():
     history = closed_form_history(np.array([[0, 0], [1e-9, 1e-9], [1e-9, 0.3]]))
-    (line,) = report._closed_form(history)
+    (line,) = tables._closed_form(history)
     assert "by 3 of 4 finite runs" in line
     assert "epsilon 1e-09" in line
     assert line.endswith("not by all at lambda = 0.01, where modes died or the run is short")
-    (none,) = report._closed_form(closed_form_history(np.full((3, 2), 0.1)))
+    (none,) = tables._closed_form(closed_form_history(np.full((3, 2), 0.1)))
     assert "by 0 of 4" in none
     assert "largest error" not in none
 
 
 def test_diverged_runs_and_decays_without_a_closed_form_do_not_count():
     history = closed_form_history(np.array([[0.0, 0.0], [0.0, np.nan], [0.0, 0.0]]))
-    assert "by 3 of 3 finite runs" in report._closed_form(history)[0]
-    assert report._closed_form(make_history()) == []
+    assert "by 3 of 3 finite runs" in tables._closed_form(history)[0]
+    assert tables._closed_form(make_history()) == []
 
 
 def test_least_compares_with_no_decay():
-    nc1, nc3 = report._least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
+    nc1, nc3 = tables._least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
     assert nc1 == "nc1 is least at lambda=0.001: 0.3; 0.6 at lambda=0, 2.0 times as much"
     assert nc3 == "nc3 is least at lambda=0: 0.1"
 
 
 def test_least_ignores_runs_that_decay_has_put_out_and_runs_that_diverged():
     out = [[0.1, 0.1], [0.1, 0.9995], [1.0, 1.0]]
-    nc1, _ = report._least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
+    nc1, _ = tables._least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    nc1, _ = report._least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
+    nc1, _ = tables._least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    assert report._least(make_history(epsilon=1.0)) == []
+    assert tables._least(make_history(epsilon=1.0)) == []
 
 
 def test_least_names_other_settings():
-    nc1, _ = report._least(
+    nc1, _ = tables._least(
         make_history(seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2])
     )
     assert nc1.startswith("nc1 is least at lambda=0.001, learning_rate=0.2: 0.2; 0.6 at lambda=0")
@@ -156,18 +156,18 @@ def test_least_names_other_settings():
     ],
 )
 def test_the_mean_ends_where_its_sd_does_or_after_four_digits(values, text):
-    assert report.mean_and_sd(np.array(values, np.float64)) == text
+    assert tables.mean_and_sd(np.array(values, np.float64)) == text
 
 
 def shown(history):
     """The table of collapse as rows of cells under their headings, and the lines below it."""
     console = Console(width=300, file=io.StringIO())
     columns = [(name, name, {"split": "train"}) for name in ("accuracy", "nc1", "nc3", "epsilon")]
-    with mock.patch.object(report, "_COLLAPSE", tuple(columns)):
-        report.show_collapse(history.assign_attrs(PROVENANCE | history.attrs), console)
+    with mock.patch.object(tables, "_COLLAPSE", tuple(columns)):
+        tables.show_collapse(history.assign_attrs(PROVENANCE | history.attrs), console)
     cells = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()]
     header, *rows = [row for row in cells if len(row) > 1]
-    return [dict(zip(header, row, strict=True)) for row in rows], report._degenerate(history.assign_attrs(PROVENANCE))
+    return [dict(zip(header, row, strict=True)) for row in rows], tables._degenerate(history.assign_attrs(PROVENANCE))
 
 
 def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_collapsed():
@@ -186,14 +186,14 @@ def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_coll
 
 
 def test_class_means_of_lower_rank_are_named_with_their_decays():
-    (line,) = report._degenerate(make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE))
+    (line,) = tables._degenerate(make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE))
     assert line.startswith("nc1_rank is below 9 in 3 runs at lambda = 0.001, 0.01: ")
     narrow = PROVENANCE | {"config": json.dumps({"model": {"widths": [64, 3]}})}
-    assert report._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
+    assert tables._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
 
 
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
-    (line,) = report._degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
+    (line,) = tables._degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
     assert line.startswith("one example in each class: nc1 and cdnv ")
 
 
@@ -201,11 +201,11 @@ def test_a_console_prints_names_as_they_are(capsys):
     from rich.table import Table
 
     for stderr in (False, True):
-        console = report.make_console(stderr=stderr)
+        console = tables.make_console(stderr=stderr)
         table = Table("[/heading]", title="[/title] :cat:")
         table.add_row("[/cell] [bold]")
         console.print(table)
-        report.say(console, "[/line] [red] :cat: \x1b[31m \udcff\nend")
+        tables.say(console, "[/line] [red] :cat: \x1b[31m \udcff\nend")
         printed = capsys.readouterr()[stderr]
         for text in ("[/title] :cat:", "[/heading]", "[/cell] [bold]"):
             assert text in printed
@@ -215,6 +215,6 @@ def test_a_console_prints_names_as_they_are(capsys):
 def test_a_locale_without_the_signs_of_a_table_is_no_error(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    report.say(report.make_console(), "0.5±0.1")
+    tables.say(tables.make_console(), "0.5±0.1")
     sys.stdout.flush()
     assert written.getvalue() == b"0.5\\xb10.1\n"

@@ -12,9 +12,14 @@ import chaos
 import pytest
 import xarray as xr
 
-from ncjax import checkpoint, experiment, history, main, plots, preflight, provenance, report, runs, show
-from ncjax import workdir as holdings
+from ncjax import plan
+from ncjax.cli import plot, show, train
 from ncjax.errors import InputError
+from ncjax.report import tables
+from ncjax.runs import inspect as holdings
+from ncjax.runs import load as runs
+from ncjax.runs import loop, provenance
+from ncjax.storage import checkpoint, history
 
 DEEP = b"[" * 100_000  # deeper than Python's JSON goes
 
@@ -54,7 +59,7 @@ def run(workdir, **changes):
     """`changes` to the small config, with __ for a dot."""
     config = chaos.small_config()
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    return experiment.record(preflight.prepare(config, workdir))
+    return loop.record(plan.prepare(config, workdir))
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_continues(workdir, finished, capfd):
@@ -142,7 +147,7 @@ def test_without_config_json_the_checkpoints_say_what_they_are_of(workdir, chang
 def test_a_damaged_config_json_is_one_error(workdir, content):
     (workdir / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="--workdir"):
-        preflight.prepare(chaos.small_config(), workdir)
+        plan.prepare(chaos.small_config(), workdir)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_a_run_that_measures_late_continues(tmp_path, epochs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(report.Progress, "measured", stop)
+        patch.setattr(tables.Progress, "measured", stop)
         run(tmp_path / "stopped", log__epochs=epochs)
     assert checkpoint.epochs_in(tmp_path / "stopped" / "checkpoints")
     run(tmp_path / "stopped", log__epochs=epochs)
@@ -233,20 +238,20 @@ def test_a_run_that_measures_late_continues(tmp_path, epochs, monkeypatch):
 
 
 def at_epoch(monkeypatch, epoch, act):
-    measured = report.Progress.measured
+    measured = tables.Progress.measured
 
     def acting(self, at, nc1):
         measured(self, at, nc1)
         if at == epoch:
             act()
 
-    monkeypatch.setattr(report.Progress, "measured", acting)
+    monkeypatch.setattr(tables.Progress, "measured", acting)
 
 
 def command(workdir, monkeypatch):
     """`main` on the small config -> exit code."""
-    monkeypatch.setattr(plots, "draw_all", lambda history, folder: [])
-    return main.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL])
+    monkeypatch.setattr(plot, "draw_all", lambda history, folder: [])
+    return train.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL])
 
 
 @pytest.mark.parametrize("epoch", [1, 4, 6])
@@ -418,7 +423,7 @@ def everything(workdir):
 
 
 def test_other_data_are_refused_and_named(workdir, monkeypatch):
-    load = preflight.load_data
+    load = plan.load_data
 
     def flipped(settings):
         dataset = load(settings)
@@ -426,7 +431,7 @@ def test_other_data_are_refused_and_named(workdir, monkeypatch):
         return dataset
 
     before = everything(workdir)
-    monkeypatch.setattr(preflight, "load_data", flipped)
+    monkeypatch.setattr(plan, "load_data", flipped)
     with pytest.raises(InputError, match=r"^config\.data\.name: got 'synthetic'; .*: test_images differ"):
         run(workdir)
     assert everything(workdir) == before
@@ -490,7 +495,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, finished):
 @pytest.mark.parametrize("parent", [False, True])
 def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_made(tmp_path, capfd, name, parent):
     workdir = tmp_path / name / "run" if parent else tmp_path / name
-    assert main.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL]) == 2
+    assert train.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL]) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: --workdir: got ")
     assert "choose another" in err
@@ -505,8 +510,8 @@ def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_mad
 @pytest.mark.parametrize("root", ["/gs", "/s3", "/az", "/hf"])
 def test_folders_that_are_buckets_to_orbax_are_refused(root):
     with pytest.raises(InputError, match="for another place"):
-        preflight.check_path("--workdir", Path(root) / "run")
-    preflight.check_path("--workdir", Path("/data") / root[1:] / "run")
+        plan.check_path("--workdir", Path(root) / "run")
+    plan.check_path("--workdir", Path("/data") / root[1:] / "run")
 
 
 def test_a_run_whose_lock_was_removed_stops_before_it_writes(tmp_path, monkeypatch, finished, capfd):

@@ -14,9 +14,11 @@ import xarray as xr
 from conftest import ROOT
 
 import ncjax
-from ncjax import checkpoint, preflight, runs
 from ncjax import config as configuration
+from ncjax import plan
 from ncjax.errors import InputError
+from ncjax.runs import load
+from ncjax.storage import checkpoint
 
 RUN = {"weight_decay": 1e-3, "seed": 0}  # the third of the grid: number 2
 
@@ -168,9 +170,9 @@ def test_folders_without_a_run_and_wrong_images_are_refused(trained, tmp_path):
 
 def test_runs_are_numbered_with_the_last_axis_fastest():
     axes = {"weight_decay": [0.0, 1.0], "momentum": [0.5], "seed": [3, 1, 2]}
-    numbered = [(place.coordinates["weight_decay"], place.coordinates["seed"]) for place in runs.places(axes)]
+    numbered = [(place.coordinates["weight_decay"], place.coordinates["seed"]) for place in load.places(axes)]
     assert numbered == [(0, 3), (0, 1), (0, 2), (1, 3), (1, 1), (1, 2)]
-    assert runs.find(axes, {"weight_decay": 1, "seed": 1}).number == 4
+    assert load.find(axes, {"weight_decay": 1, "seed": 1}).number == 4
 
 
 def test_importing_ncjax_or_asking_for_help_waits_for_no_jax():
@@ -212,4 +214,4 @@ def test_a_workdir_of_an_older_version_lacks_the_younger_fields_and_is_still_its
             ncjax.load_run(copied, **RUN).params["head"]["kernel"], expected["head"]["kernel"]
         )
     whole = configuration.from_json(json.dumps(config))
-    assert preflight.prepare(whole, copied).config.train.augment == "none"
+    assert plan.prepare(whole, copied).config.train.augment == "none"

@@ -11,10 +11,13 @@ import safetensors.numpy
 import xarray as xr
 from test_runs import flip, forge, whole_checkpoint
 
-from ncjax import checkpoint, history, load_run, preflight, show, workdir
+from ncjax import load_run, plan
+from ncjax.cli import show
 from ncjax.config import SWEPT
 from ncjax.errors import InputError
-from ncjax.report import mean_and_sd
+from ncjax.report.tables import mean_and_sd
+from ncjax.runs import inspect
+from ncjax.storage import checkpoint, history
 
 RUN = "--run=weight_decay=1e-3,seed=0"
 
@@ -160,12 +163,12 @@ def test_a_history_that_was_changed_and_sealed_fails_the_verification(copied, sh
         ([1.0], [np.nan], np.inf),
         ([np.nan], [1.0], np.inf),
         ([1.0], [np.inf], np.inf),
-        ([0.0, 2.001], [1e-4, 2.0], 1e-4 / (1e-4 + workdir.FLOOR)),
-        ([0.0, 2.2], [1e-5, 2.0], 0.2 / (2 + workdir.FLOOR)),
+        ([0.0, 2.001], [1e-4, 2.0], 1e-4 / (1e-4 + inspect.FLOOR)),
+        ([0.0, 2.2], [1e-5, 2.0], 0.2 / (2 + inspect.FLOOR)),
     ],
 )
 def test_deviations_are_relative_with_a_floor_and_nan_equals_nan_alone(found, recorded, deviation):
-    assert workdir.deviation(np.array(found), np.array(recorded)) == pytest.approx(deviation)
+    assert inspect.deviation(np.array(found), np.array(recorded)) == pytest.approx(deviation)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.npz"])
@@ -308,14 +311,14 @@ def test_a_run_whose_checkpoint_is_removed_is_loaded_from_the_newest(removing):
 
 
 def test_other_data_are_not_verified_against(copied, shown, monkeypatch):
-    load = preflight.load_data
+    load = plan.load_data
 
     def flipped(settings):
         dataset = load(settings)
         dataset.train.labels[0] ^= 1
         return dataset
 
-    monkeypatch.setattr(preflight, "load_data", flipped)
+    monkeypatch.setattr(plan, "load_data", flipped)
     code, _, err = shown(copied, "--verify")
     assert code == 2
     assert err.startswith("error: config.data.name: got 'synthetic'; ")

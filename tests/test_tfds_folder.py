@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ncjax import data, main, tfds_folder
+from ncjax.cli import train
+from ncjax.data import dataset as data
+from ncjax.data import tfds
 from ncjax.errors import InputError
 
 NAME = "toy"
@@ -123,7 +125,7 @@ def stored(prepared):
 
 
 def read(folder):
-    return tfds_folder.read(NAME, folder.parents[1], folder)
+    return tfds.read(NAME, folder.parents[1], folder)
 
 
 def edit(path, change):
@@ -140,7 +142,7 @@ def assert_is(contents, stored):
 
 def refusal(folder, name=NAME):
     with pytest.raises(InputError) as caught:
-        tfds_folder.read(name, folder.parents[1], folder)
+        tfds.read(name, folder.parents[1], folder)
     message = str(caught.value)
     assert message.startswith(f"config.data.name: got {name!r}; ")
     assert "\n" not in message
@@ -190,7 +192,7 @@ def test_the_newest_prepared_version_is_taken_unless_one_is_named(name, version,
     for folder in ("9.1.0", "10.0.0", "2.0.0"):
         (tmp_path / "toy" / folder).mkdir(parents=True)
         (tmp_path / "toy" / folder / "dataset_info.json").write_text("{}")
-    assert tfds_folder.find(name, tmp_path).name == version
+    assert tfds.find(name, tmp_path).name == version
 
 
 # Code and paths from data
@@ -427,7 +429,7 @@ def test_a_damaged_set_ends_a_command_with_one_line_and_code_2(folder, tmp_path,
     content[200] ^= 1
     path.write_bytes(content)
     arguments = ["main", "--config=configs/digits.py", "--config.data.name=toy", "--dry-run"]
-    code = main.main([*arguments, f"--config.data.dir={folder.parents[1]}"])
+    code = train.main([*arguments, f"--config.data.dir={folder.parents[1]}"])
     error = capsys.readouterr().err
     assert code == 2
     assert error.startswith("error: config.data.name: got 'toy'; ")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import theory
-from ncjax.linalg import symmetric_part
+from ncjax.metrics import theory
+from ncjax.metrics.linalg import symmetric_part
 
 
 def numbers(*values):

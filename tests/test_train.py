@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import data, models, parallel, train
-from ncjax.objective import Objective
+from ncjax.data import dataset
+from ncjax.training import mesh as parallel
+from ncjax.training import models, program
+from ncjax.training.objective import Objective
 
 COLUMNS = {
     "weight_decay": [0.0, 0.0, 1e-3, 1e-3],
@@ -23,21 +25,21 @@ def setup(
     columns=COLUMNS, *, dtype=np.float32, devices=2, batch_size=16, head_bias="none", schedule="cosine", **choices
 ):
     """`choices`: fields of the recipe that have a default."""
-    raw = data.load("synthetic", num_classes=3, per_class=20)
+    raw = dataset.load("synthetic", num_classes=3, per_class=20)
     mesh = parallel.make_mesh(4, run=devices)
     model = models.HomogeneousMLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
-    recipe = train.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices)
-    arrays = train.place_data(raw, mesh, np.dtype(dtype).name)
-    return recipe, mesh, arrays, train.start(recipe, mesh, columns, arrays)
+    recipe = program.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices)
+    arrays = program.place_data(raw, mesh, np.dtype(dtype).name)
+    return recipe, mesh, arrays, program.start(recipe, mesh, columns, arrays)
 
 
 def advance(recipe, mesh, arrays, start, *epochs, measured=False):
     states, keys, hyper = start
-    step = train.make_advance(recipe, mesh)
+    step = program.make_advance(recipe, mesh)
     metrics = {}
     with pytest.MonkeyPatch.context() as patch:
         if not measured:  # most of the program
-            patch.setattr(train, "evaluate", lambda *_, **__: {})
+            patch.setattr(program, "evaluate", lambda *_, **__: {})
         for n in epochs:
             states, metrics = step(states, keys, hyper, arrays, n, measured)
     return jax.device_get(states), jax.device_get(metrics)
@@ -59,10 +61,10 @@ def test_chunks_of_any_length_are_bitwise_the_same():
 
 def test_one_trace_serves_every_chunk_length_and_measurement(monkeypatch):
     traces = []
-    original = train.train_epoch
-    monkeypatch.setattr(train, "train_epoch", lambda *args: traces.append(1) or original(*args))
+    original = program.train_epoch
+    monkeypatch.setattr(program, "train_epoch", lambda *args: traces.append(1) or original(*args))
     recipe, mesh, arrays, (states, keys, hyper) = setup()
-    step = train.make_advance(recipe, mesh)
+    step = program.make_advance(recipe, mesh)
     states, _ = step(states, keys, hyper, arrays, 1, False)
     after_first = len(traces)
     for n, measured in ((3, True), (0, True), (2, False)):
@@ -73,7 +75,7 @@ def test_one_trace_serves_every_chunk_length_and_measurement(monkeypatch):
 
 def test_states_are_donated():
     recipe, mesh, arrays, (states, keys, hyper) = setup()
-    train.make_advance(recipe, mesh)(states, keys, hyper, arrays, 1, False)
+    program.make_advance(recipe, mesh)(states, keys, hyper, arrays, 1, False)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states))
 
 
@@ -90,7 +92,7 @@ def test_batches_partition_the_epoch_and_change_with_epoch_and_seed():
     recipe, *_ = setup(batch_size=20)
     with jax.enable_x64(True):
         order = [
-            np.asarray(train.batch_indices(jax.random.key(seed), jnp.int32(epoch), recipe))
+            np.asarray(program.batch_indices(jax.random.key(seed), jnp.int32(epoch), recipe))
             for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
         ]
     assert order[0].shape == (3, 20)
@@ -103,7 +105,7 @@ def test_batches_partition_the_epoch_and_change_with_epoch_and_seed():
 def test_first_place_of_a_batch_is_uniform_over_examples():
     recipe, *_ = setup(batch_size=20)
     with jax.enable_x64(True):
-        first = jax.vmap(lambda epoch: train.batch_indices(jax.random.key(3), epoch, recipe)[0, 0])(jnp.arange(6000))
+        first = jax.vmap(lambda epoch: program.batch_indices(jax.random.key(3), epoch, recipe)[0, 0])(jnp.arange(6000))
     counts = np.bincount(np.asarray(first), minlength=60)
     # Chi-squared with 59 degrees of freedom exceeds 110 with probability 6e-5.
     assert ((counts - 100) ** 2 / 100).sum() < 110
@@ -139,7 +141,7 @@ def test_a_group_of_one_gives_products_no_batch_dimension():
     kernels, inputs = jnp.arange(18.0).reshape(3, 2, 3), jnp.arange(24.0).reshape(3, 4, 2)
 
     def products(group):
-        return lambda: train._in_groups(lambda kernel, x: {"outputs": x @ kernel}, group, kernels, inputs)
+        return lambda: program._in_groups(lambda kernel, x: {"outputs": x @ kernel}, group, kernels, inputs)
 
     for group, batch_axes in ((1, ((), ())), (3, ((0,), (0,)))):
         (loop,) = (eqn for eqn in jax.make_jaxpr(products(group))().eqns if eqn.primitive.name == "scan")
@@ -170,7 +172,7 @@ def test_two_epochs_equal_numpy_by_hand(head_bias, batch_size, choice):
     recipe, mesh, arrays, start = setup(**options, **CHOICES[choice])
     weights = {name: np.asarray(leaf)[3] for name, leaf in _flat(start[0].params).items()}
     with jax.enable_x64(True):
-        batches = [np.asarray(train.batch_indices(jax.random.key(1), jnp.int32(epoch), recipe)) for epoch in range(2)]
+        batches = [np.asarray(program.batch_indices(jax.random.key(1), jnp.int32(epoch), recipe)) for epoch in range(2)]
     states, _ = advance(recipe, mesh, arrays, start, 2)
     expected = _by_hand(
         weights, batches, arrays, weight_decay=1e-3, bias_decays=head_bias == "decayed", **CHOICES[choice]
@@ -217,14 +219,14 @@ def _by_hand(weights, batches, arrays, *, weight_decay, bias_decays, objective=S
 def test_flow_time_is_the_sum_of_learning_rates():
     recipe, *_ = setup(schedule="step", batch_size=16)
     assert recipe.steps_per_epoch == 3
-    times = train.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6]))
+    times = program.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6]))
     # 18 steps: six at the full rate, six at a tenth, six at a hundredth.
     np.testing.assert_allclose(times, [[0, 0.3, 0.666], [0, 1.2, 2.664]], rtol=1e-12)
 
 
 def test_adam_has_no_flow_time():
     recipe, *_ = setup(optimizer="adam")
-    times = train.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6]))
+    times = program.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6]))
     np.testing.assert_array_equal(times, np.full((2, 3), np.nan))
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ncjax import closed_forms, experiment, preflight
-from ncjax.closed_forms import Setting
+from ncjax import plan
+from ncjax.metrics import closed_forms
+from ncjax.metrics.closed_forms import Setting
+from ncjax.runs import loop
 
 PER_CLASS, EPOCHS = 5, 3000
 # Of the spinodal. Beyond it every mode dies.
@@ -53,7 +55,7 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, hea
     config.sweep.init_scale = 1.0 if (depth, classes) == (4, 3) else 1.5
     config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
     assert (config.train.precision, config.data.per_class) == ("float64", PER_CLASS)
-    history = experiment.record(preflight.prepare(config, tmp_path))
+    history = loop.record(plan.prepare(config, tmp_path))
     history = history.isel(epoch=-1, seed=0).sel(split="train")
     alive, dead = history.isel(weight_decay=[0, 1]), history.isel(weight_decay=2)
     expected = closed_forms.homogeneous_solution(weight_decay[:2], gamma, depth, setting)

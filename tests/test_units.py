@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from ncjax import experiment, preflight, train
+from ncjax import plan
 from ncjax.config import default_config
+from ncjax.runs import loop
+from ncjax.training import program
 
 STEPS, CLASSES = 10, 3
 # loss, optimizer, learning rate, momentum or beta_1, weight decay, mean norm of an input.
@@ -34,7 +36,7 @@ def trained_by_us(case, folder):
     config.train.epochs, config.train.batch_size, config.train.schedule = STEPS, 0, "constant"
     config.train.precision = "float64"
     config.sweep.learning_rate, config.sweep.momentum, config.sweep.weight_decay = learning_rate, momentum, weight_decay
-    sweep = experiment.Sweep(preflight.prepare(config, folder))
+    sweep = loop.Sweep(plan.prepare(config, folder))
 
     def weights():
         params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], sweep.states.params)
@@ -44,7 +46,7 @@ def trained_by_us(case, folder):
     with jax.enable_x64(True):
         inputs = np.asarray(sweep.data.normalize(sweep.data.train.images)).reshape(-1, len(start[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_, **__: {})  # most of the program, and not of interest here
+        patch.setattr(program, "evaluate", lambda *_, **__: {})  # most of the program, and not of interest here
         sweep.advance(STEPS, measured=False)
     return start, inputs, np.asarray(sweep.data.train.labels), weights()
 

@@ -51,7 +51,7 @@ def _is_held(name: str, value: float, precision: str) -> bool:
 
 def _is_honest(workdir: Path, asked: dict[str, list[float]], precision: str, ran: Ran) -> None:
     """Every value is held by the run's precision, apart from its neighbours; a run that diverged says so."""
-    from ncjax import history
+    from ncjax.storage import history
 
     if engine.is_said(ran):
         return
