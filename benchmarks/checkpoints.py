@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python -m benchmarks.checkpoints    # two minutes
 
 Rounds take turns: the mnist config (1,000 images a class, 12 runs, 6 epochs) with a checkpoint every epoch, and with
-none but the last. Times are of `experiment.record` less compiling and measuring: training, saving and waiting for what
+none but the last. Times are of `loop.record` less compiling and measuring: training, saving and waiting for what
 is saved.
 """
 

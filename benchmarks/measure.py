@@ -108,7 +108,7 @@ def torch_nc1(features: Any, labels: Any, num_classes: int, batch: int, head: An
 def against_covariances(size: int, dim: int, num_classes: int, rounds: int, with_head: bool) -> dict[str, Any]:
     import torch
 
-    from ncjax.cli import measure
+    from ncjax.features import measure
 
     torch.set_num_threads(CORES)
     rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ def write(path: Path, size: int, dim: int, num_classes: int) -> None:
 
 def child(folder: Path, rounds: int) -> dict[str, Any]:
     """One process that measures a file: seconds of each call, the first with compilation, and its resident peak."""
-    from ncjax.cli import measure
+    from ncjax.features import measure
     from ncjax.training import mesh
 
     mesh.use_every_core()

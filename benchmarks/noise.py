@@ -6,7 +6,7 @@ from ncjax.data import dataset
 
 
 def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10) -> dataset.Dataset:
-    """uint8 noise, normalized as `data.load` would: pixels centred, mean input norm 2."""
+    """uint8 noise, normalized as `dataset.load` would: pixels centred, mean input norm 2."""
     rng = np.random.default_rng(0)
 
     def split(size: int) -> dataset.Split:

@@ -5,7 +5,7 @@
     python -m benchmarks.sweep --quick    # half a minute, writes nothing: does it still work?
 
 Contenders, taking turns; every one trains on the same examples, with the same batch size and number of steps:
-    sweep            all runs in one call of `train.make_advance`
+    sweep            all runs in one call of `program.make_advance`
     one at a time    the same step, compiled for a single run and called once per run
     pytorch          an eager loop, one run at a time on all cores; the fastest of `VARIANTS`, tried first
     pytorch x cores  that loop in one process per core, one thread each, the runs dealt out

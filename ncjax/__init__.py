@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncjax.cli import measure
+    from ncjax.features import measure
     from ncjax.runs.load import load_run
 
 __all__ = ["load_run", "measure"]
@@ -18,5 +18,5 @@ def __getattr__(name: str) -> Any:
     if name == "measure":
         import importlib
 
-        return importlib.import_module("ncjax.measure")
+        return importlib.import_module("ncjax.features.measure")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,10 +47,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The command itself but for what is drawn and tabulated at the end.
 CHILD = """
 import sys
-from ncjax import main, plots, report
-plots.draw_all = lambda *_: []
-report.show_results = lambda *_: None
-sys.exit(main.main(sys.argv))
+from ncjax.cli import train
+from ncjax.report import draw, tables
+draw.draw_all = lambda *_: []
+tables.show_results = lambda *_: None
+sys.exit(train.main(sys.argv))
 """
 EPOCHS = 60
 KILLED = (
@@ -481,7 +482,7 @@ def readers(workdir: Path) -> list[Reader]:
 
 
 def loaded_run(workdir: Path, load: Callable) -> dict:
-    """The parameters and the numbers that `runs.load_run` gives of the last run."""
+    """The parameters and the numbers that `load.load_run` gives of the last run."""
     found = load(workdir, weight_decay=1e-2, seed=1.0)
     return {"params": found.params, "hyper": repr(getattr(found, "hyper", None))}
 

@@ -15,7 +15,7 @@ from ncjax import environment, plan
 from ncjax.cli import measure, plot, show, train
 from ncjax.config import default_config
 from ncjax.errors import InputError
-from ncjax.report import panels
+from ncjax.report import draw, panels
 from ncjax.training import compilation, mesh
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -45,27 +45,31 @@ sys.meta_path.insert(0, Importer())
 runpy.run_module(command, run_name="__main__", alter_sys=True)
 """
 IMPORTS = [
-    ("ncjax.main", "absl", "SIGINT"),
-    ("ncjax.main", "numpy", "SIGTERM"),
-    ("ncjax.main", "jax", "SIGINT"),
-    ("ncjax.show", "ncjax.errors", "SIGINT"),
-    ("ncjax.show", "jax", "SIGTERM"),
-    ("ncjax.measure", "numpy", "SIGINT"),
-    ("ncjax.measure", "jax._src.config", "SIGINT"),
-    ("ncjax.plots", "xarray", "SIGINT"),
-    ("ncjax.plots", "pandas", "SIGTERM"),
+    ("main", "absl", "SIGINT"),
+    ("main", "numpy", "SIGTERM"),
+    ("main", "jax", "SIGINT"),
+    ("train", "ncjax.cli.choose", "SIGTERM"),
+    ("train", "ncjax.cli.train", "SIGINT"),
+    ("show", "ncjax.errors", "SIGINT"),
+    ("show", "jax", "SIGTERM"),
+    ("measure", "numpy", "SIGINT"),
+    ("measure", "jax._src.config", "SIGINT"),
+    ("plot", "xarray", "SIGINT"),
+    ("plot", "pandas", "SIGTERM"),
 ]
-ARGUMENTS = {
-    "ncjax.main": (*chaos.SMALL, "--dry-run"),
-    "ncjax.show": ("nowhere",),
-    "ncjax.measure": ("tests/data/features.npz",),
-    "ncjax.plots": ("nowhere",),
+COMMANDS = {
+    "main": ("ncjax.main", *chaos.SMALL, "--dry-run"),
+    "train": ("ncjax", "train", *chaos.SMALL, "--dry-run"),
+    "show": ("ncjax", "show", "nowhere"),
+    "measure": ("ncjax", "measure", "tests/data/features.npz"),
+    "plot": ("ncjax", "plot", "nowhere"),
 }
 
 
 @pytest.mark.parametrize(("command", "name", "signum"), IMPORTS)
 def test_a_signal_during_an_import_that_swallows_it_ends_the_command_in_one_line(command, name, signum):
-    done = run("-c", IMPORTING, command, name, signum, command, *ARGUMENTS[command])
+    words = COMMANDS[command]
+    done = run("-c", IMPORTING, words[0], name, signum, *words)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODES[signum], "", f"stopped by {signum}\n")
 
 
@@ -85,7 +89,9 @@ def fake(folder: Path, body: str):
     """A command, run as the others are."""
     source = f"import atexit, hashlib, os, signal, sys, threading, time\n\ndef main():\n    {body}\n"
     (folder / "fake.py").write_text(source)
-    return ["-c", "from ncjax import cli; cli.run('fake')"], os.environ | {"PYTHONPATH": f"{folder}:{chaos.ROOT}"}
+    return ["-c", "from ncjax.cli import command; command.run('fake')"], os.environ | {
+        "PYTHONPATH": f"{folder}:{chaos.ROOT}"
+    }
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -256,7 +262,7 @@ def test_every_command_that_uses_jax_looks_at_its_variables(command, monkeypatch
 
 
 def test_a_value_that_jax_does_not_know_is_one_line():
-    done = run("-m", "ncjax.measure", "tests/data/features.npz", env=os.environ | {"JAX_LOGGING_LEVEL": "loud"})
+    done = run("-m", "ncjax", "measure", "tests/data/features.npz", env=os.environ | {"JAX_LOGGING_LEVEL": "loud"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: JAX_LOGGING_LEVEL: got 'loud'; ")
     assert done.stderr.count("\n") == 1
@@ -380,8 +386,8 @@ def test_a_current_folder_whose_name_is_no_utf8_is_seen(tmp_path, monkeypatch):
 
 def test_names_that_are_no_utf8_are_drawn_and_stay_apart(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plot, "draw_all", lambda *_: [])
-    monkeypatch.setattr(plot, "draw_comparison", lambda histories, folder: drawn.update(histories) or [])
+    monkeypatch.setattr(draw, "draw_all", lambda *_: [])
+    monkeypatch.setattr(draw, "draw_comparison", lambda histories, folder: drawn.update(histories) or [])
     monkeypatch.setattr(plot, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
     names = [os.fsdecode(name) for name in (b"b\xff", b"b\xfe")]
     assert plot.main([str(tmp_path / name) for name in names]) == 0

@@ -9,9 +9,9 @@ import pytest
 import xarray as xr
 
 from ncjax import plan as preflight
-from ncjax.cli import plot, train
+from ncjax.cli import train
 from ncjax.config import default_config
-from ncjax.report import tables
+from ncjax.report import draw, tables
 from ncjax.runs import loop, signals
 from ncjax.storage.checkpoint import Checkpoints
 from ncjax.storage.history import COSINES, VOCABULARY
@@ -32,7 +32,7 @@ def run(workdir, figures=False, **changes):
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     with pytest.MonkeyPatch.context() as patch:
         if not figures:  # most of a small run's time
-            patch.setattr(plot, "draw_all", lambda history, folder: [])
+            patch.setattr(draw, "draw_all", lambda history, folder: [])
         return loop.run(preflight.prepare(small_config(**changes), workdir))
 
 

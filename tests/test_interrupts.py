@@ -10,8 +10,8 @@ import chaos
 import pytest
 
 from ncjax import plan
-from ncjax.cli import plot, train
-from ncjax.report import tables
+from ncjax.cli import train
+from ncjax.report import draw, tables
 from ncjax.runs import loop, signals
 from ncjax.storage import checkpoint, history
 
@@ -49,7 +49,7 @@ def signal_at(monkeypatch, epoch, *signums):
 def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     signum, epoch, reference, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(plot, "draw_all", lambda history, folder: [])
+    monkeypatch.setattr(draw, "draw_all", lambda history, folder: [])
     argv = ["ncjax", *chaos.SMALL, f"--workdir={tmp_path / 'run 1'}"]
     with monkeypatch.context() as patch:
         signal_at(patch, epoch, signum)
@@ -128,7 +128,7 @@ def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(t
 
 TWICE = """
 import os, signal
-from ncjax.interrupts import Requests
+from ncjax.runs.signals import Requests
 with Requests() as requests:
     os.kill(os.getpid(), signal.{first})
     assert requests.signum

@@ -17,7 +17,7 @@ from ncjax.storage import lock
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ncjax import lock
+from ncjax.storage import lock
 with lock.owned(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,9 +15,9 @@ from conftest import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncjax.cli import measure
+from ncjax.cli import measure as command_line
 from ncjax.errors import InputError
-from ncjax.features import files, measurement, streaming
+from ncjax.features import files, measure, measurement, streaming
 from ncjax.metrics import collapse
 from ncjax.storage import history
 
@@ -573,7 +573,7 @@ def test_two_processes_with_a_half_each_give_the_same(tmp_path):
     np.savez(tmp_path / "all.npz", features=h, labels=labels, head=head)
     code = """if 1:
         import sys, time, pathlib, numpy as np
-        from ncjax import measure
+        from ncjax.features import measure
         folder, me = pathlib.Path(sys.argv[1]), int(sys.argv[2])
         a = np.load(folder / "all.npz")
         mine = [(a["features"][me::2], a["labels"][me::2])]
@@ -602,7 +602,7 @@ def test_statistics_are_read_back_as_they_were_and_nothing_else_is(tmp_path):
         np.testing.assert_array_equal(x, y)
     (tmp_path / "s.npz").write_bytes(b"")
     for path in (tmp_path / "s.npz", DATA / "head.npz", tmp_path / "none.npz"):
-        with pytest.raises(InputError, match=r"no file of ncjax\.measure\.save"):
+        with pytest.raises(InputError, match=r"no file of ncjax\.features\.measure\.save"):
             measure.load(path)
     with pytest.raises(InputError, match=r"merge: got \(5, 3\); the other statistics have"):
         measure.merge(sums, measure.first_pass([(h[:, :3], labels)], 5))
@@ -815,7 +815,7 @@ def test_bfloat16_of_a_safetensors_file(tmp_path):
 def said(capsys):
     def call(*arguments):
         capsys.readouterr()
-        code = measure.main([str(argument) for argument in arguments])
+        code = command_line.main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return call
@@ -951,7 +951,7 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(flags, message, said):
 def test_help_and_a_bad_file_wait_for_no_jax():
     code = """if 1:
         import sys
-        from ncjax import measure
+        from ncjax.cli import measure
         assert measure.main(["none.npz"]) == 2
         try:
             measure.main(["--help"])

@@ -10,8 +10,7 @@ from test_experiment import run, small_config
 from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.runs import loop, summary
-from ncjax.training import compilation, sweep
-from ncjax.training import program
+from ncjax.training import compilation, program, sweep
 
 SMALL = (
     "--config.data.name=synthetic",

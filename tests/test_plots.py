@@ -13,7 +13,7 @@ from ncjax.cli import plot
 from ncjax.config import SWEPT, Grid
 from ncjax.errors import printable
 from ncjax.metrics import closed_forms
-from ncjax.report import figures, panels, theory_figures
+from ncjax.report import draw, figures, panels, theory_figures
 from ncjax.storage import history as histories
 
 LAYERS = ("layer_1", "head")
@@ -39,14 +39,14 @@ TERMS = ("theorem", "mean", "asymmetry", "within", "gradient")
 @pytest.fixture
 def without_layout(monkeypatch):
     """Measuring every text to place the panels takes most of the time of a figure; pixels take much of the rest."""
-    write = plot._write
+    write = draw._write
 
     def write_plainly(figure, path):
         figure.set_layout_engine("none")
         figure.set_dpi(50)
         return write(figure, path)
 
-    monkeypatch.setattr(plot, "_write", write_plainly)
+    monkeypatch.setattr(draw, "_write", write_plainly)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def unwritten(monkeypatch):
         path.touch()
         return path
 
-    monkeypatch.setattr(plot, "_write", touch)
+    monkeypatch.setattr(draw, "_write", touch)
 
 
 def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
@@ -136,7 +136,7 @@ def assert_drawn(paths, names):
 
 
 def test_every_figure_is_written(tmp_path):
-    assert_drawn(plot.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
+    assert_drawn(draw.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
 
 
 def test_terminal_phase_begins_where_every_seed_is_right_on_the_training_split():
@@ -186,7 +186,7 @@ def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
     ],
 )
 def test_unusual_histories_are_drawn(history, tmp_path):
-    assert_drawn(plot.draw_all(history, tmp_path), EVERY_FIGURE)
+    assert_drawn(draw.draw_all(history, tmp_path), EVERY_FIGURE)
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -202,7 +202,7 @@ def test_unusual_histories_are_drawn(history, tmp_path):
     ],
 )
 def test_figures_of_other_unusual_histories_are_made(history, tmp_path):
-    assert {path.name for path in plot.draw_all(history, tmp_path)} == EVERY_FIGURE
+    assert {path.name for path in draw.draw_all(history, tmp_path)} == EVERY_FIGURE
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -211,20 +211,20 @@ def test_a_history_of_epoch_0_alone_has_a_clock_that_has_not_started(tmp_path):
     kept = {"finite", "relaxation_time", *(f"budget_{term}" for term in TERMS)}
     zeros = changed(history, **dict.fromkeys(histories.VOCABULARY.keys() - kept, 0))
     for one in (history, zeros):
-        assert {path.name for path in plot.draw_all(one, tmp_path)} == WITHOUT_CLOCK
+        assert {path.name for path in draw.draw_all(one, tmp_path)} == WITHOUT_CLOCK
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_without_a_clock_as_with_adam_nothing_is_drawn_against_it_and_no_law_is_fitted(tmp_path):
     history = changed(make_history(), relaxation_time=np.nan, flow_time=np.nan)
-    assert {path.name for path in plot.draw_all(history, tmp_path)} == WITHOUT_CLOCK
+    assert {path.name for path in draw.draw_all(history, tmp_path)} == WITHOUT_CLOCK
     assert theory_figures.fitted_law(history) is None
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_without_weight_decay_there_is_no_equilibrium_to_draw(tmp_path):
     history = make_history(weight_decay=(0.0,))
-    assert {path.name for path in plot.draw_all(history, tmp_path)} == WITHOUT_DECAY
+    assert {path.name for path in draw.draw_all(history, tmp_path)} == WITHOUT_DECAY
 
 
 def test_diverged_runs_are_counted_and_the_others_drawn():
@@ -252,7 +252,7 @@ def test_many_classes_are_not_labelled():
 
 @pytest.mark.usefixtures("unwritten")
 def test_every_setting_of_another_axis_has_its_own_figures(tmp_path):
-    paths = plot.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
+    paths = draw.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
     names = {n.replace(".png", f"-learning_rate={lr}.png") for n in WITHOUT_DECAY for lr in (0.1, 0.25)}
     assert {path.name for path in paths} == names
 
@@ -312,8 +312,8 @@ NAMES = ("[bold]", r"b$\frac$", "$1$", "_x", "-x", "a\nb", os.fsdecode(b"not\xff
 
 def test_runs_of_any_name_are_compared_under_it(tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plot, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
-    monkeypatch.setattr(plot, "draw_all", lambda *_: [])
+    monkeypatch.setattr(draw, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(draw, "draw_all", lambda *_: [])
     history = make_history(epochs=(1,), weight_decay=(0.0,))
     folders = [save(history, tmp_path / name) for name in NAMES]
     assert plot.main([*folders, "--out", str(tmp_path / os.fsdecode(b"out\xff"))]) == 0
@@ -351,7 +351,7 @@ def test_weight_decays_of_any_size_are_drawn(decays, tmp_path):
     with np.errstate(over="ignore", invalid="ignore"):
         history = make_history(epochs=(0, 10), weight_decay=decays)
     history["relaxation_time"].loc[{"epoch": 10}] = 4.0  # a law is fitted
-    assert {path.name for path in plot.draw_all(history, tmp_path)} == EVERY_FIGURE
+    assert {path.name for path in draw.draw_all(history, tmp_path)} == EVERY_FIGURE
 
 
 @pytest.mark.parametrize("decays", [(1e-3,), (3e-4,), (1e3,), (1e-3, 1e-2), (1e-2, 1e-3, 0.0)])
@@ -529,7 +529,7 @@ def test_another_netcdf_file_is_not_taken_for_a_history(tmp_path, capsys):
 
 
 def test_importing_plots_imports_neither_matplotlib_nor_jax():
-    code = "import sys, ncjax.plots; print({'matplotlib', 'jax'} & set(sys.modules))"
+    code = "import sys, ncjax.cli.plot; print({'matplotlib', 'jax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -13,9 +13,9 @@ import pytest
 import xarray as xr
 
 from ncjax import plan
-from ncjax.cli import plot, show, train
+from ncjax.cli import show, train
 from ncjax.errors import InputError
-from ncjax.report import tables
+from ncjax.report import draw, tables
 from ncjax.runs import inspect as holdings
 from ncjax.runs import load as runs
 from ncjax.runs import loop, provenance
@@ -250,7 +250,7 @@ def at_epoch(monkeypatch, epoch, act):
 
 def command(workdir, monkeypatch):
     """`main` on the small config -> exit code."""
-    monkeypatch.setattr(plot, "draw_all", lambda history, folder: [])
+    monkeypatch.setattr(draw, "draw_all", lambda history, folder: [])
     return train.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL])
 
 
@@ -314,13 +314,13 @@ def test_a_checkpoint_that_could_not_be_written_in_the_background_is_reported(tm
 
 LIMITED = """
 import resource, signal, sys
-from ncjax import report
-measured = report.Progress.measured
+from ncjax.report import tables
+measured = tables.Progress.measured
 def limit(self, epoch, nc1):
     measured(self, epoch, nc1)
     if epoch == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
-report.Progress.measured = limit
+tables.Progress.measured = limit
 """
 
 

@@ -176,7 +176,7 @@ def test_runs_are_numbered_with_the_last_axis_fastest():
 
 
 def test_importing_ncjax_or_asking_for_help_waits_for_no_jax():
-    code = "import sys, ncjax, ncjax.show; assert not {'jax', 'xarray', 'rich'} & set(sys.modules)"
+    code = "import sys, ncjax, ncjax.cli.show; assert not {'jax', 'xarray', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert ncjax.__version__
     with pytest.raises(AttributeError, match="has no attribute 'load_runs'"):

@@ -1,4 +1,4 @@
-"""`python -m ncjax.show`: what it says is what the files hold; what does not hold is said, with the right exit code."""
+"""`python -m ncjax show`: what it says is what the files hold; what does not hold is said, with the right exit code."""
 
 import hashlib
 import json

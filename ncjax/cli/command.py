@@ -1,11 +1,8 @@
 """Runs the commands of the package: their signals, streams, mistakes and exit codes, alike for all.
 
-A module that is a command begins with these lines. They stand above its imports, which can take seconds:
+An entry point is this line. It stands above the command's imports, which can take seconds:
 
-    if __name__ == "__main__":
-        from ncjax import cli
-
-        cli.run("ncjax.show")
+    command.run("ncjax.cli.show")
 """
 
 import argparse

@@ -1,16 +1,11 @@
 """Says what is in a WORKDIR: what ran, with which parameters, whether the files are sound, and what was measured.
 
-    python -m ncjax.show runs/digits
-    python -m ncjax.show runs/digits --run weight_decay=1e-3,seed=0 --verify
-    python -m ncjax.show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
+    python -m ncjax show runs/digits
+    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
+    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
 
 Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad input.
 """
-
-if __name__ == "__main__":
-    from ncjax.cli import command
-
-    command.run("ncjax.show")
 
 import argparse
 import json
@@ -47,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
-        prog="python -m ncjax.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ncjax show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="folder of a run")
     parser.add_argument("--epoch", type=int, help="measured epoch, or epoch of a checkpoint (default: the newest)")
@@ -139,7 +134,7 @@ def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
 
 
 def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
-    """What `workdir.verify` finds, and all that was found damaged before it."""
+    """What `inspect.verify` finds, and all that was found damaged before it."""
     from ncjax.runs import inspect
 
     saved = [s.epoch for s in holdings.checkpoints]

@@ -13,11 +13,6 @@ is complete.
                     of a SLURM step and hosts of a TPU slice need none of these; elsewhere, --coordinator=auto may do
 """
 
-if __name__ == "__main__":
-    from ncjax.cli import command as cli
-
-    cli.run("ncjax.main")
-
 import difflib
 import logging
 import os

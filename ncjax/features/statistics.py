@@ -1,6 +1,6 @@
 """What two passes over examples add up, and how: sums by class, then squares and products of deviations from the means.
 
-Pure arrays: `streaming` brings the examples, `findings` makes the `Frames` between the passes and metrics of the sums.
+Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes and metrics of the sums.
 """
 
 import functools
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Sums | Deviations:
             fields = dict(file)
         return Sums(**fields) if "pivots" in fields else Deviations(**fields)
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise InputError("statistics", str(path), f"no file of ncjax.measure.save: {error}") from error
+        raise InputError("statistics", str(path), f"no file of ncjax.features.measure.save: {error}") from error
 
 
 class Rows(NamedTuple):

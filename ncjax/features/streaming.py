@@ -1,9 +1,9 @@
 """Class means and the scatter about them, of examples that come in batches, in two passes over them.
 
     sums = first_pass(batches, num_classes)
-    reference = findings.prepare(sums, head=W)
+    reference = measurement.prepare(sums, head=W)
     deviations = second_pass(batches, reference)
-    found = findings.find(reference, deviations)
+    found = measurement.find(reference, deviations)
 
 `batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits (B, C)), of NumPy,
 JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the devices in turn; every device keeps
@@ -139,12 +139,12 @@ def second_pass(
     devices: Sequence[Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Deviations:
-    """Squares and products of deviations from the class means of `reference`, made by `findings.prepare`.
+    """Squares and products of deviations from the class means of `reference`, made by `measurement.prepare`.
 
     The batches may come in another order than in the first pass, or be a part of them for `merge`.
 
     Raises:
-      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell; `findings.find`
+      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell; `measurement.find`
         compares the whole.
     """
     frames, asked = reference.frames, reference.asked

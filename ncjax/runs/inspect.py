@@ -124,7 +124,7 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
       InputError: there is nothing of ncjax's, or no such run.
     """
     if not workdir.is_dir():
-        raise InputError("WORKDIR", str(workdir), "no such folder; name one that ncjax.main has left")
+        raise InputError("WORKDIR", str(workdir), "no such folder; name one that `ncjax train` has left")
     plan.check_path("WORKDIR", workdir)
     folder, notes = workdir / "checkpoints", []
     history, history_problem = _read_history(workdir / "history.nc")

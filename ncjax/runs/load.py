@@ -44,7 +44,7 @@ class Run:
       config: of the whole sweep, as in config.json; the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
       variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch normalization.
-      checksums: of the data that it was trained on, see `data.checksums`; empty where its checkpoint does not say.
+      checksums: of the data that it was trained on, see `dataset.checksums`; empty where its checkpoint does not say.
     """
 
     workdir: Path
@@ -117,7 +117,7 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
     """
     workdir = expanded("workdir", workdir)
     if not workdir.is_dir():
-        raise InputError("workdir", str(workdir), "no such folder; name one that ncjax.main has left")
+        raise InputError("workdir", str(workdir), "no such folder; name one that `ncjax train` has left")
     plan.check_path("workdir", workdir)
     for _ in range(ATTEMPTS - 1):
         try:

@@ -12,12 +12,11 @@ import numpy as np
 import xarray as xr
 
 from ncjax import config as configuration
-from ncjax.cli import plot
 from ncjax.data import dataset
 from ncjax.errors import InputError, printable
 from ncjax.metrics import closed_forms, theory
 from ncjax.plan import Plan
-from ncjax.report import tables
+from ncjax.report import draw, tables
 from ncjax.runs import load, processes, provenance, signals, summary
 from ncjax.storage import checkpoint, history, journal, lock
 from ncjax.storage.files import remove_leftovers, write_atomically
@@ -32,7 +31,7 @@ def run(plan: Plan) -> xr.Dataset:
     """`record`, then draws WORKDIR/figures and says what was found."""
     recorded = record(plan)
     if processes.is_leader():
-        plot.draw_all(recorded, plan.workdir / "figures")
+        draw.draw_all(recorded, plan.workdir / "figures")
         tables.show_results(recorded, tables.make_console())
         _say(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
     return recorded
