@@ -14,7 +14,7 @@ from ncjax import config as configuration
 from ncjax import environment
 from ncjax.data import dataset as data
 from ncjax.errors import InputError
-from ncjax.storage.files import check_name, expanded
+from ncjax.paths import check_name, expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}

@@ -1,12 +1,12 @@
-"""files: a ~ that is nobody's home, in every command that takes a path."""
+"""paths: a ~ that is nobody's home, in every command that takes a path."""
 
 import numpy as np
 import pytest
 
 import ncjax
+from ncjax import paths
 from ncjax.cli import measure, show, train
 from ncjax.errors import InputError
-from ncjax.storage import files
 
 NOBODY = "~nobody-here/x"
 
@@ -43,9 +43,9 @@ def test_load_run_names_its_argument():
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert files.cache_folder() == tmp_path / "ncjax"
+    assert paths.cache_folder() == tmp_path / "ncjax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.cache_folder() == tmp_path / ".cache" / "ncjax"
+    assert paths.cache_folder() == tmp_path / ".cache" / "ncjax"
     monkeypatch.setenv("XDG_CACHE_HOME", NOBODY)
-    assert files.cache_folder() is None
+    assert paths.cache_folder() is None

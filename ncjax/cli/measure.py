@@ -23,7 +23,7 @@ from ncjax import environment
 from ncjax.cli import command
 from ncjax.errors import InputError, printable
 from ncjax.features.measure import measure_batches
-from ncjax.storage.files import expanded, make_folder
+from ncjax.paths import expanded, make_folder
 
 if TYPE_CHECKING:
     import numpy as np

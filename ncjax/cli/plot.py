@@ -10,9 +10,9 @@ import xarray as xr
 
 from ncjax.cli import command
 from ncjax.errors import InputError
+from ncjax.paths import expanded, make_folder
 from ncjax.report import draw, tables
 from ncjax.storage import history as histories_on_disk
-from ncjax.storage.files import expanded, make_folder
 
 
 def _load(workdir: Path) -> xr.Dataset:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ncjax import environment
 from ncjax.cli import command
 from ncjax.errors import InputError, listed, printable
-from ncjax.storage.files import check_name, expanded
+from ncjax.paths import check_name, expanded
 
 if TYPE_CHECKING:
     from ncjax.runs.inspect import Holdings

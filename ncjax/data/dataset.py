@@ -18,7 +18,7 @@ import numpy as np
 
 from ncjax.data import tfds
 from ncjax.errors import InputError, warn
-from ncjax.storage.files import cache_folder, expanded
+from ncjax.paths import cache_folder, expanded
 
 _SYNTHETIC_DIM = 32
 

@@ -1,6 +1,7 @@
 """What two passes over examples add up, and how: sums by class, then squares and products of deviations from the means.
 
-Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes and metrics of the sums.
+Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes and metrics of the
+sums.
 """
 
 import functools

@@ -144,8 +144,8 @@ def second_pass(
     The batches may come in another order than in the first pass, or be a part of them for `merge`.
 
     Raises:
-      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell; `measurement.find`
-        compares the whole.
+      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell;
+        `measurement.find` compares the whole.
     """
     frames, asked = reference.frames, reference.asked
     num_classes, dim = frames.high.shape

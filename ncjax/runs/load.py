@@ -20,9 +20,9 @@ from ncjax import config as configuration
 from ncjax import plan
 from ncjax.data import dataset as datasets
 from ncjax.errors import InputError, listed
+from ncjax.paths import expanded
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
-from ncjax.storage.files import expanded
 from ncjax.training import models
 
 # Rows of a forward pass: however many images are given, no more memory than for these.

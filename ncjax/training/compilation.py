@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from ncjax.storage.files import cache_folder
+from ncjax.paths import cache_folder
 
 
 def use_cache(where: str) -> None:
