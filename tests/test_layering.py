@@ -5,7 +5,8 @@ import ast
 import sys
 
 import pytest
-from conftest import ROOT
+
+from tests.helpers import ROOT
 
 PACKAGE = ROOT / "ncjax"
 SLOW = {

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import oracle_geometry
 from scipy import optimize
 
 from ncjax.metrics import closed_forms
 from ncjax.metrics.closed_forms import Setting
+from tests.helpers import oracle_geometry
 
 
 @pytest.mark.parametrize(("num_classes", "cosine"), [(2, -1.0), (3, -0.5), (10, -1 / 9), (10, 0.0), (4, 0.7), (5, 1.0)])

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import chaos
 import pytest
 
 from ncjax import plan
@@ -14,6 +13,7 @@ from ncjax.cli import train
 from ncjax.report import draw, tables
 from ncjax.runs import loop, signals
 from ncjax.storage import checkpoint, history
+from tests import chaos
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

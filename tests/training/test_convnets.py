@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import oracle_split
 
 import ncjax
 from ncjax import plan
@@ -13,6 +12,7 @@ from ncjax.config import default_config
 from ncjax.runs import loop
 from ncjax.storage import history
 from ncjax.training import program
+from tests.helpers import oracle_split
 
 
 def make_config(**fields):

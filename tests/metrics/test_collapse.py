@@ -1,4 +1,4 @@
-"""collapse against explicit float64 NumPy (conftest.oracle_split), closed forms and invariances."""
+"""collapse against explicit float64 NumPy (helpers.oracle_split), closed forms and invariances."""
 
 import contextlib
 import itertools
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part, simplex_etf
 
 from ncjax.metrics import collapse
+from tests.helpers import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part, simplex_etf
 
 
 def two_passes(features, outputs, labels, head):

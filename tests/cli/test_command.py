@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chaos
 import jax
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from ncjax.config import default_config
 from ncjax.errors import InputError
 from ncjax.report import draw, panels
 from ncjax.training import compilation, mesh
+from tests import chaos
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]

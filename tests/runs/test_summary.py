@@ -5,12 +5,12 @@ import json
 
 import jax
 import pytest
-from test_experiment import run, small_config
 
 from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.runs import loop, summary
 from ncjax.training import compilation, program, sweep
+from tests.helpers import run, small_config
 
 SMALL = (
     "--config.data.name=synthetic",

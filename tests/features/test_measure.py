@@ -1,4 +1,4 @@
-"""`ncjax.measure` against explicit float64 NumPy (conftest.oracle_split), invariances, merging, files, command line."""
+"""`ncjax.measure` against explicit float64 NumPy (helpers.oracle_split), invariances, merging, files, command line."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from ncjax.errors import InputError
 from ncjax.features import files, measure, measurement, streaming
 from ncjax.metrics import collapse
 from ncjax.storage import history
+from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 
 DATA = ROOT / "tests" / "data"
 

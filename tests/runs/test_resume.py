@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import chaos
 import pytest
 import xarray as xr
 
@@ -20,6 +19,7 @@ from ncjax.runs import inspect as holdings
 from ncjax.runs import load as runs
 from ncjax.runs import loop, provenance
 from ncjax.storage import checkpoint, history
+from tests import chaos
 
 DEEP = b"[" * 100_000  # deeper than Python's JSON goes
 

@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 
-import chaos
 import pytest
 
 from ncjax.errors import InputError
 from ncjax.storage import lock
+from tests import chaos
 
 HOLDER = """
 import sys, time

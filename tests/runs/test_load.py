@@ -6,12 +6,9 @@ import subprocess
 import sys
 import warnings
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import ROOT
 
 import ncjax
 from ncjax import config as configuration
@@ -19,48 +16,9 @@ from ncjax import plan
 from ncjax.errors import InputError
 from ncjax.runs import load
 from ncjax.storage import checkpoint
+from tests.helpers import ROOT, flip, forge, whole_checkpoint
 
 RUN = {"weight_decay": 1e-3, "seed": 0}  # the third of the grid: number 2
-
-
-def whole_checkpoint(workdir, epoch):
-    """name -> (R, ...), read by Orbax rather than by ncjax."""
-    import orbax.checkpoint as ocp
-
-    with warnings.catch_warnings(action="ignore"):  # that it asks the checkpoint for its shardings
-        state = ocp.PyTreeCheckpointer().restore((workdir / "checkpoints" / str(epoch) / "state").resolve())
-    return {
-        f"{layer}.{leaf}": np.asarray(values)
-        for layer, leaves in state["params"].items()
-        for leaf, values in leaves.items()
-    }
-
-
-def forge(workdir, epoch, change, **facts):
-    """Writes a checkpoint anew, sealed as if it had been trained so: `change` maps each leaf of the parameters."""
-    folder = workdir / "checkpoints"
-    before = checkpoint.read_facts(folder, epoch)
-    params: dict = {}
-    for name, leaf in whole_checkpoint(workdir, epoch).items():
-        layer, _, part = name.partition(".")
-        params.setdefault(layer, {})[part] = change(leaf)
-    saved = checkpoint.Checkpoints(folder, keep=9)
-    with jax.enable_x64(True):
-        saved.save({"params": jax.tree.map(jnp.asarray, params)}, before._replace(**facts))
-    saved.close()
-
-
-def flip(workdir, epoch, leaf):
-    """Damages the chunk of `leaf`, one run's numbers, on disk; those below 1 kB have none of their own."""
-    needle, hits = np.ascontiguousarray(leaf).tobytes(), 0
-    for path in (workdir / "checkpoints" / str(epoch) / "state").rglob("*"):
-        content = bytearray(path.read_bytes()) if path.is_file() else bytearray()
-        at = content.find(needle)
-        if at >= 0:
-            content[at + 5] ^= 1
-            path.write_bytes(content)
-            hits += 1
-    assert hits == 1
 
 
 def test_a_run_has_the_weights_and_the_history_of_its_coordinates(trained):

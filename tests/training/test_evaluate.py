@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
 
 from ncjax.training import evaluate, models
 from ncjax.training.objective import Objective
+from tests.helpers import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
 
 SIZES = {"train": 30, "test": 11}
 NAMES = ("layer_1", "layer_2", "head")

@@ -11,29 +11,11 @@ import xarray as xr
 from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.config import default_config
-from ncjax.report import draw, tables
+from ncjax.report import tables
 from ncjax.runs import loop, signals
 from ncjax.storage.checkpoint import Checkpoints
 from ncjax.storage.history import COSINES, VOCABULARY
-
-
-def small_config(**changes):
-    config = default_config()
-    config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
-    config.model.widths = (8, 8)
-    config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
-    config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def run(workdir, figures=False, **changes):
-    """`changes` to `small_config`, with __ for a dot."""
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        if not figures:  # most of a small run's time
-            patch.setattr(draw, "draw_all", lambda history, folder: [])
-        return loop.run(preflight.prepare(small_config(**changes), workdir))
+from tests.helpers import run, small_config
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import oracle_symmetric_part, simplex_etf
 
 from ncjax.metrics.linalg import row_space, symmetric_part
+from tests.helpers import oracle_symmetric_part, simplex_etf
 
 
 def decompose(matrix):

@@ -5,9 +5,7 @@ import signal
 import socket
 import time
 
-import chaos
 import jax
-import meshes
 import numpy as np
 import pytest
 
@@ -17,6 +15,7 @@ from ncjax.errors import InputError
 from ncjax.runs import loop
 from ncjax.runs import processes as distributed
 from ncjax.storage import checkpoint, history, lock
+from tests import chaos, meshes
 
 # Of `meshes.make_config`, as a command line; a schedule of its own lets a run of 1 epoch go on to 3.
 FLAGS = (

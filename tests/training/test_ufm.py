@@ -7,12 +7,12 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from ncjax import plan
 from ncjax.metrics import closed_forms
 from ncjax.metrics.closed_forms import Setting
 from ncjax.runs import loop
+from tests.helpers import ROOT
 
 PER_CLASS, EPOCHS = 5, 3000
 # Of the spinodal. Beyond it every mode dies.

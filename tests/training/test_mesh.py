@@ -4,9 +4,7 @@ import json
 import subprocess
 import sys
 
-import chaos
 import jax
-import meshes
 import numpy as np
 import pytest
 
@@ -17,6 +15,7 @@ from ncjax.runs import loop
 from ncjax.training import mesh as parallel
 from ncjax.training import models, sweep
 from ncjax.training import program as train
+from tests import chaos, meshes
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import safetensors
 import safetensors.numpy
 import xarray as xr
-from test_runs import flip, forge, whole_checkpoint
 
 from ncjax import load_run, plan
 from ncjax.cli import show
@@ -18,6 +17,7 @@ from ncjax.errors import InputError
 from ncjax.report.tables import mean_and_sd
 from ncjax.runs import inspect
 from ncjax.storage import checkpoint, history
+from tests.helpers import flip, forge, whole_checkpoint
 
 RUN = "--run=weight_decay=1e-3,seed=0"
 

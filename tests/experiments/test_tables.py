@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import ROOT
 from scipy.io import netcdf_file
 
 from configs import digits
 from experiments import common, tables
 from ncjax.errors import InputError
+from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 
