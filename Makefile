@@ -1,5 +1,5 @@
 # make demo    install, then the main job on the embedded digits, into runs/digits
-# make test    install, then lint, types and tests
+# make test    install, then lint, types, layers of imports and tests
 # make suite   install, then tests alone
 # make slow    install, then the checks that take minutes
 # make tables  install, then compare every table of the documents with the histories it is from
@@ -21,6 +21,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(PYTEST)
 
 suite: $(INSTALLED)

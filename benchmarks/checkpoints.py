@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python -m benchmarks.checkpoints    # two minutes
 
 Rounds take turns: the mnist config (1,000 images a class, 12 runs, 6 epochs) with a checkpoint every epoch, and with
-none but the last. Times are of `experiment.record` less compiling and measuring: training, saving and waiting for what
+none but the last. Times are of `loop.record` less compiling and measuring: training, saving and waiting for what
 is saved.
 """
 
@@ -21,7 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import mnist
-from ncjax import checkpoint, experiment, parallel, preflight
+from ncjax import plan
+from ncjax.runs import loop
+from ncjax.storage import checkpoint
+from ncjax.training import mesh
 
 ROUNDS, EPOCHS = 3, 6
 
@@ -32,15 +35,15 @@ def training_seconds(every: int, folder: Path) -> tuple[float, float]:
     config.data.per_class, config.train.epochs = 1000, EPOCHS
     config.log.epochs, config.checkpoint.every = (EPOCHS,), every
     begin, compiled = time.perf_counter(), []
-    advance = experiment.Sweep.advance
+    advance = loop.Sweep.advance
 
     def timed(sweep, epochs, measured):
         values, seconds = advance(sweep, epochs, measured)
         compiled.append(seconds if epochs == 0 else 0.0)
         return values, seconds
 
-    with mock.patch.object(experiment.Sweep, "advance", timed):
-        experiment.record(preflight.prepare(config, folder))
+    with mock.patch.object(loop.Sweep, "advance", timed):
+        loop.record(plan.prepare(config, folder))
     seconds = time.perf_counter() - begin - sum(compiled)
     newest = folder / "checkpoints" / str(EPOCHS)
     return seconds, sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) / 2**20
@@ -59,7 +62,7 @@ def one_gibibyte(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parallel.use_every_core()
+    mesh.use_every_core()
     seconds: dict[int, list[float]] = {1: [], 0: []}
     size = 0.0
     for _ in range(ROUNDS):

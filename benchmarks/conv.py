@@ -25,7 +25,9 @@ from rich.table import Table
 
 from benchmarks import sweep
 from benchmarks.noise import noise
-from ncjax import conv, parallel, train
+from ncjax.training import conv
+from ncjax.training import mesh as parallel
+from ncjax.training import program as train
 
 NETWORK = sweep.NETWORKS["32x32x3-32-64-128-256-10"]
 RUNS = 8

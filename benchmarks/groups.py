@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
-from ncjax import models, parallel, train
+from ncjax.training import mesh as parallel
+from ncjax.training import models, program
 
 # widths, shape of an input, runs, batch size, training examples
 CASES = {
@@ -31,12 +32,12 @@ def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tu
     dataset = noise(image, examples, examples // 5)
     mesh = parallel.make_mesh(runs, run=devices)
     network = models.HomogeneousMLP if len(image) == 1 else models.HomogeneousConvNet
-    recipe = train.Recipe(network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels))
+    recipe = program.Recipe(network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels))
     columns = {"weight_decay": [1e-3], "learning_rate": [0.05], "momentum": [0.9], "init_scale": [1.0]}
     columns = {key: values * runs for key, values in columns.items()} | {"seed": list(range(runs))}
-    arrays = train.place_data(dataset, mesh, "float32")
-    states, keys, hyper = train.start(recipe, mesh, columns, arrays)
-    advance = train.make_advance(recipe, mesh)
+    arrays = program.place_data(dataset, mesh, "float32")
+    states, keys, hyper = program.start(recipe, mesh, columns, arrays)
+    advance = program.make_advance(recipe, mesh)
     medians = []
     with mock.patch.object(parallel, "group_sizes", return_value=(train_group, measure_group)):
         for epochs, measured in ((1, False), (0, True)):

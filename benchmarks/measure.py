@@ -108,7 +108,7 @@ def torch_nc1(features: Any, labels: Any, num_classes: int, batch: int, head: An
 def against_covariances(size: int, dim: int, num_classes: int, rounds: int, with_head: bool) -> dict[str, Any]:
     import torch
 
-    from ncjax import measure
+    from ncjax.features import measure
 
     torch.set_num_threads(CORES)
     rng = np.random.default_rng(0)
@@ -181,9 +181,10 @@ def write(path: Path, size: int, dim: int, num_classes: int) -> None:
 
 def child(folder: Path, rounds: int) -> dict[str, Any]:
     """One process that measures a file: seconds of each call, the first with compilation, and its resident peak."""
-    from ncjax import measure, parallel
+    from ncjax.features import measure
+    from ncjax.training import mesh
 
-    parallel.use_every_core()
+    mesh.use_every_core()
     features, labels = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     with peak() as most:
         times = [seconds(lambda: measure.measure(features, labels)) for _ in range(rounds)]
@@ -242,9 +243,9 @@ def main() -> None:
         raise SystemExit(2) from None
     import jax
 
-    from ncjax import parallel
+    from ncjax.training import mesh
 
-    parallel.use_every_core()
+    mesh.use_every_core()
     console = Console(width=140)
     console.print(f"load average {os.getloadavg()[0]:.2f}; {CORES} cores, {platform.machine()}; ", end="")
     console.print(f"JAX {jax.__version__}, PyTorch {torch.__version__}", highlight=False)

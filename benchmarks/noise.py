@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from ncjax import data
+from ncjax.data import dataset
 
 
-def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10) -> data.Dataset:
-    """uint8 noise, normalized as `data.load` would: pixels centred, mean input norm 2."""
+def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10) -> dataset.Dataset:
+    """uint8 noise, normalized as `dataset.load` would: pixels centred, mean input norm 2."""
     rng = np.random.default_rng(0)
 
-    def split(size: int) -> data.Split:
+    def split(size: int) -> dataset.Split:
         labels = (np.arange(size) % num_classes).astype(np.int32)
-        return data.Split(rng.integers(0, 256, (size, *image), dtype=np.uint8), labels)
+        return dataset.Split(rng.integers(0, 256, (size, *image), dtype=np.uint8), labels)
 
     train, test = split(train_size), split(test_size)
     center = train.images.mean(0)
     scale = np.array(2 / np.linalg.norm((train.images - center).reshape(train_size, -1), axis=1).mean())
-    return data.Dataset(train, test, center, scale, tuple(map(str, range(num_classes))))
+    return dataset.Dataset(train, test, center, scale, tuple(map(str, range(num_classes))))

@@ -11,8 +11,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ncjax import experiment, parallel, preflight, sweep, workdir
+from ncjax import plan as preflight
 from ncjax.config import Config, default_config
+from ncjax.runs import inspect, loop
+from ncjax.training import mesh, sweep
 
 EPOCHS, ROUNDS = 3, 5
 
@@ -26,10 +28,10 @@ def make_config(runs_per_program: int) -> Config:
 
 
 def main(folder: Path) -> None:
-    parallel.use_every_core()
+    mesh.use_every_core()
     plans = {most: preflight.prepare(make_config(most), folder / str(most)) for most in (64, 16)}
-    whole, parts = (experiment.record(plan) for plan in plans.values())
-    deviation = max(workdir.deviation(parts[name].values, whole[name].values) for name in whole.data_vars)
+    whole, parts = (loop.record(plan) for plan in plans.values())
+    deviation = max(inspect.deviation(parts[name].values, whole[name].values) for name in whole.data_vars)
     sweeps = {most: sweep.Sweep(plan) for most, plan in plans.items()}
     seconds = {most: [] for most in sweeps}
     for number in range(ROUNDS + 1):  # the first compiles

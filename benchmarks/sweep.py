@@ -5,7 +5,7 @@
     python -m benchmarks.sweep --quick    # half a minute, writes nothing: does it still work?
 
 Contenders, taking turns; every one trains on the same examples, with the same batch size and number of steps:
-    sweep            all runs in one call of `train.make_advance`
+    sweep            all runs in one call of `program.make_advance`
     one at a time    the same step, compiled for a single run and called once per run
     pytorch          an eager loop, one run at a time on all cores; the fastest of `VARIANTS`, tried first
     pytorch x cores  that loop in one process per core, one thread each, the runs dealt out
@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
-from ncjax import evaluate, models, parallel, train
+from ncjax.training import evaluate, models, program
+from ncjax.training import mesh as parallel
 
 try:
     import torch
@@ -133,11 +134,11 @@ class Program(NamedTuple):
 def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Program:
     """The sweep's program for `runs` runs, and its first states."""
     mesh = parallel.make_mesh(runs)
-    recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, train_size)
-    data = train.place_data(noise(network.image, train_size, test_size), mesh, "float32")
+    recipe = program.Recipe(network.model, "none", "constant", network.batch, 1, train_size)
+    data = program.place_data(noise(network.image, train_size, test_size), mesh, "float32")
     constant = {"weight_decay": WEIGHT_DECAY, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "init_scale": 1.0}
     columns = {name: [value] * runs for name, value in constant.items()} | {"seed": list(range(runs))}
-    return Program(train.make_advance(recipe, mesh), lambda: train.start(recipe, mesh, columns, data), data)
+    return Program(program.make_advance(recipe, mesh), lambda: program.start(recipe, mesh, columns, data), data)
 
 
 def jax_contender(network: Network, per_call: int, calls: int) -> Callable[[int], None]:

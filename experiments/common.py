@@ -16,9 +16,12 @@ import xarray as xr
 
 from configs import digits
 from ncjax import config as configuration
-from ncjax import experiment, history, preflight, report
+from ncjax import plan
 from ncjax.config import Config
 from ncjax.errors import InputError
+from ncjax.report import tables as report
+from ncjax.runs import loop
+from ncjax.storage import history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +62,7 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
 
     Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all are asked for.
     """
-    recorded = experiment.record(preflight.prepare(config, REPO / "runs" / "experiments" / variant))
+    recorded = loop.record(plan.prepare(config, REPO / "runs" / "experiments" / variant))
     kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import xarray as xr
 
 from experiments import common
-from ncjax import figures, panels
 from ncjax.config import Config
 from ncjax.errors import InputError
-from ncjax.panels import Panel
+from ncjax.report import figures, panels
+from ncjax.report.panels import Panel
 
 GetConfig = Callable[[str], Config]
 

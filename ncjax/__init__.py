@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncjax import measure
-    from ncjax.runs import load_run
+    from ncjax.features import measure
+    from ncjax.runs.load import load_run
 
 __all__ = ["load_run", "measure"]
 __version__ = "0.1.0"
@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_run":  # imports JAX, for which a command line must not wait
-        from ncjax.runs import load_run
+        from ncjax.runs.load import load_run
 
         return load_run
     if name == "measure":
         import importlib
 
-        return importlib.import_module("ncjax.measure")
+        return importlib.import_module("ncjax.features.measure")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

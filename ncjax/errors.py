@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"; `main` prints it as a single line and exits with 2."""
+"""The one exception that means "the user can fix this"; a command prints it as a single line and exits with 2."""
 
 import sys
 from collections.abc import Iterable

@@ -39,18 +39,19 @@ from unittest import mock
 import numpy as np
 import xarray as xr
 
-from ncjax import checkpoint, history
 from ncjax.errors import InputError
+from ncjax.storage import checkpoint, history
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # The command itself but for what is drawn and tabulated at the end.
 CHILD = """
 import sys
-from ncjax import main, plots, report
-plots.draw_all = lambda *_: []
-report.show_results = lambda *_: None
-sys.exit(main.main(sys.argv))
+from ncjax.cli import train
+from ncjax.report import draw, tables
+draw.draw_all = lambda *_: []
+tables.show_results = lambda *_: None
+sys.exit(train.main(sys.argv))
 """
 EPOCHS = 60
 KILLED = (
@@ -320,7 +321,8 @@ def one_program() -> Iterator[None]:
     import jax
     import jax.numpy as jnp
 
-    from ncjax import sweep, train
+    from ncjax.training import program as train
+    from ncjax.training import sweep
 
     made, begun, compile_, begin = {}, {}, sweep.Program.compiled, train.start
 
@@ -378,24 +380,26 @@ def small_config():
 
 def record(workdir: Path, stop_at: int | None = None) -> tuple[xr.Dataset | None, str]:
     """The run in this process -> its history and what it said on standard error. Stops once `stop_at` is measured."""
-    from ncjax import experiment, preflight, report
+    from ncjax import plan
+    from ncjax.report import tables
+    from ncjax.runs import loop
 
     class Stop(Exception):
         pass
 
-    measured = report.Progress.measured
+    measured = tables.Progress.measured
 
     def stop(self, epoch, nc1):
         if epoch == stop_at:
             raise Stop
 
     said = io.StringIO()
-    report.Progress.measured = stop
+    tables.Progress.measured = stop
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stop):
-            return experiment.record(preflight.prepare(small_config(), workdir)), said.getvalue()
+            return loop.record(plan.prepare(small_config(), workdir)), said.getvalue()
     finally:
-        report.Progress.measured = measured
+        tables.Progress.measured = measured
     return None, said.getvalue()
 
 
@@ -467,7 +471,7 @@ def readers(workdir: Path) -> list[Reader]:
         for run in (0, 3):
             calls[f"read_run {run} of {epoch}"] = functools.partial(one_run, epoch=epoch, run=run)
     try:
-        from ncjax import runs
+        from ncjax.runs import load as runs
     except ImportError:
         pass
     else:
@@ -478,7 +482,7 @@ def readers(workdir: Path) -> list[Reader]:
 
 
 def loaded_run(workdir: Path, load: Callable) -> dict:
-    """The parameters and the numbers that `runs.load_run` gives of the last run."""
+    """The parameters and the numbers that `load.load_run` gives of the last run."""
     found = load(workdir, weight_decay=1e-2, seed=1.0)
     return {"params": found.params, "hyper": repr(getattr(found, "hyper", None))}
 

@@ -14,8 +14,10 @@ from unittest import mock
 
 import jax
 
-from ncjax import distributed, experiment, interrupts, preflight, sweep, train, workdir
+from ncjax import plan as preflight
 from ncjax.config import default_config
+from ncjax.runs import inspect, loop, processes, signals
+from ncjax.training import program, sweep
 
 MESHES = ((1, 1), (4, 1), (2, 2), (1, 4))
 
@@ -48,13 +50,13 @@ NORMALIZED = {
 
 
 def recorded(folder, *mesh, **fields):
-    return experiment.record(preflight.prepare(make_config(*mesh, **fields), folder))
+    return loop.record(preflight.prepare(make_config(*mesh, **fields), folder))
 
 
 def trained(folder, *mesh, **fields):
     """States after all epochs."""
     config = make_config(*mesh, **fields)
-    with mock.patch.object(train, "evaluate", nothing):
+    with mock.patch.object(program, "evaluate", nothing):
         begun = sweep.Sweep(preflight.prepare(config, folder))
         begun.advance(config.train.epochs, measured=False)
     return jax.device_get(begun.states)
@@ -64,7 +66,7 @@ def deviation(found, expected):
     """The largest, over all variables of two histories."""
     names = [str(name) for name in expected.data_vars]
     assert set(names) == set(map(str, found.data_vars))
-    return max(workdir.deviation(found[name].values, expected[name].values) for name in names)
+    return max(inspect.deviation(found[name].values, expected[name].values) for name in names)
 
 
 def nothing(*_, **__):
@@ -75,7 +77,7 @@ def nothing(*_, **__):
 def collectives(folder, run, data, measures, **fields):
     """Those of the compiled program, of training alone or with what measures: kind -> bytes that each moves."""
     plan = preflight.prepare(make_config(run, data, **fields), folder)
-    with mock.patch.object(train, "evaluate", train.evaluate if measures else nothing):
+    with mock.patch.object(program, "evaluate", program.evaluate if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
     found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
     moved: dict[str, list[int]] = {}
@@ -101,13 +103,13 @@ def main(folder: Path) -> dict:
     parts = recorded(folder / "parts", 2, 1, sweep__runs_per_program=1)
     deviations["4 programs"] = deviation(parts, expected)
     # Stopped on one mesh after an epoch, ended on another.
-    stop = mock.patch.object(distributed, "agree", side_effect=[(0, 1), (signal.SIGTERM, 1)])
-    with stop, contextlib.suppress(interrupts.Interrupted):
+    stop = mock.patch.object(processes, "agree", side_effect=[(0, 1), (signal.SIGTERM, 1)])
+    with stop, contextlib.suppress(signals.Interrupted):
         recorded(folder / "moved", 4, 1)
     deviations["4x1, then 1x4"] = deviation(recorded(folder / "moved", 1, 4), expected)
     alone, spread = (trained(folder / "plan", *mesh, **NORMALIZED) for mesh in ((1, 1), (2, 2)))
     pairs = zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True)
-    deviations["batch normalization, 2x2"] = max(workdir.deviation(a, b) for a, b in pairs)
+    deviations["batch normalization, 2x2"] = max(inspect.deviation(a, b) for a, b in pairs)
     return {"deviations": deviations, "collectives": moved}
 
 

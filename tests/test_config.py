@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ncjax import config as configuration
-from ncjax import preflight
+from ncjax import plan
 from ncjax.errors import InputError
 
 
@@ -340,4 +340,4 @@ def test_what_leaves_the_precision_on_its_way_from_torch_units_is_refused(name, 
 def test_preflight_refuses_what_is_lost_in_units_and_scales():
     for values in ({"units": "torch", "sweep__weight_decay": (1e38,)}, {"data__input_scale": 5e-38}):
         with pytest.raises(InputError, match="training would use"):
-            preflight.examine(with_values(data__name="synthetic", **values), None)
+            plan.examine(with_values(data__name="synthetic", **values), None)

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ncjax import config as configuration
-from ncjax import experiment, main, preflight
+from ncjax import plan as preflight
+from ncjax.cli import train
 from ncjax.errors import InputError
+from ncjax.runs import loop
 
 # Deterministic: CI must not fail by chance. `deadline` is per example; what hangs, or loads too much, exceeds it.
 COMMON = settings(
@@ -204,9 +206,9 @@ flag = st.one_of(
 def test_every_command_line_runs_or_is_refused_in_one_line(arguments):
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "run", lambda plan: None)
+        patch.setattr(loop, "run", lambda plan: None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main.main(["ncjax", f"--workdir={folder}/run", *arguments])
+            code = train.main(["ncjax", f"--workdir={folder}/run", *arguments])
     assert code in (0, 2)
     if code == 2:
         assert err.getvalue().startswith("error: ")

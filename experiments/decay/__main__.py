@@ -7,8 +7,8 @@ import xarray as xr
 
 from configs import digits
 from experiments import common
-from ncjax import panels
-from ncjax.panels import Panel
+from ncjax.report import panels
+from ncjax.report.panels import Panel
 
 DECAYS = (1e-4, 3e-4, 1e-3, 3e-3)
 OPTIMIZERS = {

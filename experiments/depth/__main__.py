@@ -6,8 +6,8 @@ import xarray as xr
 
 from configs import digits
 from experiments import common
-from ncjax import panels
-from ncjax.panels import Panel
+from ncjax.report import panels
+from ncjax.report.panels import Panel
 
 DEPTHS = (1, 2, 3, 4)
 PANELS = (

@@ -7,7 +7,8 @@ import xarray as xr
 
 from configs import ufm
 from experiments import common
-from ncjax import closed_forms, panels, theory
+from ncjax.metrics import closed_forms, theory
+from ncjax.report import panels
 
 
 def histories(train: bool) -> dict[str, xr.Dataset]:

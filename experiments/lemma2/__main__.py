@@ -6,7 +6,8 @@ import xarray as xr
 
 from configs import digits
 from experiments import common
-from ncjax import panels, report
+from ncjax.report import panels
+from ncjax.report import tables as report
 
 
 def histories(train: bool) -> dict[str, xr.Dataset]:

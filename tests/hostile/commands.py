@@ -75,7 +75,7 @@ _NO_CONFIGS = (
 
 # Command lines, by command; {run} is a finished run, {folder} the case's own.
 _BAD_LINES = {
-    "main": """
+    "train": """
 --workdir
 --workdir=
 --nowhere
@@ -165,7 +165,7 @@ x y
 --json
 {run} --colour
 """,
-    "plots": """
+    "plot": """
 {folder}
 {folder}/nowhere
 /dev/null
@@ -221,7 +221,7 @@ _PLACES = {"features": "tests/data/features.npz", "head": "tests/data/head.npz"}
 def _bad_config(content: str | bytes, folder: Path) -> None:
     path = folder / "mine.py"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    ran = engine.run_here("main", f"--config={path}", f"--workdir={folder / 'run'}")
+    ran = engine.run_here("train", f"--config={path}", f"--workdir={folder / 'run'}")
     engine.check(ran, works=False, also=(130,) if b"KeyboardInterrupt" in path.read_bytes() else ())
     # A field that is wrong says so itself; all else is the file's fault, not the command line's.
     if (
@@ -235,15 +235,15 @@ def _bad_config(content: str | bytes, folder: Path) -> None:
 
 
 def _no_config(name: str, folder: Path) -> None:
-    engine.check(engine.run_here("main", f"--config={name}", f"--workdir={folder / 'run'}"), works=False)
+    engine.check(engine.run_here("train", f"--config={name}", f"--workdir={folder / 'run'}"), works=False)
 
 
 def _bad_line(command: str, line: str, folder: Path) -> None:
     places = {"folder": folder, "run": engine.trained(), "unfinished": engine.unfinished()} | _PLACES
     words = [word.format_map(places) for word in line.split(" ") if word]
-    if command == "main":
+    if command == "train":
         words = [*chaos.SMALL, *([] if "--workdir" in line else [f"--workdir={folder / 'run'}"]), *words]
-    ran = engine.run_here(command, *words, draw=command == "plots")
+    ran = engine.run_here(command, *words, draw=command == "plot")
     engine.check(ran, works=False, also=(1,) if "--verify" in line else ())
     if (folder / "run" / "config.json").exists():
         raise Failure("other", f"refused only after it had begun: {ran}")
@@ -260,8 +260,8 @@ def cases(_: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield f"config file: {what}", functools.partial(_bad_config, content)
     for name in _NO_CONFIGS:
         yield f"--config={name!a}", functools.partial(_no_config, name)
-    yield "main --config.model.widths=1000000,1000000", _too_wide
-    for command in ("show", "plots", "measure"):
+    yield "train --config.model.widths=1000000,1000000", _too_wide
+    for command in ("show", "plot", "measure"):
         yield f"{command} of nothing", functools.partial(_bad_line, command, "")
     for command, lines in _BAD_LINES.items():
         for line in lines.strip().splitlines():

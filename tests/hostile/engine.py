@@ -136,13 +136,13 @@ def _captured(descriptor: int) -> Iterator[list[str]]:
 
 @functools.cache
 def _main(command: str) -> Callable[..., int]:
-    main = importlib.import_module(f"ncjax.{command}").main
-    return (lambda argv: main(["ncjax", *argv])) if command == "main" else main
+    main = importlib.import_module(f"ncjax.cli.{command}").main
+    return (lambda argv: main(["ncjax", *argv])) if command == "train" else main
 
 
 def run_here(command: str, *argv: object, draw: bool = False, **environment: str) -> Ran:
-    """Runs `python -m ncjax.COMMAND` in this process. Unless `draw`, a run's own figures are left out."""
-    undrawn = contextlib.nullcontext() if draw else mock.patch("ncjax.plots.draw_all", return_value=[])
+    """Runs `python -m ncjax COMMAND` in this process. Unless `draw`, a run's own figures are left out."""
+    undrawn = contextlib.nullcontext() if draw else mock.patch("ncjax.report.draw.draw_all", return_value=[])
     with _captured(1) as out, _captured(2) as err, mock.patch.dict(os.environ, environment), undrawn:
         try:
             code = _main(command)([str(word) for word in argv])
@@ -155,7 +155,7 @@ def run_here(command: str, *argv: object, draw: bool = False, **environment: str
 
 
 def start(module: str, *argv: object, prefix: tuple = (), env: dict | None = None, **options) -> subprocess.Popen:
-    """Starts `python -m MODULE` in a process of its own; an `env` value of None removes a variable.
+    """Starts `python -m MODULE ...` in a process of its own; an `env` value of None removes a variable.
 
     UNDRAWN is `ncjax.main` without the figures and tables at the end, which take longer than a small run.
     """
@@ -184,7 +184,7 @@ def finish(process: subprocess.Popen, limit: float = COMMAND_LIMIT) -> Ran:
 
 
 def run(module: str, *argv: object, limit: float = COMMAND_LIMIT, **options) -> Ran:
-    """Runs `python -m MODULE` in a process of its own, to its end."""
+    """Runs `python -m MODULE ...` in a process of its own, to its end."""
     return finish(start(module, *argv, **options), limit)
 
 

@@ -14,7 +14,7 @@ from tests import chaos
 from tests.hostile import engine
 from tests.hostile.engine import Failure, Ran
 
-_MEASURE = ("ncjax.measure", "tests/data/features.npz", "--head", "tests/data/head.npz")
+_MEASURE = ("ncjax", "measure", "tests/data/features.npz", "--head", "tests/data/head.npz")
 _TOLERANCE = 1e-4
 
 # Of the command that measures: numbers must be right, or refused.
@@ -78,18 +78,18 @@ _STREAMS = {
     "stdout read-only": "1</dev/null",
 }
 _SPEAKING: dict[str, str] = {
-    "measure": "ncjax.measure tests/data/features.npz --head tests/data/head.npz",
-    "measure --json": "ncjax.measure tests/data/features.npz --json",
-    "a refusal": "ncjax.measure nowhere.npz",
+    "measure": "ncjax measure tests/data/features.npz --head tests/data/head.npz",
+    "measure --json": "ncjax measure tests/data/features.npz --json",
+    "a refusal": "ncjax measure nowhere.npz",
     "main --help": "ncjax.main --help",
-    "show": "ncjax.show {run}",
+    "show": "ncjax show {run}",
     "dry run": f"ncjax.main {' '.join(chaos.SMALL)} --dry-run",
 }
 
 
 @functools.cache
 def _numbers() -> dict:
-    return json.loads(engine.run_here("measure", *_MEASURE[1:], "--json").out)["metrics"]
+    return json.loads(engine.run_here(*_MEASURE[1:], "--json").out)["metrics"]
 
 
 def _near(found: dict, ran: Ran) -> None:
@@ -149,7 +149,7 @@ def _hang_up(folder: Path) -> None:
     chaos.wait_for_event(process, folder / "run", 1, "history.nc")
     process.send_signal(signal.SIGHUP)
     engine.check(engine.finish(process), also=(-signal.SIGHUP, 129))
-    ran = engine.run_here("main", *chaos.SMALL, f"--workdir={folder / 'run'}")
+    ran = engine.run_here("train", *chaos.SMALL, f"--workdir={folder / 'run'}")
     engine.check(ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False)
 
 
@@ -162,7 +162,7 @@ def _train_into_head(folder: Path) -> None:
     assert process.stderr is not None
     err = process.stderr.read().decode(errors="replace")
     engine.check(Ran(process.wait(engine.COMMAND_LIMIT), "", err), also=(141, -signal.SIGPIPE, 1))
-    ran = engine.run_here("main", *chaos.SMALL, f"--workdir={folder / 'run'}")
+    ran = engine.run_here("train", *chaos.SMALL, f"--workdir={folder / 'run'}")
     engine.check(ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False)
 
 

@@ -436,9 +436,9 @@ def _damage_workdir(name: str, change: Callable[[Path], object], folder: Path) -
     for kind, original in (("finished", engine.trained()), ("unfinished", engine.unfinished())):
         workdir = shutil.copytree(original, folder / kind)
         change(_facts(workdir) if name == "facts" else workdir / name)
-        for command, *flags in (("show",), ("plots",)) if kind == "finished" else (("show", "--json"),):
+        for command, *flags in (("show",), ("plot",)) if kind == "finished" else (("show", "--json"),):
             engine.check(engine.run_here(command, workdir, *flags))
-        ran = engine.run_here("main", *chaos.SMALL, f"--workdir={workdir}")
+        ran = engine.run_here("train", *chaos.SMALL, f"--workdir={workdir}")
         if ran.code == 1 and ran.err.startswith("error: ") and "Traceback" not in ran.err:
             continue  # it cannot be written: a folder stands in the way
         engine.check(ran, functools.partial(engine.check_same, workdir, engine.reference()))
@@ -464,11 +464,11 @@ def _digits(folder: Path) -> None:
     """A cache with digits in it, a finished run and one of one epoch."""
     folder.mkdir()
     cache = {"XDG_CACHE_HOME": str(folder / "cache")}
-    engine.check(engine.run_here("main", *_DIGITS, f"--workdir={folder / 'run'}", **cache), refuses=False)
+    engine.check(engine.run_here("train", *_DIGITS, f"--workdir={folder / 'run'}", **cache), refuses=False)
     shorter = ("--config.train.epochs=1", "--config.train.schedule_epochs=2")
-    engine.check(engine.run_here("main", *_DIGITS, *shorter, f"--workdir={folder / 'begun'}", **cache), refuses=False)
+    engine.check(engine.run_here("train", *_DIGITS, *shorter, f"--workdir={folder / 'begun'}", **cache), refuses=False)
     again = (*_DIGITS, "--config.train.schedule_epochs=2", f"--workdir={folder / 'grown'}")
-    engine.check(engine.run_here("main", *again, **cache), refuses=False)
+    engine.check(engine.run_here("train", *again, **cache), refuses=False)
 
 
 def _array_changed(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
@@ -524,14 +524,14 @@ def _damage_cache(name: str, change: Callable[[Path], object], folder: Path) -> 
     cache = shutil.copytree(sound / "cache", folder / "cache")
     decoded = next((cache / "ncjax" / "data").iterdir())
     change(decoded / name if name != "." else decoded)
-    ran = engine.run_here("main", *_DIGITS, f"--workdir={folder / 'run'}", XDG_CACHE_HOME=str(cache))
+    ran = engine.run_here("train", *_DIGITS, f"--workdir={folder / 'run'}", XDG_CACHE_HOME=str(cache))
     engine.check(ran, lambda ran: engine.check_same(folder / "run", chaos.Outcome.of(sound / "run"), ran))
     shutil.rmtree(cache)
     shutil.copytree(sound / "cache", cache)
     change(decoded / name if name != "." else decoded)
     begun = shutil.copytree(sound / "begun", folder / "begun")
     flags = (*_DIGITS, "--config.train.schedule_epochs=2", f"--workdir={begun}")
-    ran = engine.run_here("main", *flags, XDG_CACHE_HOME=str(cache))
+    ran = engine.run_here("train", *flags, XDG_CACHE_HOME=str(cache))
     engine.check(ran, lambda ran: engine.check_same(begun, chaos.Outcome.of(sound / "grown"), ran))
 
 
@@ -628,7 +628,7 @@ def _tiny(folder: Path) -> None:
     """A prepared data set and a finished run on it."""
     tfds.prepare(folder / "data")
     where = {"TFDS_DATA_DIR": str(folder / "data"), "XDG_CACHE_HOME": str(folder / "cache")}
-    engine.check(engine.run_here("main", *_TINY, f"--workdir={folder / 'run'}", **where), refuses=False)
+    engine.check(engine.run_here("train", *_TINY, f"--workdir={folder / 'run'}", **where), refuses=False)
 
 
 def _damage_tfds(name: str, change: Callable[[Path], object], folder: Path) -> None:
@@ -642,7 +642,7 @@ def _damage_tfds(name: str, change: Callable[[Path], object], folder: Path) -> N
 
     sys.path.insert(0, str(folder))
     try:
-        ran = engine.run_here("main", *_TINY, f"--workdir={folder / 'run'}", **where)
+        ran = engine.run_here("train", *_TINY, f"--workdir={folder / 'run'}", **where)
     finally:
         sys.path.remove(str(folder))
         sys.modules.pop("hostile_module", None)
@@ -662,7 +662,7 @@ def _damage_programs(kind: str, seed: int, folder: Path) -> None:
     programs = sorted(path for path in cache.iterdir() if path.name.endswith("-cache"))
     for path in programs:
         path.write_bytes(b"" if kind == "empty" else _drawn(path.read_bytes(), rng, kind))
-    ran = engine.run("ncjax.measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(cache)})
+    ran = engine.run("ncjax", "measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(cache)})
     expected = json.loads(engine.run_here("measure", *_MEASURED).out)["metrics"]
 
     def compare(ran: Ran) -> None:
@@ -676,7 +676,9 @@ _MEASURED = ("tests/data/features.npz", "--head", "tests/data/head.npz", "--json
 
 
 def _programs(folder: Path) -> None:
-    engine.check(engine.run("ncjax.measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(folder)}), refuses=False)
+    engine.check(
+        engine.run("ncjax", "measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(folder)}), refuses=False
+    )
     assert any(folder.iterdir())
 
 

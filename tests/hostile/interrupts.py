@@ -23,12 +23,12 @@ _FEATURES = ("tests/data/features.npz", "--head", "tests/data/head.npz")
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("ncjax.main", *chaos.SMALL, "--workdir={folder}/new"),
     "dry run": ("ncjax.main", *chaos.SMALL, "--dry-run"),
-    "measure": ("ncjax.measure", *_FEATURES, "--json"),
-    "measure --figures": ("ncjax.measure", *_FEATURES, "--figures", "{folder}/figures"),
-    "show": ("ncjax.show", "{folder}/run"),
-    "show --verify": ("ncjax.show", "{folder}/run", "--verify"),
-    "show --export": ("ncjax.show", "{folder}/run", "--run", "weight_decay=0,seed=0", "--export", "{folder}/x.npz"),
-    "plots": ("ncjax.plots", "{folder}/run"),
+    "measure": ("ncjax", "measure", *_FEATURES, "--json"),
+    "measure --figures": ("ncjax", "measure", *_FEATURES, "--figures", "{folder}/figures"),
+    "show": ("ncjax", "show", "{folder}/run"),
+    "show --verify": ("ncjax", "show", "{folder}/run", "--verify"),
+    "show --export": ("ncjax", "show", "{folder}/run", "--run", "weight_decay=0,seed=0", "--export", "{folder}/x.npz"),
+    "plot": ("ncjax", "plot", "{folder}/run"),
 }
 # Says that it has begun; then as `python -m` does.
 _STARTER = """
@@ -87,7 +87,7 @@ def _interrupt(command: str, signum: int, instant: float, folder: Path) -> None:
 
 
 def _continue(workdir: Path) -> None:
-    ran = engine.run_here("main", *chaos.SMALL, f"--workdir={workdir}")
+    ran = engine.run_here("train", *chaos.SMALL, f"--workdir={workdir}")
     engine.check(ran, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False)
 
 

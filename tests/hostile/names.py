@@ -91,7 +91,7 @@ def _workdir(name: str, parent: bool, folder: Path) -> None:
     """Trains in it, in two parts, reads it and measures it again; or is refused before there is anything in it."""
     workdir = folder / name / "run" if parent else folder / name
     flags = (*chaos.SMALL, f"--workdir={workdir}")
-    ran = engine.run_here("main", *flags)
+    ran = engine.run_here("train", *flags)
     if ran.code == 2:
         engine.check(ran)
         if workdir.exists() and any(workdir.iterdir()):
@@ -100,10 +100,10 @@ def _workdir(name: str, parent: bool, folder: Path) -> None:
     engine.check(ran, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False)
     _names_it(name, ran)
     # A checkpoint that cannot be read back would be found now.
-    engine.check(engine.run_here("main", *flags), refuses=False)
+    engine.check(engine.run_here("train", *flags), refuses=False)
     shutil.rmtree(workdir)
     shutil.copytree(engine.unfinished(), workdir)
-    again = engine.run_here("main", *flags)
+    again = engine.run_here("train", *flags)
     engine.check(again, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False)
     one = ("--run", "weight_decay=1e-2,seed=1")
     engine.check(engine.run_here("show", workdir, *one), functools.partial(_names_it, name), refuses=False)
@@ -126,7 +126,7 @@ def _compared(name: str, folder: Path) -> None:
     """Names of WORKDIRs stand in figures."""
     shutil.copytree(engine.trained(), folder / name / "a")
     shutil.copytree(engine.trained(), folder / name / name)
-    ran = engine.run_here("plots", folder / name / "a", folder / name / name, "--out", folder / f"out {name}")
+    ran = engine.run_here("plot", folder / name / "a", folder / name / name, "--out", folder / f"out {name}")
     engine.check(ran, lambda ran: _has_files(folder / f"out {name}", ran), refuses=False)
 
 
@@ -144,7 +144,7 @@ def _config(name: str, folder: Path) -> None:
     path = folder / f"{name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)  # of a name with a slash
     path.write_text(_CONFIG)
-    ran = engine.run_here("main", f"--config={path}", f"--workdir={folder / 'run'}")
+    ran = engine.run_here("train", f"--config={path}", f"--workdir={folder / 'run'}")
     engine.check(ran)
     if ran.code == 0 and not (folder / "run" / "history.nc").exists():
         raise Failure("silent", f"no history: {ran}")
@@ -162,9 +162,11 @@ def _export(name: str, folder: Path) -> None:
 def _relative(argument: str, folder: Path) -> None:
     """Names that look like options, where the shell gives no folder before them."""
     shutil.copy(_FEATURES, folder / f"{argument}.npz")
-    engine.check(engine.run("ncjax.measure", f"{argument}.npz", "--json", cwd=folder), lambda ran: json.loads(ran.out))
     engine.check(
-        engine.run("ncjax.measure", "--json", "--", f"{argument}.npz", cwd=folder),
+        engine.run("ncjax", "measure", f"{argument}.npz", "--json", cwd=folder), lambda ran: json.loads(ran.out)
+    )
+    engine.check(
+        engine.run("ncjax", "measure", "--json", "--", f"{argument}.npz", cwd=folder),
         functools.partial(_same_but_head, argument),
         refuses=False,
     )

@@ -51,7 +51,7 @@ def _is_held(name: str, value: float, precision: str) -> bool:
 
 def _is_honest(workdir: Path, asked: dict[str, list[float]], precision: str, ran: Ran) -> None:
     """Every value is held by the run's precision, apart from its neighbours; a run that diverged says so."""
-    from ncjax import history
+    from ncjax.storage import history
 
     if engine.is_said(ran):
         return
@@ -72,7 +72,7 @@ def _is_honest(workdir: Path, asked: dict[str, list[float]], precision: str, ran
 def _sweep(name: str, values: str, precision: str, draw: bool, folder: Path) -> None:
     flags = (f"--config.sweep.{name}={values}", f"--config.train.precision={precision}")
     others = (flag for flag in _TINY if name not in flag)  # a field given twice has the values of both
-    ran = engine.run_here("main", *others, *flags, f"--workdir={folder / 'run'}", draw=draw)
+    ran = engine.run_here("train", *others, *flags, f"--workdir={folder / 'run'}", draw=draw)
     asked = {name: [float(value) for value in values.split(",")]}
     engine.check(ran, lambda ran: _is_honest(folder / "run", asked, precision, ran))
     if ran.code == 0:
@@ -81,7 +81,7 @@ def _sweep(name: str, values: str, precision: str, draw: bool, folder: Path) -> 
 
 
 def _other(flags: str, folder: Path) -> None:
-    ran = engine.run_here("main", *_TINY, *flags.split(), f"--workdir={folder / 'run'}")
+    ran = engine.run_here("train", *_TINY, *flags.split(), f"--workdir={folder / 'run'}")
     engine.check(ran, lambda ran: _is_honest(folder / "run", {}, "float32", ran))
 
 

@@ -18,7 +18,7 @@ from tests.hostile import engine
 from tests.hostile.engine import Failure, Ran, Skipped
 
 _NOBODY, _UNKNOWN = 65534, 54321  # the second has no entry in the list of users
-_MEASURE = ("ncjax.measure", "tests/data/features.npz", "--head", "tests/data/head.npz", "--json")
+_MEASURE = ("ncjax", "measure", "tests/data/features.npz", "--head", "tests/data/head.npz", "--json")
 
 
 def _as(uid: int) -> tuple[str, ...]:
@@ -41,11 +41,11 @@ def _command(kind: str, folder: Path) -> tuple:
         "train": (engine.UNDRAWN, config, *chaos.SMALL, f"--workdir={folder / 'own' / 'new'}"),
         "dry run": ("ncjax.main", config, *chaos.SMALL, "--dry-run"),
         "digits": ("ncjax.main", config, "--config.train.epochs=1", "--dry-run"),
-        "show": ("ncjax.show", folder / "run"),
-        "verify": ("ncjax.show", folder / "run", "--verify"),
-        "plots": ("ncjax.plots", folder / "run"),
+        "show": ("ncjax", "show", folder / "run"),
+        "verify": ("ncjax", "show", folder / "run", "--verify"),
+        "plot": ("ncjax", "plot", folder / "run"),
         "continue": (engine.UNDRAWN, config, *chaos.SMALL, f"--workdir={folder / 'run'}"),
-        "export": ("ncjax.show", folder / "run", "--run", "weight_decay=0,seed=0", "--export", folder / "no/x.npz"),
+        "export": ("ncjax", "show", folder / "run", "--run", "weight_decay=0,seed=0", "--export", folder / "no/x.npz"),
     }[kind]
 
 
@@ -61,7 +61,7 @@ def _right(kind: str, folder: Path, ran: Ran) -> None:
 
 @functools.cache
 def _numbers() -> dict:
-    return json.loads(engine.run_here("measure", *_MEASURE[1:]).out)["metrics"]
+    return json.loads(engine.run_here(*_MEASURE[1:]).out)["metrics"]
 
 
 def _user(uid: int, kind: str, environment: dict, works: bool, folder: Path) -> None:
@@ -112,7 +112,7 @@ def _under_limit(limit: int, value: int, kind: str, folder: Path) -> None:
 
 
 def _goes_on(workdir: Path) -> None:
-    ran = engine.run_here("main", *chaos.SMALL, f"--workdir={workdir}")
+    ran = engine.run_here("train", *chaos.SMALL, f"--workdir={workdir}")
     engine.check(ran, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False)
 
 
@@ -143,9 +143,9 @@ def _full_disk_for(kind: str, folder: Path) -> None:
     with _small_disk(folder, "size=8k") as disk:
         run = engine.trained()
         command = {
-            "export": ("ncjax.show", run, "--run", "weight_decay=0,seed=0", "--export", disk / "x.npz"),
-            "figures": ("ncjax.measure", *_MEASURE[1:-1], "--figures", disk / "figures"),
-            "comparison": ("ncjax.plots", run, shutil.copytree(run, folder / "b"), "--out", disk / "figures"),
+            "export": ("ncjax", "show", run, "--run", "weight_decay=0,seed=0", "--export", disk / "x.npz"),
+            "figures": (*_MEASURE[:-1], "--figures", disk / "figures"),
+            "comparison": ("ncjax", "plot", run, shutil.copytree(run, folder / "b"), "--out", disk / "figures"),
         }[kind]
         engine.check(engine.run(*command), also=(1,))
         if (disk / "x.npz").exists():
@@ -201,14 +201,14 @@ def cases(_: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for what in ("no HOME", "HOME nowhere", "own HOME"):
         for kind in ("measure", "train", "dry run"):
             yield f"unknown user, {what}: {kind}", functools.partial(_user, _UNKNOWN, kind, _HOMES[what], True)
-    for kind in ("continue", "plots", "export"):
+    for kind in ("continue", "plot", "export"):
         yield f"nobody, WORKDIR of another: {kind}", functools.partial(_user, _NOBODY, kind, _HOMES["own HOME"], False)
     for files in (16, 32, 64):
         for kind in ("measure", "train"):
             limit = functools.partial(_under_limit, resource.RLIMIT_NOFILE, files)
             yield f"{files} open files: {kind}", functools.partial(limit, kind)
     for size in (0, 1000, 20_000):
-        for kind in ("train", "plots"):
+        for kind in ("train", "plot"):
             limit = functools.partial(_under_limit, resource.RLIMIT_FSIZE, size)
             yield f"files of {size} bytes: {kind}", functools.partial(limit, kind)
     for size in (4, 12, 40, 120, 400):
@@ -220,7 +220,7 @@ def cases(_: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
     yield "full disk: caches", _full_cache
     yield (
         "no current folder: measure",
-        functools.partial(_no_current_folder, ("ncjax.measure", engine.ROOT / _MEASURE[1], "--json")),
+        functools.partial(_no_current_folder, ("ncjax", "measure", engine.ROOT / _MEASURE[2], "--json")),
     )
     yield "no current folder: dry run", functools.partial(_no_current_folder, ("ncjax.main", "--dry-run"))
     yield "no current folder: relative WORKDIR", functools.partial(_no_current_folder, ("ncjax.main", "--workdir=run"))

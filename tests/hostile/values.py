@@ -298,7 +298,7 @@ def _measure(arguments: Arguments) -> tuple[dict[str, float], list[str]]:
 
 def measured(batches: Any, **options: Any) -> tuple[dict[str, float], list[str]]:
     """Returns (metrics, everything that was said)."""
-    from ncjax import measure
+    from ncjax.features import measure
 
     err = io.StringIO()
     with contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as caught:

@@ -1,0 +1,1 @@
+"""Parses command lines, one module a command; knows exit codes."""

@@ -1,0 +1,92 @@
+"""Runs the commands of the package: their signals, streams, mistakes and exit codes, alike for all.
+
+An entry point is this line. It stands above the command's imports, which can take seconds:
+
+    command.run("ncjax.cli.show")
+"""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from typing import NoReturn, TextIO
+
+from ncjax.runs import signals
+
+
+def run(module: str) -> NoReturn:
+    """Calls `main` of a module and exits with what it returns.
+
+    It exits with 130 and 143 where SIGINT and SIGTERM stopped it, and with 1 where all was done but standard output
+    could not be written. A reader who leaves early (`| head`) is no error, and nobody's work is cut short for either.
+    """
+    output = _open_streams()
+    stops = signals.Stops()
+    try:
+        stops.begin()
+        code = importlib.import_module(module).main()
+        sys.stdout.flush()
+        stops.end(code)
+    except SystemExit as error:  # argparse, of --help and of mistakes
+        code = error.code if isinstance(error.code, int) else 1
+        sys.stdout.flush()
+    except BaseException:
+        if stops.noted is None:
+            raise
+        code = None  # whatever a library made of what it was stopped by
+    if stops.noted and code != stops.noted.exit_code:
+        code = stops.noted.exit_code
+        print(f"stopped by {stops.noted}", file=sys.stderr, flush=True)
+    if output.problem and not isinstance(output.problem, BrokenPipeError):
+        code = code or 1
+        print(f"error: standard output cannot be written ({output.problem.strerror})", file=sys.stderr)
+    stops.end(code or 0)
+    if stops.noted:  # threads of libraries that were stopped in the middle crash while the interpreter shuts down
+        sys.stdout.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; --help lists the arguments\n")
+
+
+class _Stream(io.FileIO):
+    """A standard stream that takes everything: what cannot be written is dropped, and `problem` is the first reason."""
+
+    problem: OSError | None = None
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.problem = self.problem or error
+            return memoryview(data).nbytes
+
+    def as_text(self, replaced: TextIO | None) -> io.TextIOWrapper:
+        """Encodes and buffers as the stream that it replaces; file names that are no text come out as they are."""
+        encoding = getattr(replaced, "encoding", None) or "utf-8"
+        is_unbuffered = getattr(replaced, "write_through", False)
+        return io.TextIOWrapper(
+            self if is_unbuffered else io.BufferedWriter(self),
+            encoding=encoding,
+            errors="surrogateescape" if encoding.lower().startswith("utf") else "backslashreplace",
+            line_buffering=getattr(replaced, "line_buffering", False),
+            write_through=is_unbuffered,
+        )
+
+
+def _open_streams() -> _Stream:
+    """Makes both streams such as take everything, closed ones too; returns standard output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # a file of ours would be given this number, and what is meant for the stream
+            os.open(os.devnull, os.O_RDWR)
+    output, errors = (_Stream(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = output.as_text(sys.stdout), errors.as_text(sys.stderr)
+    return output

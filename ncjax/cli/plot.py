@@ -1,0 +1,75 @@
+"""Writes figures. `python -m ncjax plot WORKDIR...` redraws those of each run and lays several over one another."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import xarray as xr
+
+from ncjax.cli import command
+from ncjax.errors import InputError
+from ncjax.paths import expanded, make_folder
+from ncjax.report import draw, tables
+from ncjax.storage import history as histories_on_disk
+
+
+def _load(workdir: Path) -> xr.Dataset:
+    path = workdir / "history.nc"
+    history = histories_on_disk.load(path)
+    missing = histories_on_disk.missing(history)
+    if missing:
+        raise InputError("history", str(path), f"lacks {missing}; is it one of ncjax's?")
+    return history
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        prog="python -m ncjax plot",
+        description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also compared.",
+    )
+    parser.add_argument("workdirs", metavar="WORKDIR", type=Path, nargs="+", help="folder of a run")
+    parser.add_argument("--weight-decay", type=float, help="lambda whose budget is drawn (default: least NC3)")
+    where = "folder: of one WORKDIR's figures (default: its own), else of the comparison (default: figures)"
+    parser.add_argument("--out", metavar="DIR", type=Path, help=where)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    arguments = _parse(argv)
+    try:
+        given = (expanded("WORKDIR", workdir) for workdir in arguments.workdirs)
+        workdirs = dict.fromkeys(Path(os.path.realpath(workdir)) for workdir in given)
+        histories = {workdir: _load(workdir) for workdir in workdirs}
+        if arguments.out is not None:
+            arguments.out = expanded("--out", arguments.out)
+            make_folder("--out", arguments.out)
+        written = _draw(histories, arguments)
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a reader's message was
+        return 2
+    console = tables.make_console()
+    for path in written:
+        tables.say(console, str(path))
+    return 0
+
+
+def _draw(histories: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[Path]:
+    """Draws one run into --out or its own folder; several each into its own folder, and compared into --out."""
+    if len(histories) == 1 and arguments.out is not None:
+        (history,) = histories.values()
+        return draw.draw_all(history, arguments.out, arguments.weight_decay)
+    written = [
+        path
+        for workdir, history in histories.items()
+        for path in draw.draw_all(history, workdir / "figures", arguments.weight_decay)
+    ]
+    if len(histories) > 1:
+        names = [workdir.name for workdir in histories]
+        unique = [at.name if names.count(at.name) == 1 else str(at) for at in histories]
+        written += draw.draw_comparison(
+            dict(zip(unique, histories.values(), strict=True)), arguments.out or Path("figures")
+        )
+    return written

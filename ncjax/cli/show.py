@@ -1,0 +1,288 @@
+"""Says what is in a WORKDIR: what ran, with which parameters, whether the files are sound, and what was measured.
+
+    python -m ncjax show runs/digits
+    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
+    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
+
+Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad input.
+"""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ncjax import environment
+from ncjax.cli import command
+from ncjax.errors import InputError, listed, printable
+from ncjax.paths import check_name, expanded
+
+if TYPE_CHECKING:
+    from ncjax.runs.inspect import Holdings
+
+EXPORTS = (".safetensors", ".npz")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    arguments = _parse(argv)
+    try:
+        coordinates = parse_coordinates(arguments.run)
+        if arguments.export and arguments.export.suffix not in EXPORTS:
+            raise InputError("--export", str(arguments.export), f"its name must end in {' or '.join(EXPORTS)}")
+        return _show(arguments, coordinates)
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.Parser(
+        prog="python -m ncjax show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="folder of a run")
+    parser.add_argument("--epoch", type=int, help="measured epoch, or epoch of a checkpoint (default: the newest)")
+    parser.add_argument(
+        "--run", metavar="NAME=VALUE,...", default="", help="one run of the grid, read and checked alone"
+    )
+    parser.add_argument("--verify", action="store_true", help="measure the checkpoint again; compare with history.nc")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+    parser.add_argument("--export", metavar="FILE", type=Path, help="one run's weights: FILE.safetensors or FILE.npz")
+    return parser.parse_args(argv)
+
+
+def parse_coordinates(text: str) -> dict[str, float]:
+    """`weight_decay=1e-3,seed=0` -> {"weight_decay": 0.001, "seed": 0.0}, or InputError."""
+    coordinates: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = (word.strip() for word in part.partition("="))
+        try:
+            if name in coordinates:
+                raise ValueError
+            coordinates[name] = float(value)
+        except ValueError:
+            raise InputError("--run", text, "write NAME=VALUE,..., as in --run weight_decay=1e-3,seed=0") from None
+    return coordinates
+
+
+def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+    environment.import_jax()
+    from ncjax.runs import load as runs
+    from ncjax.training import mesh
+
+    check_name("WORKDIR", arguments.workdir)
+    if arguments.verify:
+        mesh.find_devices()
+    for _ in range(runs.ATTEMPTS - 1):
+        try:
+            return _show_once(arguments, coordinates)
+        except runs.Removed:
+            if arguments.epoch is not None:
+                raise
+    return _show_once(arguments, coordinates)
+
+
+def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+    from ncjax.runs import inspect
+    from ncjax.runs import load as runs
+    from ncjax.storage import journal
+
+    holdings = inspect.read(expanded("workdir", arguments.workdir), coordinates)
+    measured, saved = _epochs(holdings, arguments.epoch)
+    found = _describe(holdings, measured, saved)
+    if arguments.export:
+        if holdings.place is None:
+            several = [f"{name} = {listed(values)}" for name, values in holdings.axes.items() if len(values) > 1]
+            raise InputError(
+                "--run", arguments.run, f"--export takes one run: give it one of each {'; '.join(several)}"
+            )
+        if saved is None:
+            raise InputError("--export", str(arguments.export), _no_checkpoint(holdings, arguments.epoch))
+        with warnings.catch_warnings(action="ignore"):  # a note says what they say
+            run = runs.load_run(holdings.workdir, epoch=saved, **holdings.place.coordinates)
+        inspect.export(run, arguments.export)
+        found["export"] = str(arguments.export)
+    if arguments.verify:
+        found["verification"] = _verify(holdings, arguments.epoch)
+    if arguments.json:
+        print(json.dumps(journal.strict(found)))
+    else:
+        _print(found, holdings, measured)
+    return 1 if arguments.verify and not found["verification"]["passed"] else 0
+
+
+def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | None]:
+    """(measured epoch, epoch of a checkpoint) that were asked for, or the newest (sound) ones; None: there is none."""
+    sound = [saved.epoch for saved in holdings.checkpoints if saved.problem is None]
+    if epoch is None:
+        return (holdings.measured or [None])[-1], (sound or [None])[-1]
+    saved = [saved.epoch for saved in holdings.checkpoints]
+    if epoch not in {*holdings.measured, *saved}:
+        way_out = f"measured were {listed(holdings.measured)}; there are checkpoints of {listed(saved)}"
+        raise InputError("--epoch", epoch, way_out)
+    return epoch if epoch in holdings.measured else None, epoch if epoch in saved else None
+
+
+def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
+    if epoch is None:
+        return "there is no sound checkpoint"
+    return f"there is no checkpoint of epoch {epoch}; there are {listed([s.epoch for s in holdings.checkpoints])}"
+
+
+def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
+    """What `inspect.verify` finds, and all that was found damaged before it."""
+    from ncjax.runs import inspect
+
+    saved = [s.epoch for s in holdings.checkpoints]
+    if not saved or (epoch is not None and epoch not in saved):
+        raise InputError("--verify", str(holdings.workdir), _no_checkpoint(holdings, epoch))
+    if epoch is not None and holdings.history is not None and epoch not in holdings.measured:
+        raise InputError("--epoch", epoch, f"it was not measured; measured were {listed(holdings.measured)}")
+    problems = [f"checkpoint {s.epoch}: {s.problem}" for s in holdings.checkpoints if s.problem]
+    if holdings.history is None:
+        problems.append(holdings.history_problem or "there is no history.nc")
+    sound = [s.epoch for s in holdings.checkpoints if s.problem is None and s.epoch in holdings.measured]
+    chosen = max((e for e in sound if epoch in (None, e)), default=None)
+    if chosen is None:
+        problems.append("no sound checkpoint is of a measured epoch")
+        return {"passed": False, "problems": problems}
+    result = inspect.verify(holdings, chosen)
+    if not result.passed:
+        problems.append(f"{result.variable} deviates by {result.deviation:.2g}")
+    return {"passed": not problems, "problems": problems, **result._asdict()}
+
+
+def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> dict[str, Any]:
+    """Everything but the tables' layout: what --json prints."""
+    shown = next((s for s in reversed(holdings.checkpoints) if s.parameters and saved in (None, s.epoch)), None)
+    parameters = [
+        {"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "size": p.size, "bytes": p.bytes}
+        for p in (shown.parameters if shown else ())
+    ]
+    return {
+        "workdir": str(holdings.workdir),
+        "config": holdings.config,
+        "grid": holdings.axes,
+        "runs": math.prod(len(values) for values in holdings.axes.values()),
+        "run": holdings.place and {"number": holdings.place.number, **holdings.place.coordinates},
+        "epochs": {
+            "asked": holdings.config["train"]["epochs"],
+            "done": max([0, *holdings.measured, *(s.epoch for s in holdings.checkpoints)]),
+            "measured": holdings.measured,
+        },
+        **holdings.provenance,
+        "parameters": parameters,
+        "parameter_count": sum(p["size"] for p in parameters),
+        "checkpoints": [
+            {"epoch": s.epoch, "bytes": s.bytes, "sound": s.problem is None, "problem": s.problem}
+            for s in holdings.checkpoints
+        ],
+        "history": {
+            "sound": holdings.history is not None,
+            "sealed": holdings.history_is_sealed,
+            "problem": holdings.history_problem,
+        },
+        "measurements": _measurements(holdings, measured),
+        "notes": holdings.notes,
+    }
+
+
+def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | None:
+    """Every variable at one epoch, with the dimensions of its nested lists, and the coordinates of those."""
+    if epoch is None or holdings.history is None:
+        return None
+    variables = {}
+    for name, variable in holdings.history.data_vars.items():
+        if "epoch" not in variable.dims and epoch != holdings.measured[-1]:
+            continue  # kept of the newest epoch alone
+        one = variable.sel(epoch=epoch) if "epoch" in variable.dims else variable
+        variables[str(name)] = {"dims": list(one.dims), "values": one.values.tolist()}
+    coordinates = {str(name): values.values.tolist() for name, values in holdings.history.coords.items()}
+    return {"epoch": epoch, "coordinates": coordinates | {"epoch": epoch}, "variables": variables}
+
+
+def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) -> None:
+    from rich.table import Table
+
+    from ncjax.report import tables
+    from ncjax.storage import history
+
+    console = tables.make_console()
+    for name, line in _summary(found).items():
+        tables.say(console, f"{name:<12}{line}")
+    table = Table("checkpoint", "size", "checksums" if found["run"] is None else "checksums of this run")
+    for saved in found["checkpoints"]:
+        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), printable(saved["problem"] or "hold"))
+    if found["checkpoints"]:
+        console.print(table)
+    if found["parameters"]:
+        table = Table("parameters of one run", "shape", "type", "numbers", "bytes")
+        for p in found["parameters"]:
+            shape = " x ".join(map(str, p["shape"]))
+            table.add_row(p["name"], shape, p["dtype"], f"{p['size']:,}", _bytes(p["bytes"]))
+        total = sum(p["bytes"] for p in found["parameters"])
+        table.add_section()
+        table.add_row("total", "", "", f"{found['parameter_count']:,}", _bytes(total))
+        console.print(table)
+    if measured is not None and holdings.history is not None:
+        tables.show_collapse(history.up_to(holdings.history, measured), console)
+    for note in found["notes"]:
+        tables.say(console, f"note: {note}")
+    if "export" in found:
+        tables.say(console, f"wrote {found['export']}")
+    if "verification" in found:
+        tables.say(console, _verdict(found["verification"]))
+
+
+def _summary(found: dict[str, Any]) -> dict[str, str]:
+    config, epochs, run = found["config"], found["epochs"], found["run"]
+    sections = {name: _pairs(config[name]) for name in ("data", "model", "train")}
+    sections["train"] += "".join(f", {name}={config[name]}" for name in ("loss", "targets", "units") if name in config)
+    swept = "; ".join(f"{name} = {listed(values)}" for name, values in found["grid"].items())
+    one = ", ".join(f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "number")
+    of_epochs = f"{epochs['done']} of {epochs['asked']}, measured at {listed(epochs['measured'])}"
+    software = ", ".join(f"{name} {version}" for name, version in found["versions"].items()) or "unknown"
+    history = found["history"]
+    state = "its checksum holds" if history["sealed"] else "no checksum lies beside it"
+    seen = {
+        "WORKDIR": found["workdir"],
+        **sections,
+        "grid": f"{found['runs']} runs: {swept}",
+        "run": f"{one} (number {run['number']} of the grid, from 0)" if run else "",
+        "epochs": of_epochs + ("" if found["checkpoints"] else "; no checkpoint yet"),
+        "software": software,
+        "device": f"{found['device'] or 'unknown'}; git revision {found['git_revision'] or 'unknown'}",
+        "history.nc": history["problem"] or (state if history["sound"] else "not there yet"),
+    }
+    return {name: line for name, line in seen.items() if line}
+
+
+def _pairs(section: dict[str, Any]) -> str:
+    """A section of the config in one line; what is left empty is left out."""
+    shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in section.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items() if value != "")
+
+
+def _bytes(count: float | int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _verdict(verification: dict[str, Any]) -> str:
+    line = "verified: "
+    if "epoch" in verification:
+        where = ", ".join(f"{name}={value:.10g}" for name, value in verification["coordinates"].items())
+        runs = f"{verification['runs']} run{'s' if verification['runs'] > 1 else ''}"
+        line += (
+            f"{verification['variables']} variables of {runs} at epoch {verification['epoch']}, measured again: the "
+            f"largest relative deviation is {verification['deviation']:.2g} ({verification['variable']} at {where}), "
+            f"of {verification['tolerance']:g} allowed; "
+        )
+    return line + ("PASS" if verification["passed"] else f"FAIL: {'; '.join(verification['problems'])}")

@@ -1,0 +1,1 @@
+"""Turns a named data set into balanced arrays."""

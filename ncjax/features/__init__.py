@@ -1,0 +1,1 @@
+"""Measures neural collapse of features from anywhere."""

@@ -1,0 +1,122 @@
+"""Measures neural collapse of features from anywhere, in one call or in two passes one by one."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ncjax.errors import InputError
+
+if TYPE_CHECKING:
+    from ncjax.features.measurement import Measurement, find, prepare
+    from ncjax.features.statistics import load, merge, save
+    from ncjax.features.streaming import first_pass, second_pass
+
+# Classes that labels alone may ask for: of more they are no numbers of classes, but some other id.
+_MOST_INFERRED = 2**22
+
+__all__ = ["find", "first_pass", "load", "measure", "measure_batches", "merge", "prepare", "save", "second_pass"]
+
+
+def __getattr__(name: str) -> Any:
+    """The two passes one by one. They import JAX, for which a command line must not wait."""
+    if name in __all__:
+        from ncjax.features import measurement, statistics, streaming
+
+        return next(getattr(module, name) for module in (measurement, statistics, streaming) if hasattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def measure(features: Any, labels: Any, logits: Any = None, **options: Any) -> dict[str, float]:
+    """Returns every number of the vocabulary that these arrays determine, by name.
+
+    Warns of numbers that would mislead, as where they are 0 for another reason than collapse.
+
+    Args:
+      features: h, (N, p), of NumPy (memory-mapped too), JAX or DLPack (PyTorch).
+      labels: (N,), integers from 0 on.
+      logits: outputs f, (N, C), where they are not W h + b of the head.
+      options: those of `measure_batches`.
+
+    Raises:
+      InputError (a ValueError): names the argument, its value and the way out.
+    """
+    found = measure_batches([(features, labels) if logits is None else (features, labels, logits)], **options)
+    for caution in found.cautions:
+        warnings.warn(caution, stacklevel=2)
+    return found.metrics
+
+
+def measure_batches(
+    batches: Iterable,
+    *,
+    num_classes: int | None = None,
+    head: Any = None,
+    bias: Any = None,
+    loss: str = "square",
+    weight_decay: float | None = None,
+    global_mean: str = "classes",
+    float64: bool | None = None,
+    rows: int | None = None,
+    devices: Sequence[Any] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> "Measurement":
+    """Measures batches, which are iterated twice and must be the same both times: a list, a data loader without random
+    augmentation, anything but a generator.
+
+    Args:
+      batches: (features, labels) or (features, labels, logits) each, see `measure`.
+      num_classes: C; None: as the head or the logits of a list have, else one more than its largest label.
+      head: W, (C, p): nc3, nc1_row_space, nc2_*_head, and outputs W h + b unless there are logits.
+      bias: b, (C,).
+      loss: what residuals are of: `square` (one-hot targets, r = y - f), `cross_entropy` (r = y - softmax(f)).
+      weight_decay: lambda of loss + lambda/2 ||W||^2, the loss a mean over examples of 1/2 ||y - f||^2, or of the
+        cross-entropy: equilibrium residual, predictions and budget. PyTorch's MSELoss has another unit, docs/theory.md.
+      global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same for balanced classes.
+      float64: compute in float64; None: where float32 does not hold features or logits of their type.
+      rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read in place.
+      devices: JAX devices that share the work; None: all of this process.
+      progress: called with the number of examples of every chunk, in both passes.
+
+    Returns:
+      `measurement.Measurement`: `metrics`, and what figures are drawn of.
+
+    Raises:
+      InputError (a ValueError): names the argument, its value and the way out.
+    """
+
+    from ncjax.features import measurement, streaming
+
+    if rows is not None and rows < 1:
+        raise InputError("rows", rows, "give a number from 1 on")
+    if num_classes is None and head is not None:
+        kernel = streaming.as_array("head", head)
+        num_classes = len(kernel) if kernel.ndim else None
+    if num_classes is None and isinstance(batches, list | tuple):
+        num_classes = max((_classes_in(batch) for batch in batches), default=1)
+        if num_classes > _MOST_INFERRED:
+            raise InputError("labels", num_classes - 1, "number classes from 0 on, or say how many there are")
+    if num_classes is None:
+        raise InputError("num_classes", None, "give the number of classes, or a head")
+    work = {"rows": rows, "devices": devices, "progress": progress}
+    sums = streaming.first_pass(batches, num_classes, float64=float64, **work)
+    reference = measurement.prepare(
+        sums, head=head, bias=bias, loss=loss, weight_decay=weight_decay, global_mean=global_mean
+    )
+    del sums
+    return measurement.find(reference, streaming.second_pass(batches, reference, **work))
+
+
+def _classes_in(batch: Any) -> int:
+    """Columns of logits, or one more than the largest label; 1 where the batch is none, as will be said of it."""
+    from ncjax.features.streaming import as_array
+
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        return 1
+    name, which = ("logits", batch[2]) if len(batch) > 2 else ("labels", batch[1])
+    try:
+        array = as_array(name, which)
+    except InputError:
+        return 1
+    if name == "logits":
+        return array.shape[-1] if array.ndim else 1
+    return max(1, int(array.max()) + 1) if array.size and array.dtype.kind in "iu" else 1

@@ -1,0 +1,1 @@
+"""Defines the measurements and the theory beside them: pure arrays, no files."""

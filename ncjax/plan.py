@@ -1,0 +1,192 @@
+"""Everything that can be wrong is found here, before JAX is imported and long before anything is compiled."""
+
+import json
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ncjax import config as configuration
+from ncjax import environment
+from ncjax.data import dataset as data
+from ncjax.errors import InputError
+from ncjax.paths import check_name, expanded
+
+# What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
+_OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
+# TensorStore separates folders by a backslash too; the others are storage buckets to Orbax. Neither knows surrogates,
+# which stand for bytes that are no UTF-8.
+_MISTAKEN = re.compile(r"\\|gs:/|^/(gs|s3|az|hf)/|[\ud800-\udfff]")
+
+
+class Plan(NamedTuple):
+    """A run that can start: a valid config, its WORKDIR (of a dry run that names none, any), its data and its grid."""
+
+    config: configuration.Config
+    workdir: Path
+    dataset: data.Dataset
+    grid: configuration.Grid
+
+
+class Processes(NamedTuple):
+    """This process among several: the arguments of `jax.distributed.initialize`; None is for the environment to say."""
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+
+
+def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
+    """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
+    plan = examine(config, workdir)
+    _make_folder("--workdir", plan.workdir)
+    if plan.config.profile.dir:
+        _make_folder("config.profile.dir", Path(plan.config.profile.dir))
+    return plan
+
+
+def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
+    """`prepare`, but nothing is made; a WORKDIR need not be named."""
+    if sys.platform == "win32":
+        way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
+        raise InputError("platform", sys.platform, way_out)
+    config = configuration.validate(config)
+    environment.check(os.environ)
+    checked = Path() if workdir is None else _check_workdir(workdir, config)
+    dataset = load_data(config.data)
+    train_size = len(dataset.train.labels)
+    if config.train.batch_size > train_size:
+        raise InputError(
+            "config.train.batch_size",
+            config.train.batch_size,
+            f"the training split has {train_size} examples; take fewer, or 0 for full batch",
+        )
+    _check_images(config, dataset)
+    configuration.check_units(config, dataset.num_classes)
+    _check_scale(config, dataset)
+    if config.profile.dir:
+        _check_profile(config.profile.dir)
+    return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
+
+
+def find_processes(
+    coordinator: str, count: int | None, number: int | None, environment: Mapping[str, str]
+) -> Processes | None:
+    """Whether this is one process of several, by --coordinator, --processes and --process or by its environment.
+
+    Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find out by itself.
+    """
+    if not coordinator and count is None and number is None:
+        tasks, hosts = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("TPU_WORKER_HOSTNAMES", "")
+        return Processes(None, None, None) if tasks != "1" or "," in hosts else None
+    if coordinator == "auto" and count is None and number is None:
+        return Processes(None, None, None)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        way_out = "name process 0 as host:port, the same in all processes, or auto and no more"
+        raise InputError("--coordinator", coordinator, way_out)
+    if count is None or count < 1:
+        raise InputError("--processes", count, "say how many there are in all, an integer >= 1")
+    if number is None or not 0 <= number < count:
+        raise InputError("--process", number, f"must be an integer from 0 to {count - 1}, another in each process")
+    _check_address(coordinator, host, int(port), number)
+    return Processes(coordinator, count, number)
+
+
+def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
+    """JAX would wait for a host that is unknown, and crash over a port that is taken."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+        if number == 0:
+            socket.create_server(("", port)).close()
+    except OSError as error:
+        way_out = f"{error.strerror}; name process 0 as host:port, and a port that is free"
+        raise InputError("--coordinator", coordinator, way_out) from error
+
+
+def load_data(settings: configuration.Config) -> data.Dataset:
+    """The data set of a config's `data` section, a ConfigDict or a dict."""
+    others = {name: value for name, value in settings.items() if name not in ("name", "dir")}
+    return data.load(settings["name"], directory=settings["dir"], **others)
+
+
+def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
+    """Convolutions and random crops are of images (height, width, channels)."""
+    shape = dataset.center.shape
+    for field, needs in (("model.kind", "conv"), ("train.augment", "crop")):
+        section, leaf = field.split(".")
+        if config[section][leaf].startswith(needs) and len(shape) != 3:
+            way_out = f"{config.data.name} has examples of shape {shape}; it needs images (height, width, channels)"
+            raise InputError(f"config.{field}", config[section][leaf], way_out)
+
+
+def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
+    """Raises InputError where inputs of the norm asked for would be 0 or infinite."""
+    if not config.data.standardize:
+        factor = float(dataset.scale) / config.data.input_scale
+        configuration.check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision, factor)
+
+
+def check_path(field: str, folder: Path) -> None:
+    """Raises InputError where the libraries that write and read checkpoints would take a folder for another place."""
+    found = _MISTAKEN.search(f"{os.path.realpath(folder)}/")
+    if found:
+        way_out = f"Orbax and TensorStore take {found[0].strip('/')!a} in its path for another place; choose another"
+        raise InputError(field, str(folder), way_out)
+
+
+def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
+    workdir = expanded("--workdir", name)
+    try:
+        check_name("--workdir", workdir)
+        check_path("--workdir", workdir)
+        if workdir.exists() and not workdir.is_dir():
+            raise InputError("--workdir", str(workdir), "it is a file; name a folder")
+        content = (workdir / "config.json").read_bytes()
+    except FileNotFoundError:
+        foreign = sorted(path.name for path in workdir.glob("*") if path.name not in _OWN and path.name[0] != ".")
+        if foreign:
+            way_out = f"it holds {foreign[0]} and no run; choose an empty or a new folder"
+            raise InputError("--workdir", str(workdir), way_out) from None
+        return workdir
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # too long a name; a null byte
+        raise InputError("--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})") from error
+    try:
+        differences = configuration.differences(config, json.loads(content))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # no JSON, or JSON that is no config
+        raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
+    if differences:
+        way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        if len(differences) == 1 and differences[0].startswith("config.train.epochs"):
+            way_out += " (a run never shrinks; it grows with train.schedule=constant, or train.schedule_epochs set)"
+        raise InputError("--workdir", str(workdir), way_out)
+    return workdir
+
+
+def _check_profile(name: str) -> None:
+    """A trace is written long after this: it must not be the first to find that it cannot."""
+    check_name("config.profile.dir", Path(name))
+    try:
+        folder = Path(name)
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} is no folder that can be written")
+    except (OSError, ValueError) as error:  # too long a name; a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError("config.profile.dir", name, f"{reason}; choose another folder") from error
+
+
+def _make_folder(name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(name, str(folder), f"cannot be written ({error.strerror}); choose another") from error

@@ -1,0 +1,309 @@
+"""What a run says: a live line while it trains, a table and a verdict when it is done."""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ncjax.errors import printable
+from ncjax.storage.history import RELAXED, VOCABULARY, extinct
+
+# Columns of the final tables: heading, variable, what selects one number of it. Empty columns are left out.
+_TRAIN, _TEST, _HEAD = {"split": "train"}, {"split": "test"}, {"layer": "head"}
+_Columns = tuple[tuple[str, str, dict[str, str]], ...]
+_COLLAPSE: _Columns = (
+    ("train acc", "accuracy", _TRAIN),
+    ("test acc", "accuracy", _TEST),
+    ("nc1", "nc1", _TRAIN),
+    ("nc2 equinorm", "nc2_equinorm_means", _TRAIN),
+    ("nc2 equiangular", "nc2_equiangular_means", _TRAIN),
+    ("nc3", "nc3", _TRAIN),
+    ("nc3 centered", "nc3_centered", _TRAIN),
+    ("nc4", "nc4", _TRAIN),
+    ("epsilon", "epsilon", _TRAIN),
+    ("delta", "delta", _TRAIN),
+    ("head eq. residual", "equilibrium_residual", _HEAD),
+    ("2 lambda t", "relaxation_time", {}),
+)
+_THEORY: _Columns = (
+    ("epsilon", "epsilon", _TRAIN),
+    ("of the UFM", "closed_form_epsilon", {}),
+    ("nc3", "nc3", _TRAIN),
+    ("floor", "nc3_floor", {}),
+    ("of the UFM", "closed_form_nc3", {}),
+    ("head norm^2", "weight_norm_sq", _HEAD),
+    ("predicted", "predicted_head_norm_sq", {}),
+    ("of the UFM", "closed_form_norm_sq", {}),
+    ("theorem's error", "theorem_residual", {}),
+    ("budget: theorem", "budget_theorem", {}),
+    ("mean", "budget_mean", {}),
+    ("asymmetry", "budget_asymmetry", {}),
+    ("within", "budget_within", {}),
+    ("gradient", "budget_gradient", {}),
+)
+_MET = 1e-6  # relative: a closed form is met, or another solution was
+# What outputs that are 0 up to rounding seem to say: all are right, and collapsed.
+_OF_OUTPUTS = {"accuracy", *(name for name in VOCABULARY if name.startswith(("nc1", "nc2", "nc3", "nc4")))}
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line per measurement. `quiet`: nothing at all."""
+
+    def __init__(self, epochs: int, samples_per_epoch: int, quiet: bool = False):
+        self._epochs, self._samples = epochs, samples_per_epoch
+        self._seconds_per_epoch = float("nan")
+        self._nc1 = "not measured yet"
+        self._console = make_console(quiet)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        say(self._console, line)
+
+    def trained(self, epoch: int, seconds_per_epoch: float) -> None:
+        self._seconds_per_epoch = seconds_per_epoch
+        if self._console.is_terminal:
+            self._live.update(Text(self._line(epoch)), refresh=True)
+
+    def measured(self, epoch: int, nc1: np.ndarray) -> None:
+        finite = nc1[np.isfinite(nc1)]
+        self._nc1 = f"NC1 {finite.min():.2g} to {finite.max():.2g}" if finite.size else "NC1 undefined in every run"
+        if not self._console.is_terminal:
+            self.say(self._line(epoch))
+
+    def _line(self, epoch: int) -> str:
+        if np.isnan(self._seconds_per_epoch):
+            return f"epoch {epoch}/{self._epochs}  {self._nc1}"
+        rate = 1 / self._seconds_per_epoch
+        left = (self._epochs - epoch) * self._seconds_per_epoch
+        return (
+            f"epoch {epoch}/{self._epochs}  {rate:.3g} epochs/s  {rate * self._samples:,.0f} samples/s  "
+            f"{duration(left)} left  {self._nc1}"
+        )
+
+
+def make_console(quiet: bool = False, stderr: bool = False) -> Console:
+    """Returns standard output, or `stderr`; wide where nobody looks at it, so that a log holds whole tables.
+
+    It prints text as it stands: names of files, folders and data sets may hold `[/b]` or `:cat:`. `quiet`: nothing.
+    """
+    if quiet:
+        return Console(quiet=True, force_terminal=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a locale that has no "±" it gets "\xb1"
+    console = Console(markup=False, emoji=False, stderr=stderr)
+    if not console.is_terminal:
+        console.width = 220
+    return console
+
+
+def say(console: Console, line: str) -> None:
+    """Prints a line as it stands, whatever is in the names that it holds."""
+    console.print(printable(line), highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def mean_and_sd(values: np.ndarray) -> str:
+    """Formats mean±sd of the finite values.
+
+    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after four digits.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size:
+        return "-"
+    mean, sd = float(finite.mean()), float(finite.std(ddof=1)) if finite.size > 1 else 0.0
+    if sd <= 1e-6 * abs(mean):
+        # Equal up to rounding: there is no spread to speak of.
+        return short_exponent(f"{mean:.3g}")
+    more = int(f"{sd:e}"[0] == "1")
+    place = _exponent(sd) - more
+    kept = max(place, _exponent(mean) - 3) if mean else place
+    if 0 < abs(mean) < 1e-3:
+        shown = f"{mean:.{max(_exponent(mean) - kept, 0)}e}±{sd:.{more}e}"
+    else:
+        spread = f"{round(sd, -place):.{max(-place, 0)}f}" if kept == place else f"{sd:.{more + 1}g}"
+        shown = f"{round(mean, -kept):.{max(-kept, 0)}f}±{spread}"
+    return short_exponent(shown)
+
+
+def _exponent(number: float) -> int:
+    """Returns the power of ten of the first digit."""
+    return int(f"{number:e}".split("e")[1])
+
+
+def short_exponent(number: str) -> str:
+    """Writes 1e-05 as 1e-5."""
+    return number.replace("e-0", "e-").replace("e+0", "e")
+
+
+def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
+    """The swept axes but for the seeds, and every combination of their values, in the order of the grid."""
+    names = [str(d) for d in history["finite"].dims if d not in ("seed", "epoch")]
+    shape = [history.sizes[name] for name in names]
+    return names, list(np.ndindex(*shape))
+
+
+def show_results(history: xr.Dataset, console: Console) -> None:
+    """Measured collapse, then theory beside it, at the last epoch measured; then what stands out."""
+    show_collapse(history, console)
+    _show(
+        history, console, _THEORY, "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L"
+    )
+    for line in (*_least(history), *_short(history), *_closed_form(history)):
+        say(console, line)
+
+
+def show_collapse(history: xr.Dataset, console: Console) -> None:
+    """The table of measured collapse at the last epoch of a history."""
+    seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
+    spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
+    _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
+    for line in _degenerate(history):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
+    """One row per weight decay (and other swept setting): mean ± sd over seeds."""
+    names, settings = _settings(history)
+    final, seeds = history.isel(epoch=-1), history.sizes["seed"]
+    out = extinct(final)
+    keys = [[f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)] for index in settings]
+    columns = []
+    for heading, variable, select in chosen:
+        values = final[variable].sel(select)
+        values = values.where(~out) if variable in _OF_OUTPUTS else values
+        cells = [mean_and_sd(values.values[index]) for index in settings]
+        if set(cells) != {"-"}:
+            columns.append((heading, cells))
+    runs = [int(final["finite"].values[index].sum()) for index in settings]
+    put_out = [int(out.values[index].sum()) for index in settings]
+    if max(put_out) > 0:
+        columns.insert(0, ("put out", [f"{count} of {seeds}" for count in put_out]))
+    if min(runs) < seeds:
+        columns.insert(0, ("finite runs", [f"{count} of {seeds}" for count in runs]))
+    for i, part in enumerate(_fit(columns, console.width - 14 * len(names))):
+        table = Table(title=title if i == 0 else None)
+        for name in names:
+            table.add_column("lambda" if name == "weight_decay" else name, justify="right", no_wrap=True)
+        for heading, _ in part:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row, key in enumerate(keys):
+            table.add_row(*key, *(cells[row] for _, cells in part))
+        console.print(table)
+
+
+def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tuple[str, list[str]]]]:
+    """Columns packed into as few tables as the width allows, at least one column each."""
+    parts, used = [[]], 0
+    for column in columns:
+        needed = 3 + max(len(text) for text in (column[0], *column[1]))
+        if parts[-1] and used + needed > width:
+            parts.append([])
+            used = 0
+        parts[-1].append(column)
+        used += needed
+    return parts
+
+
+def _least(history: xr.Dataset) -> list[str]:
+    """Where nc1 and nc3 are least, and what they are without weight decay."""
+    final = history.isel(epoch=-1).sel(split="train")
+    alive = ~extinct(history.isel(epoch=-1))
+    names, settings = _settings(history)
+    lines = []
+    for variable in ("nc1", "nc3"):
+        values = final[variable].where(alive).values
+        finite = [index for index in settings if np.isfinite(values[index]).any()]
+        if not finite:
+            continue
+        best = min(finite, key=lambda index: np.nanmean(values[index]))
+        where = ", ".join(f"{n}={history[n].values[i]:g}" for n, i in zip(names, best, strict=True))
+        line = f"{variable} is least at {where.replace('weight_decay', 'lambda')}: {mean_and_sd(values[best])}"
+        undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
+        if undecayed and undecayed[0] != best:
+            zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
+            ratio = np.nanmean(values[zero]) / np.nanmean(values[best])
+            line += f"; {mean_and_sd(values[zero])} at lambda=0, {ratio:.1f} times as much"
+        lines.append(line)
+    return lines
+
+
+def _degenerate(history: xr.Dataset) -> list[str]:
+    """Which numbers of the table of collapse do not say what they seem to."""
+    final = history.isel(epoch=-1)
+    out, lines = extinct(final), []
+    if out.any():
+        lines.append("put out: outputs are the same for every input; accuracy and nc1 to nc4 are of the other runs")
+    rank = min(history.sizes["label"] - 1, json.loads(history.attrs["config"])["model"]["widths"][-1])
+    lost = (final["nc1_rank"].sel(split="train", drop=True) < rank) & ~out
+    if lost.any():
+        where = f"{int(lost.sum())} runs at lambda = {_decays_where(lost)}"
+        lines.append(f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class means are one")
+    if history.attrs["per_class"] == "1":
+        lines.append("one example in each class: nc1 and cdnv of the training split are 0 whatever is learned")
+    return lines
+
+
+def _decays_where(condition: xr.DataArray) -> str:
+    """Lists the lambdas at which any run meets a condition."""
+    met = condition.any([dim for dim in condition.dims if dim != "weight_decay"])
+    return ", ".join(f"{value:g}" for value in condition["weight_decay"].values[met.values])
+
+
+def _short(history: xr.Dataset) -> list[str]:
+    """Which lambdas the run is too short for, and the epochs that would do (the clock is proportional to them)."""
+    final = history["relaxation_time"].isel(epoch=-1)
+    epochs = int(history["epoch"][-1])
+    elapsed = final.min([dim for dim in final.dims if dim != "weight_decay"])
+    short = elapsed[(elapsed > 0) & (elapsed < RELAXED)]
+    if not short.size:
+        return []
+    decays = ", ".join(f"{value:g}" for value in short["weight_decay"].values)
+    needed = ", ".join(f"{math.ceil(epochs * RELAXED / value):,}" for value in short.values)
+    short_of = f"short of equilibrium (2 lambda t below {RELAXED:g})"
+    return [f"{short_of} at lambda = {decays}: the same schedule needs {needed} epochs"]
+
+
+def _closed_form(history: xr.Dataset) -> list[str]:
+    """How many runs of an unconstrained-feature model met its closed form, how closely, and where others did not."""
+    final = history.isel(epoch=-1).sel(split="train")
+    error = abs(final["epsilon"] / final["closed_form_epsilon"] - 1)
+    exists, met = error.notnull(), error < _MET
+    if not exists.any():
+        return []
+    errors = {
+        "epsilon": error,
+        "||W_L||^2": abs(final["weight_norm_sq"].sel(layer="head") / final["closed_form_norm_sq"] - 1),
+        "nc3 (absolute)": abs(final["nc3"] - final["closed_form_nc3"]),
+    }
+    line = f"closed form: epsilon met to {_MET:g} by {int(met.sum())} of {int(exists.sum())} finite runs that have one"
+    if met.any():
+        line += "; largest error of those: " + ", ".join(
+            f"{name} {float(e.where(met).max()):.1g}" for name, e in errors.items()
+        )
+    elsewhere = exists & ~met
+    if elsewhere.any():
+        line += f"; not by all at lambda = {_decays_where(elsewhere)}, where modes died or the run is short"
+    return [line]

@@ -1,0 +1,327 @@
+"""What a WORKDIR holds: read and checked, measured again, taken out. Nothing in it is changed."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from ncjax import config as configuration
+from ncjax import plan
+from ncjax.errors import InputError
+from ncjax.metrics import theory
+from ncjax.runs import load as runs
+from ncjax.storage import checkpoint
+from ncjax.storage import history as histories
+from ncjax.storage.checkpoint import Damaged, Facts
+from ncjax.storage.files import write_atomically
+from ncjax.training import evaluate, mesh, models, program, sweep
+
+# Largest deviation of a number measured again, relative to what was recorded. Another program rounds otherwise.
+TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
+# Added to what a deviation is relative to: numbers near 0 have fewer digits in common.
+FLOOR = 1e-2
+
+
+class Parameter(NamedTuple):
+    """A leaf of the parameters of one run."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
+
+
+class Saved(NamedTuple):
+    """A checkpoint: its bytes on disk, what is wrong with it (None: nothing), its parameters where they can be read."""
+
+    epoch: int
+    bytes: int
+    problem: str | None
+    parameters: list[Parameter]
+
+
+class Holdings(NamedTuple):
+    """What was found in a WORKDIR.
+
+    Attributes:
+      config: config.json, or what stands in for it.
+      axes: values of every axis of the grid, in the order of its runs.
+      place: the one run asked for; None: all of them.
+      history: measurements, of that run if one was asked for; None: there are none, or they cannot be trusted.
+      history_problem: why they cannot; None: they can, or there are none.
+      history_is_sealed: whether a checksum lies beside history.nc.
+      checkpoints: all of them, checked, oldest first; of one run alone if one was asked for.
+      provenance: `versions`, `device` and `git_revision`, as far as they are known.
+      notes: what is not as it should be, a line each.
+    """
+
+    workdir: Path
+    config: dict[str, Any]
+    axes: dict[str, list]
+    place: runs.Place | None
+    history: xr.Dataset | None
+    history_problem: str | None
+    history_is_sealed: bool
+    checkpoints: list[Saved]
+    provenance: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.workdir / "checkpoints"
+
+    @property
+    def measured(self) -> list[int]:
+        return [] if self.history is None else self.history["epoch"].values.tolist()
+
+    @property
+    def places(self) -> list[runs.Place]:
+        """The runs that this is about."""
+        return [self.place] if self.place else runs.places(self.axes)
+
+
+class Verification(NamedTuple):
+    """A checkpoint measured again.
+
+    Attributes:
+      epoch, runs, variables: of which checkpoint, how many.
+      deviation, variable, coordinates: the largest relative deviation from the history, and where it is.
+      tolerance: what it may be.
+    """
+
+    epoch: int
+    runs: int
+    variables: int
+    deviation: float
+    variable: str
+    coordinates: dict[str, float | int]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.deviation <= self.tolerance
+
+
+def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
+    """All there is to say without computing; reads every checkpoint once, of one run (if given) its own part alone.
+
+    Raises:
+      InputError: there is nothing of ncjax's, or no such run.
+    """
+    if not workdir.is_dir():
+        raise InputError("WORKDIR", str(workdir), "no such folder; name one that `ncjax train` has left")
+    plan.check_path("WORKDIR", workdir)
+    folder, notes = workdir / "checkpoints", []
+    history, history_problem = _read_history(workdir / "history.nc")
+    facts = _newest_facts(folder)
+    config = _config(workdir, facts, history, notes)
+    axes = _axes(config, facts, history)
+    single = all(len(values) == 1 for values in axes.values())
+    place = runs.find(axes, coordinates) if coordinates or single else None
+    if history is not None and place is not None:
+        history = runs.slice_of(history, place.coordinates, keep_axes=True)
+    checkpoints = [_check(folder, epoch, place) for epoch in checkpoint.epochs_in(folder)]
+    return Holdings(
+        *(workdir, config, axes, place, history, history_problem),
+        history_is_sealed=(workdir / "history.nc.sha256").exists(),
+        # A run that is training removes its oldest while it is read.
+        checkpoints=[saved for saved in checkpoints if saved.epoch in checkpoint.epochs_in(folder)],
+        provenance=_provenance(facts, history),
+        notes=notes,
+    )
+
+
+def _read_history(path: Path) -> tuple[xr.Dataset | None, str | None]:
+    if not path.exists():
+        return None, None
+    try:
+        history = histories.load(path)
+    except InputError as error:
+        return None, str(error)
+    missing = histories.missing(history)
+    return (None, f"history.nc lacks {missing}") if missing else (history, None)
+
+
+def _newest_facts(folder: Path) -> Facts | None:
+    for epoch in reversed(checkpoint.epochs_in(folder)):
+        try:
+            return checkpoint.read_facts(folder, epoch)
+        except Damaged:  # reported where checkpoints are checked
+            continue
+    return None
+
+
+def _config(workdir: Path, facts: Facts | None, history: xr.Dataset | None, notes: list[str]) -> dict[str, Any]:
+    """config.json, else that of the newest checkpoint, else that of the history; what is amiss goes into `notes`."""
+    config = runs.read_config(workdir)
+    if config is not None:
+        if facts and runs.changes(config, facts):
+            lines = "; ".join(runs.changes(config, facts))
+            notes.append(f"config.json is not that of checkpoint {facts.epoch}: {lines}")
+        return config
+    if facts:
+        config, source = facts.config, f"checkpoint {facts.epoch}"
+    elif history is not None and (config := runs.parse_config(history.attrs.get("config"))):
+        source = "history.nc"
+    else:
+        raise InputError(
+            "WORKDIR", str(workdir), "it holds neither a config.json nor a checkpoint nor a history to read"
+        )
+    state = "damaged" if (workdir / "config.json").exists() else "missing"
+    notes.append(f"config.json is {state}; the config is that of {source}")
+    return config
+
+
+def _axes(config: dict[str, Any], facts: Facts | None, history: xr.Dataset | None) -> dict[str, list]:
+    """Of the grid, in the project's units (as given, where nothing says how many classes there are)."""
+    if facts:
+        return facts.axes
+    if history is None:
+        return {name: list(config["sweep"][name]) for name in configuration.SWEPT}
+    grid = configuration.make_grid(configuration.from_json(json.dumps(config)), history.sizes["label"])
+    return {name: list(values) for name, values in grid.axes.items()}
+
+
+def _provenance(facts: Facts | None, history: xr.Dataset | None) -> dict[str, Any]:
+    attrs = {} if history is None else history.attrs
+    versions = facts.versions if facts else {}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        versions = json.loads(attrs["versions"]) if "versions" in attrs else versions
+    return {"versions": versions, "device": attrs.get("device"), "git_revision": attrs.get("git_revision")}
+
+
+def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
+    """Compares every leaf, of every run or of one, with its checksum."""
+    size = _size(folder / str(epoch))
+    parameters = []
+    try:
+        facts = checkpoint.read_facts(folder, epoch)
+        wanted = slice(place.number, place.number + 1) if place else slice(None)
+        for name in facts.crc32:
+            leaf = checkpoint.read_leaf(folder, facts, name, wanted)
+            if name.startswith("params."):
+                parameters.append(Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype)))
+    except Damaged as damage:
+        return Saved(epoch, size, str(damage), parameters)
+    order = models.part_names(dict.fromkeys(p.name.partition(".")[0] for p in parameters))
+    return Saved(epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0])))
+
+
+def _size(folder: Path) -> int:
+    """Returns the bytes in a folder's files. Those that a training run removes meanwhile do not count."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_size
+    return total
+
+
+def verify(holdings: Holdings, epoch: int) -> Verification:
+    """Measures the checkpoint of an epoch again, run by run, and compares all that depends on weights with the history.
+
+    Raises:
+      Removed: it was, by a run that trains.
+      InputError: the checkpoint is damaged, or its data are not found, or are others.
+    """
+    assert holdings.history is not None
+    deviations = {}
+    try:
+        facts = checkpoint.read_facts(holdings.folder, epoch)
+        measure = _make_measure(facts)
+        for place in holdings.places:
+            values = measure(checkpoint.read_run(holdings.folder, epoch, place.number), place.coordinates)
+            recorded = runs.slice_of(holdings.history, place.coordinates)
+            if epoch != holdings.measured[-1]:
+                del values[histories.COSINES]  # only the newest are kept
+            for name, value in values.items():
+                one = recorded[name].sel(epoch=epoch) if "epoch" in recorded[name].dims else recorded[name]
+                deviations[name, place.number] = deviation(value, one.values)
+    except Damaged as damage:
+        runs.check_present(holdings.folder, epoch)
+        raise InputError("--epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
+    variable, number = max(deviations, key=deviations.__getitem__)
+    return Verification(
+        epoch=epoch,
+        runs=len(holdings.places),
+        variables=len({name for name, _ in deviations}),
+        deviation=deviations[variable, number],
+        variable=variable,
+        coordinates=runs.places(holdings.axes)[number].coordinates,
+        tolerance=TOLERANCE[facts.config["train"]["precision"]],
+    )
+
+
+def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
+    """max |found - recorded|/(|recorded| + FLOOR); NaN equals NaN alone, infinity itself."""
+    found, recorded = np.asarray(found, np.float64), np.asarray(recorded, np.float64)
+    same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
+    with np.errstate(invalid="ignore"):
+        relative = np.abs(found - recorded) / (np.abs(recorded) + FLOOR)
+    return float(np.max(np.where(same, 0.0, np.where(np.isnan(relative), np.inf, relative))))
+
+
+def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
+    """measure(variables, coordinates): what a run records of its network. Compiled once."""
+    settings, dataset = configuration.from_json(json.dumps(facts.config)), runs.load_data(facts.config, facts.data)
+    recipe = sweep.make_recipe(settings, dataset)
+    data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)
+
+    @jax.jit
+    def compiled(variables: dict, hyper: program.Hyper, data: evaluate.Data) -> dict:
+        effective = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
+        return program.measure(variables, hyper, data, recipe) | {"effective_decay": effective}
+
+    def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        with jax.enable_x64(True):
+            hyper = program.Hyper(
+                *(jnp.asarray(coordinates[name], data.center.dtype) for name in program.Hyper._fields)
+            )
+            values = jax.device_get(compiled(variables, hyper, data))
+        return values | {"mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))}
+
+    return measure
+
+
+def export(run: runs.Run, path: Path) -> None:
+    """Writes the weights of a run under flat names, `layer_1.kernel` (in, out); what they are of goes with them.
+
+    `path` ends in .safetensors (strings in its metadata) or .npz (one JSON string, `__metadata__`). Config and
+    coordinates are JSON in either.
+    """
+    tensors = {
+        checkpoint.leaf_name(at): np.ascontiguousarray(leaf)
+        for collection in run.variables.values()  # of batch normalization: its scale, bias, mean and var
+        for at, leaf in jax.tree_util.tree_leaves_with_path(collection)
+    }
+    metadata = {
+        "config": json.dumps(run.config),
+        "coordinates": json.dumps(run.coordinates),
+        "epoch": str(run.epoch),
+        "layout": "kernels are (in, out) or (3, 3, in, out); normalize inputs by the statistics of the training split",
+    }
+    if path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        content = safetensors.numpy.save(tensors, metadata)
+    else:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {**tensors, "__metadata__": np.array(json.dumps(metadata))}
+        np.savez(buffer, **arrays)
+        content = buffer.getvalue()
+    write_atomically(path, content)

@@ -1,0 +1,282 @@
+"""One trained run of a WORKDIR, for use in Python: `ncjax.load_run`. Of a checkpoint, only that run's part is read."""
+
+import functools
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Shaped
+
+from ncjax import config as configuration
+from ncjax import plan
+from ncjax.data import dataset as datasets
+from ncjax.errors import InputError, listed
+from ncjax.paths import expanded
+from ncjax.storage import checkpoint
+from ncjax.storage import history as histories
+from ncjax.training import models
+
+# Rows of a forward pass: however many images are given, no more memory than for these.
+_ROWS = 1024
+# Where a training process removes checkpoints as they are read, the newest one is tried so often.
+ATTEMPTS = 5
+
+Images = Shaped[np.ndarray | jax.Array, "B *image"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A network of a sweep as it was at one epoch. What needs more than its weights is read when it is first asked for.
+
+    Attributes:
+      workdir: where it is from.
+      epoch: of its weights.
+      coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
+      config: of the whole sweep, as in config.json; the checkpoint's own copy.
+      model: the flax module: `model.apply(run.variables, run.normalize(images))`.
+      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch normalization.
+      checksums: of the data that it was trained on, see `dataset.checksums`; empty where its checkpoint does not say.
+    """
+
+    workdir: Path
+    epoch: int
+    coordinates: dict[str, float | int]
+    config: dict[str, Any] = field(repr=False)
+    model: models.Network
+    variables: dict = field(repr=False)
+    checksums: dict[str, int] = field(repr=False)
+
+    @property
+    def params(self) -> dict:
+        """Its weights, layer by layer: kernels (in, out), of convolutions (3, 3, in, out)."""
+        return self.variables["params"]
+
+    @functools.cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The data it was trained on, or InputError where they are no longer found, or are others."""
+        return load_data(self.config, self.checksums)
+
+    @functools.cached_property
+    def history(self) -> xr.Dataset:
+        """Its measurements: the slice of history.nc at its coordinates; or InputError."""
+        return slice_of(histories.load(self.workdir / "history.nc"), self.coordinates)
+
+    def normalize(self, images: Images) -> Float[np.ndarray, "B *image"]:
+        """The network's inputs: (images - center) * scale by the statistics of ITS training split, in its precision.
+
+        images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8, 0 to 255).
+        """
+        center, scale = (
+            np.asarray(a, self.config["train"]["precision"]) for a in (self.dataset.center, self.dataset.scale)
+        )
+        if images.shape[1:] != center.shape or not images.shape[0]:
+            name, shape = self.config["data"]["name"], ", ".join(map(str, center.shape))
+            raise InputError("images", images.shape, f"{name} has images ({shape}); give (B, {shape}) with B >= 1")
+        return (np.asarray(images).astype(center.dtype) - center) * scale
+
+    def features(self, images: Images) -> Float[np.ndarray, "B p"]:
+        """h(x) of raw images, see `normalize`."""
+        return self._forward(images, "features")
+
+    def logits(self, images: Images) -> Float[np.ndarray, "B C"]:
+        """f(x) = W h(x) + b of raw images, see `normalize`."""
+        return self._forward(images, "__call__")
+
+    def _forward(self, images: Images, method: str) -> np.ndarray:
+        parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
+        # As it was measured; and a float64 network stays one.
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            outputs = [_apply(self.model, method, self.variables, self.normalize(part)) for part in parts]
+            return np.concatenate([np.asarray(output) for output in outputs])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) -> jax.Array:
+    return jnp.asarray(model.apply(variables, x, method=method))
+
+
+def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
+    """The run of a WORKDIR at these coordinates, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
+
+    Args:
+      epoch: of a checkpoint; None: the newest one that is sound (one that is not is named in a warning).
+      coordinates: numbers, of the run on the axes of the grid, in the project's units, as in history.nc. An axis of
+        one value may be left out.
+
+    Raises:
+      InputError: no such checkpoint or run, or it is damaged.
+    """
+    workdir = expanded("workdir", workdir)
+    if not workdir.is_dir():
+        raise InputError("workdir", str(workdir), "no such folder; name one that `ncjax train` has left")
+    plan.check_path("workdir", workdir)
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _load_run(workdir, epoch, coordinates)
+        except Removed:
+            if epoch is not None:
+                raise
+    return _load_run(workdir, epoch, coordinates)
+
+
+def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) -> Run:
+    folder = workdir / "checkpoints"
+    found = checkpoint.epochs_in(folder)
+    if not found:
+        raise InputError("workdir", str(workdir), "it holds no checkpoint yet")
+    if epoch is not None and epoch not in found:
+        raise InputError("epoch", epoch, f"there are checkpoints of epochs {', '.join(map(str, found))}")
+    if epoch is None and (newer := [e for e in checkpoint.unfinished_in(folder) if e > found[-1]]):
+        warnings.warn(f"checkpoint {newer[-1]} in {workdir} is not used: it is not finished", stacklevel=3)
+    for candidate in reversed(found) if epoch is None else [epoch]:
+        try:
+            facts = checkpoint.read_facts(folder, candidate)
+            place = find(facts.axes, coordinates)
+            variables = checkpoint.read_run(folder, candidate, place.number)
+        except checkpoint.Damaged as damage:
+            check_present(folder, candidate)
+            if epoch is not None:
+                raise InputError("epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
+            warnings.warn(f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=3)
+            continue
+        changed = changes(read_config(workdir), facts)
+        if changed:
+            line = f"config.json in {workdir} is not used, the checkpoint has another: {'; '.join(changed)}"
+            warnings.warn(line, stacklevel=3)
+        model = make_model(facts.config, variables["params"])
+        return Run(workdir, candidate, place.coordinates, facts.config, model, variables, facts.data)
+    raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
+
+
+class Removed(InputError):
+    """A checkpoint was removed while it was read, by a process that trains there and keeps only the newest."""
+
+    def __init__(self, epoch: int):
+        super().__init__("epoch", epoch, "a training process has removed this checkpoint; name a newer one")
+
+
+def check_present(folder: Path, epoch: int) -> None:
+    """Raises `Removed` where a checkpoint that cannot be read is not damaged but no longer there."""
+    if epoch != max(checkpoint.epochs_in(folder), default=None):
+        time.sleep(0.2)  # its mark of success may go last
+    if epoch not in checkpoint.epochs_in(folder):
+        raise Removed(epoch)
+
+
+class Place(NamedTuple):
+    """Of a run in its grid: its number in the order of the checkpoint, and its value on every axis."""
+
+    number: int
+    coordinates: dict[str, float | int]
+
+
+def places(axes: Mapping[str, Sequence]) -> list[Place]:
+    """Every run of a grid, in the order of the checkpoint: the last axis fastest."""
+    shape = [len(values) for values in axes.values()]
+    return [
+        Place(number, {name: values[i] for (name, values), i in zip(axes.items(), at, strict=True)})
+        for number, at in enumerate(np.ndindex(*shape))
+    ]
+
+
+def find(axes: Mapping[str, Sequence], coordinates: Mapping[str, Any]) -> Place:
+    """The one run at some coordinates, or InputError naming the values that there are.
+
+    Numbers are the same within 1e-9, relative. An axis of one value may be left out.
+    """
+    for name in coordinates.keys() - axes.keys():
+        raise InputError(name, coordinates[name], f"no such axis; the grid has {', '.join(axes)}")
+    chosen = {
+        name: {_nearest(name, values, coordinates[name])} if name in coordinates else set(values)
+        for name, values in axes.items()
+    }
+    for name, values in chosen.items():
+        if len(values) > 1:
+            raise InputError("run", dict(coordinates), f"{name} is missing; name one of {listed(axes[name])}")
+    return next(place for place in places(axes) if all(v in chosen[name] for name, v in place.coordinates.items()))
+
+
+def _nearest(name: str, values: Sequence, value: Any) -> float | int:
+    try:
+        same = [v for v in values if math.isclose(v, float(value), rel_tol=1e-9)]
+    except (TypeError, ValueError):
+        same = []
+    if not same:
+        raise InputError(name, value, f"the grid has {listed(values)}")
+    return min(same, key=lambda v: abs(v - float(value)))
+
+
+def slice_of(history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False) -> xr.Dataset:
+    """One run of a history; `keep_axes`: with its axes, of length 1."""
+    at = {name: [value] if keep_axes else value for name, value in coordinates.items() if name in history.dims}
+    try:
+        return history.sel(at)
+    except KeyError as error:
+        raise InputError("history", at, "history.nc has no such run; is it of this WORKDIR?") from error
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """config.json, or None where it is missing or no config."""
+    try:
+        return parse_config((workdir / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def parse_config(text: Any) -> dict[str, Any] | None:
+    """Returns the config that a text is as JSON, or None where it is none."""
+    try:
+        config = json.loads(text)
+        return config if _is_config(config) else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _is_config(config: Any) -> bool:
+    """Whether it has the sections of one and what its grid is made of; an older one may lack other fields."""
+    sections = ("data", "model", "train", "sweep", "checkpoint", "log")
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in sections):
+        return False
+    if not all(config["sweep"].get(name) for name in configuration.SWEPT) or "epochs" not in config["train"]:
+        return False
+    return configuration.is_sound(configuration.from_json(json.dumps(config)))
+
+
+def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]:
+    """Where config.json, if there is one, is not the config of a checkpoint; a line per field."""
+    if config is None:
+        return []
+    return configuration.differences(configuration.from_json(json.dumps(config)), facts.config)
+
+
+def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
+    """Returns the data set of a parsed config.json, or raises InputError where it is not that of the checksums."""
+    dataset = plan.load_data(config["data"])
+    check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
+    return dataset
+
+
+def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """Raises InputError where a data set is not that of a checkpoint; one that is too old to say takes any."""
+    changed = [part for part, crc in expected.items() if found.get(part) != crc]
+    if changed:
+        way_out = (
+            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore the data set "
+            "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
+        )
+        raise InputError("config.data.name", name, way_out)
+
+
+def make_model(config: Mapping[str, Any], params: dict) -> models.Network:
+    """The network of a parsed config.json; its head says how many classes there are."""
+    settings = configuration.from_json(json.dumps(config))
+    return models.make(settings.model, params["head"]["kernel"].shape[-1], settings.train.precision)

@@ -1,0 +1,118 @@
+"""What a run is going to be: its headline, its plan, and what a dry run tells."""
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ncjax.config import Config, log_spaced_epochs
+from ncjax.errors import listed, printable
+from ncjax.plan import Plan
+from ncjax.report import tables
+from ncjax.training import mesh, models
+from ncjax.training.sweep import Program
+
+
+def headline(plan: Plan, program: Program) -> str:
+    grid, dataset = plan.grid, plan.dataset
+    shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
+    return (
+        f"{grid.size} runs ({shape}) of {_network(plan)} on {plan.config.data.name}: "
+        f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test examples, "
+        f"{program.mesh.size} {device()} devices"
+    )
+
+
+def summary(program: Program) -> str:
+    """Of a compiled program, in a line."""
+    return (
+        f"compiled in {program.compile_seconds:.1f} s: {_programs(program)} on {_mesh(program)}; "
+        f"a run has {program.parameters:,} parameters and takes {_bytes(program.bytes_per_run)}; "
+        f"{_flops(program.flops_per_epoch)} an epoch"
+    )
+
+
+def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
+    """After the first chunk: what is left to train, measuring not counted."""
+    rate = program.flops_per_epoch / seconds_per_epoch
+    return f"about {tables.duration(seconds_per_epoch * epochs)} of training left, at {_flops(rate)}/s"
+
+
+def show(plan: Plan, program: Program, console: Console) -> None:
+    """All that is known before training."""
+    config, recipe = plan.config, program.recipe
+    table = Table(title=printable(headline(plan, program)), show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name in plan.grid.dims:
+        table.add_row(name, listed(plan.grid.axes[name]))
+    params = program.shapes.params
+    for name in models.part_names(params):
+        for leaf, shape in params[name].items():
+            table.add_row(f"{name}.{leaf}", " x ".join(map(str, shape.shape[1:])))
+    rows = {
+        "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in all",
+        "epochs": f"{config.train.epochs:,} of {recipe.steps_per_epoch:,} steps",
+        "measured at": listed(measured_epochs(config)),
+        "mesh": _mesh(program),
+        "programs": _programs(program),
+        "memory": f"{_bytes(program.bytes_per_run)} a run, {_bytes(program.bytes_of_data)} of data and so "
+        f"{_bytes(program.bytes_per_device)} on each device, {_room(program)}",
+        "FLOPs": f"{_flops(program.flops_per_epoch)} an epoch, "
+        f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from shapes)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    tables.say(console, "nothing was trained and nothing was written")
+
+
+def measured_epochs(config: Config) -> list[int]:
+    return sorted(set(config.log.epochs or log_spaced_epochs(config.train.epochs)))
+
+
+def device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _network(plan: Plan) -> str:
+    """784-512-512-10, or 32x32x3-32-64-10 (conv, batch norm)."""
+    model, image = plan.config.model, plan.dataset.center.shape
+    inputs = "x".join(map(str, image)) if model.kind == "conv" else int(np.prod(image))
+    words = [model.kind] * (model.kind != "mlp") + ["batch norm"] * (model.normalization == "batch")
+    layers = "-".join(map(str, (inputs, *model.widths, plan.dataset.num_classes)))
+    return layers + (f" ({', '.join(words)})" if words else "")
+
+
+def _mesh(program: Program) -> str:
+    run, data = (program.mesh.shape[axis] for axis in (mesh.RUN, mesh.DATA))
+    processes = jax.process_count()
+    return f"{run} x {data} devices (run x data)" + (f" of {processes} processes" if processes > 1 else "")
+
+
+def _programs(program: Program) -> str:
+    count, runs = len(program.slices), program.slices[0].stop
+    filling = program.runs * count - program.slices[-1].stop
+    words = f"{runs} runs at once" if count == 1 else f"{count} programs of {runs} runs, one after another"
+    return words + (f" (and {filling} repeated, to fill the mesh)" if filling else "")
+
+
+def _room(program: Program) -> str:
+    limit = mesh.device_memory(program.mesh)
+    return f"which has {_bytes(limit)}" if limit else "which does not say how much it has"
+
+
+def _bytes(number: float | int) -> str:
+    return _scaled(number, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _flops(number: float | int) -> str:
+    return _scaled(number, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _scaled(number: float | int, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if round(number) < 1000:
+            return f"{number:.3g} {unit}"
+        number /= base
+    return f"{number:.3g} {units[-1]}"

@@ -1,0 +1,1 @@
+"""Keeps history, checkpoints and other files of a WORKDIR whole."""

@@ -1,0 +1,1 @@
+"""Trains and measures a whole grid in one compiled program."""

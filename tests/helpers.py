@@ -1,0 +1,175 @@
+"""What several test files share: oracles, small runs, damage.
+
+The oracles are written from the definitions in docs/theory.md, in float64 NumPy, by explicit p x p matrices and loops
+over classes and pairs; they share no code and no algorithm with ncjax.
+"""
+
+import warnings
+from itertools import permutations
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ncjax import plan as preflight
+from ncjax.config import default_config
+from ncjax.report import draw
+from ncjax.runs import loop
+from ncjax.storage import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return a @ b / np.sqrt(a @ a * (b @ b))
+
+
+def oracle_geometry(rows: np.ndarray, suffix: str) -> dict[str, float]:
+    """NC2 of the rows of a matrix."""
+    rows = np.asarray(rows, np.float64)
+    norms = np.array([np.sqrt(row @ row) for row in rows])
+    cosines = np.array([_cosine(rows[a], rows[b]) for a, b in permutations(range(len(rows)), 2)])
+    return {
+        f"nc2_equinorm_{suffix}": np.sqrt(np.mean((norms - norms.mean()) ** 2)) / norms.mean(),
+        f"nc2_equiangular_{suffix}": np.mean(np.abs(cosines + 1 / (len(rows) - 1))),
+        f"nc2_cosine_std_{suffix}": np.sqrt(np.mean((cosines - cosines.mean()) ** 2)),
+    }
+
+
+def oracle_nc3_floor(head: np.ndarray) -> float:
+    """NC3 against the centred rows of the head themselves, which no class means come nearer to."""
+    head = np.asarray(head, np.float64)
+    centred = head - head.mean(0)
+    return np.sum((head / np.sqrt(np.sum(head**2)) - centred / np.sqrt(np.sum(centred**2))) ** 2)
+
+
+def oracle_symmetric_part(matrix: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """(u, v, E): matrix = u (I - J/C) + v J/C + E, by Frobenius projection on the first two."""
+    num_classes = len(matrix)
+    average = np.ones((num_classes, num_classes)) / num_classes
+    across = np.eye(num_classes) - average
+    u, v = np.sum(matrix * across) / np.sum(across**2), np.sum(matrix * average) / np.sum(average**2)
+    return u, v, matrix - u * across - v * average
+
+
+def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, float]:
+    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head (C, p).
+
+    residuals (M, C): of the square loss with one-hot targets unless given.
+    """
+    rank_tolerance = 1e-5
+    h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
+    labels = np.asarray(labels)
+    (total, dim), num_classes = h.shape, len(head)
+    classes = range(num_classes)
+    mu = np.stack([h[labels == c].mean(0) for c in classes])
+    m_dot = np.stack([mu_c - mu.mean(0) for mu_c in mu], axis=1)
+
+    within = sum((np.outer(x - mu[c], x - mu[c]) for x, c in zip(h, labels, strict=True)), np.zeros((dim, dim))) / total
+    between = m_dot @ m_dot.T / num_classes
+    singular_values = np.linalg.svd(m_dot, compute_uv=False)
+    variances = [np.mean([(x - mu[c]) @ (x - mu[c]) for x in h[labels == c]]) for c in classes]
+    cdnv = [
+        (variances[a] + variances[b]) / (2 * (mu[a] - mu[b]) @ (mu[a] - mu[b])) for a, b in permutations(classes, 2)
+    ]
+    gram = m_dot.T @ m_dot
+    etf = (np.eye(num_classes) - np.ones((num_classes, num_classes)) / num_classes) / np.sqrt(num_classes - 1)
+
+    def distance(w: np.ndarray) -> float:
+        return np.sum((w.T / np.sqrt(np.sum(w**2)) - m_dot / np.sqrt(np.sum(m_dot**2))) ** 2)
+
+    nearest = [min(classes, key=lambda c: np.sum((x - mu[c]) ** 2)) for x in h]
+    winner = [max(classes, key=lambda c: out[c]) for out in f]
+
+    r = np.eye(num_classes)[labels] - f if residuals is None else np.asarray(residuals, np.float64)
+    residual = np.stack([r[labels == c].mean(0) for c in classes], axis=1)  # r_c in column c
+    epsilon = np.mean([residual[c, c] for c in classes])
+    delta = -np.mean([residual[a, b] for a, b in permutations(classes, 2)])
+    asymmetry = oracle_symmetric_part(residual)[2]
+    return {
+        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=rank_tolerance**2, hermitian=True)) / num_classes,
+        "nc1_rank": min(num_classes - 1, dim, np.sum(singular_values > rank_tolerance * singular_values[0])),
+        "nc1_trace_ratio": np.trace(within) / np.trace(between),
+        "nc1_row_space": np.trace(np.linalg.pinv(head, rcond=1e-6) @ head @ within) / np.trace(within),
+        "cdnv": np.mean(cdnv),
+        **oracle_geometry(m_dot.T, "means"),
+        "etf_error": np.sqrt(np.sum((gram / np.sqrt(np.sum(gram**2)) - etf) ** 2)),
+        "nc3": distance(head),
+        "nc3_centered": distance(head - head.mean(0)),
+        "nc4": np.mean([a != b for a, b in zip(nearest, winner, strict=True)]),
+        "epsilon": epsilon,
+        "delta": delta,
+        "sqi_gap": abs(delta - epsilon / (num_classes - 1)),
+        "output_spread": np.sqrt(
+            np.mean([np.sum((one - residual[:, c]) ** 2) for one, c in zip(r, labels, strict=True)]) / num_classes
+        ),
+        "output_asymmetry": np.sqrt(np.sum(asymmetry**2)) / num_classes,
+        "class_mean_cosine": np.array([[_cosine(m_dot[:, a], m_dot[:, b]) for b in classes] for a in classes]),
+    }
+
+
+def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Rows of length 1 at equal angles, cos = -1/(C-1), in a random position in R^dim."""
+    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))[0][:num_classes]
+    return np.sqrt(num_classes / (num_classes - 1)) * (np.eye(num_classes) - 1 / num_classes) @ rotation
+
+
+def small_config(**changes):
+    config = default_config()
+    config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
+    config.model.widths = (8, 8)
+    config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
+    config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(workdir, figures=False, **changes):
+    """`changes` to `small_config`, with __ for a dot."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:  # most of a small run's time
+            patch.setattr(draw, "draw_all", lambda history, folder: [])
+        return loop.run(preflight.prepare(small_config(**changes), workdir))
+
+
+def whole_checkpoint(workdir, epoch):
+    """name -> (R, ...), read by Orbax rather than by ncjax."""
+    import orbax.checkpoint as ocp
+
+    with warnings.catch_warnings(action="ignore"):  # that it asks the checkpoint for its shardings
+        state = ocp.PyTreeCheckpointer().restore((workdir / "checkpoints" / str(epoch) / "state").resolve())
+    return {
+        f"{layer}.{leaf}": np.asarray(values)
+        for layer, leaves in state["params"].items()
+        for leaf, values in leaves.items()
+    }
+
+
+def forge(workdir, epoch, change, **facts):
+    """Writes a checkpoint anew, sealed as if it had been trained so: `change` maps each leaf of the parameters."""
+    folder = workdir / "checkpoints"
+    before = checkpoint.read_facts(folder, epoch)
+    params: dict = {}
+    for name, leaf in whole_checkpoint(workdir, epoch).items():
+        layer, _, part = name.partition(".")
+        params.setdefault(layer, {})[part] = change(leaf)
+    saved = checkpoint.Checkpoints(folder, keep=9)
+    with jax.enable_x64(True):
+        saved.save({"params": jax.tree.map(jnp.asarray, params)}, before._replace(**facts))
+    saved.close()
+
+
+def flip(workdir, epoch, leaf):
+    """Damages the chunk of `leaf`, one run's numbers, on disk; those below 1 kB have none of their own."""
+    needle, hits = np.ascontiguousarray(leaf).tobytes(), 0
+    for path in (workdir / "checkpoints" / str(epoch) / "state").rglob("*"):
+        content = bytearray(path.read_bytes()) if path.is_file() else bytearray()
+        at = content.find(needle)
+        if at >= 0:
+            content[at + 5] ^= 1
+            path.write_bytes(content)
+            hits += 1
+    assert hits == 1

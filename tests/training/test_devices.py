@@ -1,0 +1,33 @@
+"""Where runs live: the mesh, padding and groups."""
+
+import numpy as np
+import pytest
+
+from ncjax.training import mesh as parallel
+
+
+@pytest.mark.parametrize(("runs", "devices"), [(1, 1), (2, 2), (3, 2), (18, 2)])
+def test_mesh_takes_no_device_that_would_only_hold_padding(runs, devices):
+    assert parallel.make_mesh(runs).shape == {"run": devices, "data": 1}
+
+
+def test_padding_repeats_the_last_run_and_fills_the_mesh():
+    mesh = parallel.make_mesh(3)
+    tree = {"a": np.arange(6.0).reshape(3, 2), "b": np.arange(3)}
+    padded = parallel.pad_runs(tree, parallel.padded(3, mesh))
+    assert parallel.padded(3, mesh) == len(padded["a"]) == len(padded["b"]) == 4
+    assert np.array_equal(padded["a"], [[0, 1], [2, 3], [4, 5], [4, 5]])
+    placed = parallel.place(padded, parallel.by_run(mesh))
+    assert [shard.data.shape for shard in placed["a"].addressable_shards] == [(2, 2), (2, 2)]
+    assert np.array_equal(parallel.fetch(placed)["a"], padded["a"])
+
+
+@pytest.mark.parametrize(("runs", "group"), [(1, 1), (2, 2), (4, 2), (7, 7), (8, 2), (9, 3)])
+def test_a_cpu_trains_in_small_equal_groups_and_measures_singly(runs, group):
+    assert parallel.group_sizes(runs, "cpu", convolves=False) == (group, 1)
+    assert parallel.group_sizes(runs, "cpu", convolves=True) == (1, 1)
+
+
+def test_an_accelerator_takes_all_runs_at_once():
+    for convolves in (False, True):
+        assert parallel.group_sizes(9, "gpu", convolves) == (9, 9)

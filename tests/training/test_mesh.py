@@ -1,0 +1,166 @@
+"""The mesh: runs and batches spread over devices give one device's numbers, by one collective a step or none."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ncjax import config as configuration
+from ncjax import plan as preflight
+from ncjax.errors import InputError
+from ncjax.runs import loop
+from ncjax.training import mesh as parallel
+from ncjax.training import models, sweep
+from ncjax.training import program as train
+from tests import chaos, meshes
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What `meshes` prints: four devices need a process of their own."""
+    command = [sys.executable, "-m", "tests.meshes"]
+    cache = chaos.ROOT / ".jax_cache"
+    with chaos.tempfile.TemporaryDirectory() as folder:
+        environment = chaos.environment(cache, JAX_NUM_CPU_DEVICES="4", JAX_COMPILATION_CACHE_DIR=str(cache))
+        done = subprocess.run([*command, folder], capture_output=True, text=True, cwd=chaos.ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["4x1", "2x2", "1x4", "4 programs", "batch normalization, 2x2", "4x1, then 1x4"])
+def test_histories_equal_those_of_one_device(measured, case):
+    """After three epochs in float64; four devices do not divide the batch of 18."""
+    assert measured["deviations"][case] < 1e-9
+
+
+@pytest.mark.slow
+def test_runs_of_their_own_need_no_collective(measured):
+    assert measured["collectives"]["4x1"] == {}
+    assert measured["collectives"]["4x1, measuring"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x2", "1x4"])
+def test_a_spread_batch_needs_one_all_reduce_a_step(measured, mesh):
+    """Of the gradients of two runs that train together: 32-8-8-3 and a head bias, in float64."""
+    parameters = 32 * 8 + 8 * 8 + 8 * 3 + 3
+    assert measured["collectives"][mesh] == {"all-reduce": [2 * parameters * 8]}
+
+
+@pytest.mark.slow
+def test_measuring_adds_up_sums_and_gathers_nothing(measured):
+    """Class sums, a gradient and scatter of one run: fewer numbers than one split's features would be."""
+    moved = measured["collectives"]["2x2, measuring"]
+    assert set(moved) == {"all-reduce"}
+    assert len(moved["all-reduce"]) == 4
+
+
+def plan(tmp_path, **fields):
+    return preflight.prepare(meshes.make_config(**fields), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": 3}, r"^config.mesh.data: got 3; there is no more than 2 cpu devices \(JAX_NUM_CPU_DEVICES"),
+        ({"run": 4}, r"^config.mesh.run: got 4; there is no more than 2 cpu devices, so at most 2"),
+        ({"run": 2, "data": 2}, r"^config.mesh.run: got 2; there is no more than 2 cpu devices, so at most 1"),
+        (
+            {"data": 2, **meshes.NORMALIZED, "train__batch_size": 25},
+            r"^config.mesh.data: got 2; batch normalization needs a divisor of the batch of 25",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        loop.record(plan(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("runs", "run", "data", "shape"),
+    [(4, 0, 1, (2, 1)), (1, 0, 1, (1, 1)), (4, 0, 2, (1, 2)), (4, 1, 1, (1, 1)), (1, 2, 1, (2, 1))],
+)
+def test_devices_not_asked_for_go_to_runs(runs, run, data, shape):
+    assert tuple(parallel.make_mesh(runs, run, data).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mesh.run": 2}, {"mesh.data": 2}, {"sweep.runs_per_program": 1}, {"profile.dir": "trace"}]
+)
+def test_where_a_run_is_computed_is_no_other_run(fields):
+    mine, other = configuration.default_config(), configuration.default_config()
+    other.update_from_flattened_dict(fields)
+    assert configuration.differences(mine, other.to_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("most", "slices", "runs"),
+    [(0, [(0, 10)], 10), (4, [(0, 4), (4, 8), (8, 10)], 4), (9, [(0, 5), (5, 10)], 6), (1, None, 1)],
+)
+def test_a_grid_is_cut_into_equal_programs(tmp_path, most, slices, runs):
+    fields = {"sweep__seed": tuple(range(5)), "sweep__runs_per_program": most}
+    program = sweep.make_program(plan(tmp_path, **fields))
+    found = [(part.start, part.stop) for part in program.slices]
+    assert found == (slices or [(i, i + 1) for i in range(10)])
+    assert program.runs == runs
+    columns = program.columns_of(program.slices[-1])
+    assert {len(values) for values in columns.values()} == {runs}
+
+
+def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
+    """By the account of the compiled program; too little for one is one line."""
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {})  # most of a program
+    big = plan(tmp_path, sweep__seed=tuple(range(5)), run=1)
+    whole = sweep.make_program(big)
+    assert whole.runs == 10
+    limit = int((whole.bytes_of_data + 4.5 * whole.bytes_per_run) / 0.9)
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: limit)
+    fitted = sweep.make_program(big)
+    assert 1 <= fitted.runs < 10
+    assert fitted.bytes_per_device <= 0.9 * limit
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1000)
+    with pytest.raises(InputError, match=r"^config.model.widths: got \(8, 8\); one run needs .* bytes of a device"):
+        sweep.make_program(big)
+
+
+def test_states_that_wait_lie_in_the_hosts_memory_and_come_back_as_they_were(tmp_path, monkeypatch):
+    """Two programs of two runs, in two chunks, to the bit."""
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {})
+    begun = plan(tmp_path, sweep__runs_per_program=2)
+    here = sweep.Sweep(begun)
+    monkeypatch.setattr(sweep, "_shares_memory", lambda mesh: False)
+    there = sweep.Sweep(begun)
+    for found in (here, there):
+        found.advance(1, measured=False)
+        found.advance(2, measured=False)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there._states)}
+    assert kinds == {"pinned_host"}
+    for a, b in zip(jax.tree.leaves(here.states), jax.tree.leaves(there.states), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    there.restore(jax.device_get(here.states), 3)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there._states)} == {"pinned_host"}
+
+
+def test_flops_of_a_network_are_those_of_its_matmuls():
+    """Six a weight and position, four in the first layer; 3x3 convolutions of stride 2 halve the sides, rounding up."""
+    dense = models.HomogeneousMLP((5, 7), 3)
+    assert sweep.training_flops(dense, (2, 2, 1)) == 4 * 4 * 5 + 6 * (5 * 7 + 7 * 3)
+    conv = models.HomogeneousConvNet((5, 7), 3)
+    expected = 4 * 9 * 2 * 5 * 3 * 3 + 6 * 9 * 5 * 7 * 2 * 2 + 6 * 4 * 7 * 3
+    assert sweep.training_flops(conv, (6, 5, 2)) == expected
+
+
+def test_shares_of_a_batch_are_the_batch():
+    """By hand: three devices, eight rows; the ninth is the last again and has no weight."""
+    whole = np.arange(8)
+    with pytest.MonkeyPatch.context() as patch:
+        parts = []
+        for device in range(3):
+            patch.setattr(parallel.lax, "axis_index", lambda axis, device=device: device)
+            rows, mine = parallel.Share(3).part(jax.numpy.asarray(whole))
+            parts.append((rows.tolist(), mine.tolist()))
+    assert parts == [([0, 1, 2], [True] * 3), ([3, 4, 5], [True] * 3), ([6, 7, 7], [True, True, False])]

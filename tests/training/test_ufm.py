@@ -1,0 +1,96 @@
+"""The unconstrained-feature model trained by our own code, against its closed forms, in float64.
+
+Depth 3 with three classes stands for all in the default suite; the other depths and class numbers are slow to compile.
+"""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from ncjax import plan
+from ncjax.metrics import closed_forms
+from ncjax.metrics.closed_forms import Setting
+from ncjax.runs import loop
+from tests.helpers import ROOT
+
+PER_CLASS, EPOCHS = 5, 3000
+# Of the spinodal. Beyond it every mode dies.
+RELATIVE_DECAYS = (0.4, 0.7, 1.3)
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(
+        depth, classes, head_bias, targets, marks=() if (depth, classes, targets) == (3, 3, "one_hot") else SLOW
+    )
+    for depth in (2, 3, 4)
+    for classes in (3, 10)
+    for head_bias, targets in (("none", "one_hot"), ("free", "one_hot"), ("decayed", "one_hot"), ("none", "centered"))
+    if head_bias != "decayed" or (depth, classes) == (2, 3)
+    if targets == "one_hot" or (depth, classes) == (2, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def ufm_config():
+    """configs/ufm.py's own."""
+    spec = importlib.util.spec_from_file_location("ufm", ROOT / "configs" / "ufm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
+
+
+@pytest.mark.parametrize(("depth", "classes", "head_bias", "targets"), CASES)
+def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, head_bias, targets, ufm_config, tmp_path):
+    setting = Setting(classes, head_bias, targets)
+    gamma = closed_forms.unconstrained_gamma(depth, PER_CLASS, setting)
+    last = closed_forms.critical_decays(gamma, depth, setting)[1]
+    weight_decay = np.array(RELATIVE_DECAYS) * last
+
+    config = ufm_config()
+    config.data.num_classes, config.model.widths = classes, (16 if classes == 3 else 32,) * (depth - 1)
+    config.model.head_bias, config.targets = head_bias, targets
+    config.sweep.weight_decay, config.sweep.seed = tuple(weight_decay), (0,)
+    # At depth 4 three strong classes diverge from the config's own initialization.
+    config.sweep.learning_rate = 0.03 if classes == 3 else 0.05
+    config.sweep.init_scale = 1.0 if (depth, classes) == (4, 3) else 1.5
+    config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
+    assert (config.train.precision, config.data.per_class) == ("float64", PER_CLASS)
+    history = loop.record(plan.prepare(config, tmp_path))
+    history = history.isel(epoch=-1, seed=0).sel(split="train")
+    alive, dead = history.isel(weight_decay=[0, 1]), history.isel(weight_decay=2)
+    expected = closed_forms.homogeneous_solution(weight_decay[:2], gamma, depth, setting)
+
+    # The laws of docs/theory.md, from their roots: lambda C N^{1/L} = a^{1-2/L} (1 - a).
+    np.testing.assert_allclose(
+        expected.margin ** (1 - 2 / depth) * (1 - expected.margin),
+        weight_decay[:2] * classes * PER_CLASS ** (1 / depth),
+    )
+    np.testing.assert_allclose(alive["epsilon"], expected.epsilon, rtol=1e-6)
+    np.testing.assert_allclose(alive["delta"], expected.delta, rtol=1e-6, atol=1e-9)
+    for layer in history["layer"].values:
+        np.testing.assert_allclose(alive["weight_norm_sq"].sel(layer=layer), expected.weight_norm_sq, rtol=1e-6)
+    if setting.sum_is_fitted:
+        np.testing.assert_allclose(alive["nc3"], 2 - 2 * np.sqrt((classes - 1) / classes), rtol=1e-6)
+        np.testing.assert_allclose(alive["predicted_head_cosine"], 0, atol=1e-6)
+    else:
+        assert (alive["nc3"] < 1e-6).all()
+        np.testing.assert_allclose(alive["predicted_head_cosine"], -1 / (classes - 1), rtol=1e-6)
+    np.testing.assert_allclose(alive["symmetric_nc3"], alive["nc3"], atol=1e-6)
+    np.testing.assert_allclose(alive["nc3_floor"], alive["nc3"], atol=1e-6)
+    np.testing.assert_allclose(alive["normalized_margin"], gamma, rtol=1e-6)
+    np.testing.assert_allclose(alive["predicted_head_norm_sq"], expected.weight_norm_sq, rtol=1e-6)
+    np.testing.assert_allclose(alive["norm_target"], expected.weight_norm_sq, rtol=1e-6)
+    modes = alive["mode_eigenvalues"].transpose("weight_decay", "mode").values
+    np.testing.assert_allclose(modes[:, : setting.modes], np.tile(expected.margin[:, None], setting.modes), rtol=1e-6)
+    np.testing.assert_allclose(modes[:, setting.modes :], 0, atol=1e-6)
+    if head_bias == "free":  # the theorem as stated
+        assert (alive["theorem_residual"] < 1e-6).all()
+    for name, measured in (("epsilon", "epsilon"), ("nc3", "nc3"), ("norm_sq", "weight_norm_sq")):
+        of_the_run = alive[measured].sel(layer="head") if name == "norm_sq" else alive[measured]
+        np.testing.assert_allclose(alive[f"closed_form_{name}"], of_the_run, rtol=1e-6, atol=1e-9)
+
+    assert abs(dead["mode_eigenvalues"]).max() < 1e-3
+    assert (dead["weight_norm_sq"] < 1e-2 * alive["weight_norm_sq"]).all()
+    assert dead["closed_form_epsilon"].isnull()
+    assert float(history["budget_residual"].max()) < 1e-12
+    assert float(alive["lemma2_residual"].max()) < 1e-12
