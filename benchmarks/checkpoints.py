@@ -2,9 +2,9 @@
 
     TFDS_DATA_DIR=... python -m benchmarks.checkpoints    # two minutes
 
-Rounds take turns: the mnist config (1,000 images a class, 12 runs, 6 epochs) with a checkpoint every epoch, and with
-none but the last. Times are of `loop.record` less compiling and measuring: training, saving and waiting for what
-is saved.
+Rounds take turns: the mnist config (1,000 images a class, 12 runs, 6 epochs) with a checkpoint
+every epoch, and with none but the last. Times are of `loop.record` less compiling and measuring:
+training, saving and waiting for what is saved.
 """
 
 import shutil
@@ -51,7 +51,11 @@ def training_seconds(every: int, folder: Path) -> tuple[float, float]:
 
 def one_gibibyte(folder: Path) -> tuple[float, float]:
     """Seconds until `save` returns, and until the state is on disk."""
-    states = {"params": {"kernel": jnp.asarray(np.random.default_rng(0).random((16, 4096, 4096), np.float32))}}
+    states = {
+        "params": {
+            "kernel": jnp.asarray(np.random.default_rng(0).random((16, 4096, 4096), np.float32))
+        }
+    }
     jax.block_until_ready(states)
     saved = checkpoint.Checkpoints(folder, keep=1)
     begin = time.perf_counter()
@@ -74,12 +78,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     stalled, written = one_gibibyte(folder)
     shutil.rmtree(folder)
-    table = Table(title=f"mnist, 12 runs, {EPOCHS} epochs, {ROUNDS} rounds; a checkpoint is {size:.0f} MiB")
+    table = Table(
+        title=f"mnist, 12 runs, {EPOCHS} epochs, {ROUNDS} rounds; a checkpoint is {size:.0f} MiB"
+    )
     for heading in ("checkpoint", "median s", "least-greatest s"):
         table.add_column(heading, justify="right")
     for every, times in seconds.items():
         words = "every epoch" if every else "the last"
-        table.add_row(words, f"{statistics.median(times):.2f}", f"{min(times):.2f}-{max(times):.2f}")
+        table.add_row(
+            words, f"{statistics.median(times):.2f}", f"{min(times):.2f}-{max(times):.2f}"
+        )
     console = Console()
     console.print(table)
     share = statistics.median(seconds[1]) / statistics.median(seconds[0]) - 1

@@ -1,11 +1,13 @@
-"""Ways to convolve in a sweep, in our own training program: which is fast, and how far from PyTorch.
+"""Ways to convolve in a sweep, in our own training program: which is fast, and how far from
+PyTorch.
 
     pip install -e ".[bench]"
     python -m benchmarks.conv             # docs/performance.md quotes it
     python -m benchmarks.conv --quick     # two rounds, without what is slow: does it still work?
 
-The network of Rangamani & Banburski (ICASSP 2022), 32x32x3-32-64-128-256-10, batches of 128, 8 runs; without and with
-batch normalization. Ways to convolve reach the same weights, which is asserted. Samples/s are over all runs.
+The network of Rangamani & Banburski (ICASSP 2022), 32x32x3-32-64-128-256-10, batches of 128, 8
+runs; without and with batch normalization. Ways to convolve reach the same weights, which is
+asserted. Samples/s are over all runs.
 """
 
 import argparse
@@ -36,7 +38,9 @@ SLOW_EXAMPLES = 256  # two steps of each run: what is slow takes 20 seconds for 
 
 def lax_conv(x, kernel, strides, padding, **_):
     """Grouped where vmap adds runs."""
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def taps(x, kernel, strides, padding, **_):
@@ -74,7 +78,9 @@ class Sweep:
     def __init__(self, network: sweep.Network, way: Way) -> None:
         self.network, self.way = network._replace(examples=way.examples), way
         sweep.compiled.cache_clear()  # it does not know of ways
-        self.advance, start, self.data = sweep.compiled(self.network, RUNS, way.examples, network.batch)
+        self.advance, start, self.data = sweep.compiled(
+            self.network, RUNS, way.examples, network.batch
+        )
         self.states, self.keys, self.hyper = start()
         self(0)
 
@@ -84,21 +90,35 @@ class Sweep:
             mock.patch.object(conv, "convolve", self.way.convolve),
             mock.patch.object(parallel, "group_sizes", return_value=groups),
         ):
-            self.states, _ = self.advance(self.states, self.keys, self.hyper, self.data, epochs, False)
+            self.states, _ = self.advance(
+                self.states, self.keys, self.hyper, self.data, epochs, False
+            )
         jax.block_until_ready(self.states)
 
 
 def call_per_step(network: sweep.Network) -> Callable[[int], None]:
-    """lax.conv outside of any loop: a compiled step of one run, called from Python, one run after another."""
+    """lax.conv outside of any loop: a compiled step of one run, called from Python, one run
+    after another.
+    """
     with mock.patch.object(conv, "convolve", lax_conv):
         mesh = parallel.make_mesh(1)
         recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, network.examples)
-        data = train.place_data(noise(network.image, network.examples, network.batch), mesh, "float32")
-        columns: dict[str, Any] = {"weight_decay": [1e-3], "learning_rate": [0.01], "momentum": [0.9]}
-        states, _, hyper = train.start(recipe, mesh, columns | {"init_scale": [1.0], "seed": [0]}, data)
+        data = train.place_data(
+            noise(network.image, network.examples, network.batch), mesh, "float32"
+        )
+        columns: dict[str, Any] = {
+            "weight_decay": [1e-3],
+            "learning_rate": [0.01],
+            "momentum": [0.9],
+        }
+        states, _, hyper = train.start(
+            recipe, mesh, columns | {"init_scale": [1.0], "seed": [0]}, data
+        )
         state, hyper = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (states, hyper))
         step = jax.jit(
-            lambda state, index, hyper, data: train.train_step(state, index, jax.random.key(0), hyper, data, recipe),
+            lambda state, index, hyper, data: train.train_step(
+                state, index, jax.random.key(0), hyper, data, recipe
+            ),
             donate_argnums=0,
         )
         order = np.arange(network.samples_per_epoch, dtype=np.int32).reshape(-1, network.batch)
@@ -122,7 +142,9 @@ def check_same_weights(network: sweep.Network) -> None:
         program(1)
         ends.append(jax.device_get(program.states.params))
     for other in ends[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ends[0], other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), ends[0], other
+        )
 
 
 def rates(contender: Callable[[int], None], network: sweep.Network, repeats: int) -> list[float]:
@@ -133,23 +155,36 @@ def rates(contender: Callable[[int], None], network: sweep.Network, repeats: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two rounds, without what is slow")
     quick = parser.parse_args().quick
     parallel.use_every_core()
     if os.getloadavg()[0] > 0.3 * sweep.CORES:
-        print("This machine is busy: numbers will be too low, and PyTorch's lowest of all.", file=sys.stderr)
+        print(
+            "This machine is busy: numbers will be too low, and PyTorch's lowest of all.",
+            file=sys.stderr,
+        )
     matmul = [sweep.matmul_rates()]
     if not quick:
         check_same_weights(NETWORK)
     found: dict[tuple[str, str], list[float]] = {}
     for title, network in (("none", NETWORK), ("batch", NETWORK._replace(batch_norm=True))):
-        ways = {n: w for n, w in WAYS.items() if w.examples == NETWORK.examples or not (quick or network.batch_norm)}
+        ways = {
+            n: w
+            for n, w in WAYS.items()
+            if w.examples == NETWORK.examples or not (quick or network.batch_norm)
+        }
         for name, way in ways.items():
             print(f"normalization {title}: {name} ...", file=sys.stderr)
             slow = way.examples == SLOW_EXAMPLES
-            measured = network._replace(examples=way.examples, samples=1 if slow else network.samples)
-            found[title, name] = rates(Sweep(network, way), measured, 1 if slow else 2 if quick else 5)
+            measured = network._replace(
+                examples=way.examples, samples=1 if slow else network.samples
+            )
+            found[title, name] = rates(
+                Sweep(network, way), measured, 1 if slow else 2 if quick else 5
+            )
         if not quick:
             few = network._replace(examples=SLOW_EXAMPLES, samples=1)
             found[title, "lax.conv, a call per step of one run"] = rates(call_per_step(few), few, 1)
@@ -163,13 +198,30 @@ def main() -> None:
 
 
 def show(found: dict[tuple[str, str], list[float]], matmul: dict[str, float]) -> None:
-    title = f"8 runs; float32 matmul of 2048: JAX {matmul['jax']:.0f}, PyTorch {matmul['torch']:.0f} GFLOP/s"
+    title = (
+        f"8 runs; float32 matmul of 2048: JAX {matmul['jax']:.0f}, PyTorch {matmul['torch']:.0f} "
+        f"GFLOP/s"
+    )
     table = Table(title=title)
-    for column in ("normalization", "way to convolve", "samples/s", "min-max", "GFLOP/s", "of matmul", "of PyTorch"):
-        table.add_column(column, justify="left" if "n" in column[:2] or column[0] == "w" else "right")
+    for column in (
+        "normalization",
+        "way to convolve",
+        "samples/s",
+        "min-max",
+        "GFLOP/s",
+        "of matmul",
+        "of PyTorch",
+    ):
+        table.add_column(
+            column, justify="left" if "n" in column[:2] or column[0] == "w" else "right"
+        )
     for (normalization, name), rounds in found.items():
         median, is_torch = statistics.median(rounds), name.startswith("PyTorch")
-        rival = next(statistics.median(r) for (n, c), r in found.items() if n == normalization and c[:2] == "Py")
+        rival = next(
+            statistics.median(r)
+            for (n, c), r in found.items()
+            if n == normalization and c[:2] == "Py"
+        )
         gflops = median * NETWORK.flops / 1e9
         table.add_row(
             normalization,

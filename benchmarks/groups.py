@@ -1,8 +1,10 @@
-"""How runs are best spread over CPU cores: devices x runs side by side, for training and for measuring.
+"""How runs are best spread over CPU cores: devices x runs side by side, for training and for
+measuring.
 
     python -m benchmarks.groups
 
-Prints the median of five epochs, and of five measurements, for every choice; docs/performance.md quotes it.
+Prints the median of five epochs, and of five measurements, for every choice; docs/performance.md
+quotes it.
 """
 
 import statistics
@@ -32,8 +34,15 @@ def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tu
     dataset = noise(image, examples, examples // 5)
     mesh = parallel.make_mesh(runs, run=devices)
     network = models.HomogeneousMLP if len(image) == 1 else models.HomogeneousConvNet
-    recipe = program.Recipe(network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels))
-    columns = {"weight_decay": [1e-3], "learning_rate": [0.05], "momentum": [0.9], "init_scale": [1.0]}
+    recipe = program.Recipe(
+        network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels)
+    )
+    columns = {
+        "weight_decay": [1e-3],
+        "learning_rate": [0.05],
+        "momentum": [0.9],
+        "init_scale": [1.0],
+    }
     columns = {key: values * runs for key, values in columns.items()} | {"seed": list(range(runs))}
     arrays = program.place_data(dataset, mesh, "float32")
     states, keys, hyper = program.start(recipe, mesh, columns, arrays)
@@ -61,7 +70,14 @@ def main() -> None:
             local = runs // devices
             for group in sorted({1, *(g for g in (2, 3, 4) if local % g == 0), local}):
                 epoch, measurement = seconds(name, devices, group, group)
-                cells = (name, runs, devices, group, f"{1e3 * epoch:.1f}", f"{1e3 * measurement:.1f}")
+                cells = (
+                    name,
+                    runs,
+                    devices,
+                    group,
+                    f"{1e3 * epoch:.1f}",
+                    f"{1e3 * measurement:.1f}",
+                )
                 table.add_row(*map(str, cells))
     Console(width=100).print(table)
 

@@ -1,15 +1,17 @@
-"""`ncjax.measure` against p x p covariances in PyTorch, against reading and matmuls alone, and where classes are many.
+"""`ncjax.measure` against p x p covariances in PyTorch, against reading and matmuls alone, and
+where classes are many.
 
     pip install -e ".[bench]"
-    python -m benchmarks.measure                        # three minutes; 1 GiB files in the folder for temporary files
-    python -m benchmarks.measure --examples 1280000     # ImageNet's size, a file of 10 GB
-    python -m benchmarks.measure --quick                # seconds: does it still work?
+    python -m benchmarks.measure # three minutes; 1 GiB files in the folder for temporary files
+    python -m benchmarks.measure --examples 1280000 # ImageNet's size, a file of 10 GB python -m
+    benchmarks.measure --quick # seconds: does it still work?
 
-PyTorch's way is the field's: class means, then one p x p GEMM a batch (the best of three batch sizes), then the
-pseudo-inverse. Both give nc1 of the same arrays, in turns, on as many threads as there are cores, after first calls
-that compile. A turn is two calls of which the second counts: after its last call a library's threads wait by spinning
-for some milliseconds, and would take a core from the other's first. Files were just written, so they are read from the
-page cache where memory has room; their first call compiles too.
+PyTorch's way is the field's: class means, then one p x p GEMM a batch (the best of three batch
+sizes), then the pseudo-inverse. Both give nc1 of the same arrays, in turns, on as many threads as
+there are cores, after first calls that compile. A turn is two calls of which the second counts:
+after its last call a library's threads wait by spinning for some milliseconds, and would take a
+core from the other's first. Files were just written, so they are read from the page cache where
+memory has room; their first call compiles too.
 """
 
 import argparse
@@ -39,12 +41,16 @@ REPO = Path(__file__).resolve().parents[1]
 def resident() -> int:
     """Bytes of this process that are no mapped file's."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+    return 1024 * int(
+        next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]
+    )
 
 
 @contextlib.contextmanager
 def peak() -> Iterator[Callable[[], int]]:
-    """Gives a function that says the largest `resident` while the context lasts, sampled every 2 ms."""
+    """Gives a function that says the largest `resident` while the context lasts, sampled every 2
+    ms.
+    """
     most, done = [resident()], threading.Event()
 
     def watch() -> None:
@@ -76,13 +82,18 @@ def in_turns(*functions: Callable[[], Any], rounds: int) -> list[list[float]]:
 
 
 def said(times: list[float]) -> str:
-    return f"{1e3 * statistics.median(times):.0f} ms ({1e3 * min(times):.0f} to {1e3 * max(times):.0f})"
+    return (
+        f"{1e3 * statistics.median(times):.0f} ms ({1e3 * min(times):.0f} to "
+        f"{1e3 * max(times):.0f})"
+    )
 
 
 # Against p x p
 
 
-def torch_nc1(features: Any, labels: Any, num_classes: int, batch: int, head: Any = None) -> dict[str, float]:
+def torch_nc1(
+    features: Any, labels: Any, num_classes: int, batch: int, head: Any = None
+) -> dict[str, float]:
     """The baseline: tr(Sigma_W pinv(Sigma_B))/C, and with a head nc4 by two more GEMMs a batch."""
     import torch
 
@@ -105,7 +116,9 @@ def torch_nc1(features: Any, labels: Any, num_classes: int, batch: int, head: An
     return {"nc1": float(nc1), "nc4": disagreements / size}
 
 
-def against_covariances(size: int, dim: int, num_classes: int, rounds: int, with_head: bool) -> dict[str, Any]:
+def against_covariances(
+    size: int, dim: int, num_classes: int, rounds: int, with_head: bool
+) -> dict[str, Any]:
     import torch
 
     from ncjax.features import measure
@@ -148,7 +161,9 @@ def against_covariances(size: int, dim: int, num_classes: int, rounds: int, with
 
 
 def read_in_place(size: int, dim: int) -> list[float]:
-    """Seconds of reading the features twice from memory, a thread per core: the floor of two passes."""
+    """Seconds of reading the features twice from memory, a thread per core: the floor of two
+    passes.
+    """
     parts = np.array_split(np.ones((size, dim), np.float32).view(np.int64), CORES)
 
     def twice() -> None:
@@ -180,20 +195,35 @@ def write(path: Path, size: int, dim: int, num_classes: int) -> None:
 
 
 def child(folder: Path, rounds: int) -> dict[str, Any]:
-    """One process that measures a file: seconds of each call, the first with compilation, and its resident peak."""
+    """One process that measures a file: seconds of each call, the first with compilation, and
+    its resident peak.
+    """
     from ncjax.features import measure
     from ncjax.training import mesh
 
     mesh.use_every_core()
-    features, labels = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+    features, labels = (
+        np.load(folder / "features.npy", mmap_mode="r"),
+        np.load(folder / "labels.npy"),
+    )
     with peak() as most:
         times = [seconds(lambda: measure.measure(features, labels)) for _ in range(rounds)]
         return {"seconds": times, "peak": most()}
 
 
 def of_file(folder: Path, rounds: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.measure", "--child", str(folder), "--rounds", str(rounds)]
-    return json.loads(subprocess.run(command, check=True, cwd=REPO, capture_output=True, text=True).stdout)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.measure",
+        "--child",
+        str(folder),
+        "--rounds",
+        str(rounds),
+    ]
+    return json.loads(
+        subprocess.run(command, check=True, cwd=REPO, capture_output=True, text=True).stdout
+    )
 
 
 def read_twice(path: Path) -> float:
@@ -227,8 +257,12 @@ def two_gemm_passes(size: int, dim: int, num_classes: int) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=131_072, help="of the file with p=2048, C=1000")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--examples", type=int, default=131_072, help="of the file with p=2048, C=1000"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -247,11 +281,23 @@ def main() -> None:
 
     mesh.use_every_core()
     console = Console(width=140)
-    console.print(f"load average {os.getloadavg()[0]:.2f}; {CORES} cores, {platform.machine()}; ", end="")
+    console.print(
+        f"load average {os.getloadavg()[0]:.2f}; {CORES} cores, {platform.machine()}; ", end=""
+    )
     console.print(f"JAX {jax.__version__}, PyTorch {torch.__version__}", highlight=False)
     size, rounds = (5_000, 2) if arguments.quick else (50_000, ROUNDS)
-    table = Table(title=f"N = {size:,}, p = 512, float32: median (least to greatest) of {rounds} rounds in turns")
-    for heading in ("C", "measured", "PyTorch, p x p", "ncjax.measure", "times as fast", "memory/inputs"):
+    table = Table(
+        title=f"N = {size:,}, p = 512, float32: median (least to greatest) of {rounds} rounds in "
+        f"turns"
+    )
+    for heading in (
+        "C",
+        "measured",
+        "PyTorch, p x p",
+        "ncjax.measure",
+        "times as fast",
+        "memory/inputs",
+    ):
         table.add_column(heading, justify="right")
     for num_classes in (10, 100):
         for with_head in (False, True):
@@ -266,7 +312,9 @@ def main() -> None:
                 f"{found['memory over inputs']:.2f}",
             )
     console.print(table)
-    console.print(f"reading them twice, a thread per core: {said(read_in_place(size, 512))}", highlight=False)
+    console.print(
+        f"reading them twice, a thread per core: {said(read_in_place(size, 512))}", highlight=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         examples = 8192 if arguments.quick else arguments.examples
         write(Path(folder), examples, 2048, 1000)
@@ -275,17 +323,23 @@ def main() -> None:
         found = of_file(Path(folder), 1 if arguments.quick or examples > 500_000 else 3)
         bound = max(reading, min(gemm))
         console.print(
-            f"N = {examples:,}, p = 2048, C = 1000 from a file: {', '.join(f'{s:.1f} s' for s in found['seconds'])}; "
-            f"reading it twice {reading:.1f} s, two GEMM passes {gemm[0]:.1f} s (PyTorch) {gemm[1]:.1f} s (JAX): "
-            f"{min(found['seconds']) / bound:.2f} times the larger; {found['peak'] / 2**20:.0f} MiB beside the file",
+            f"N = {examples:,}, p = 2048, C = 1000 from a file: "
+            f"{', '.join(f'{s:.1f} s' for s in found['seconds'])}; "
+            f"reading it twice {reading:.1f} s, two GEMM passes {gemm[0]:.1f} s (PyTorch) "
+            f"{gemm[1]:.1f} s (JAX): "
+            f"{min(found['seconds']) / bound:.2f} times the larger; {found['peak'] / 2**20:.0f} "
+            f"MiB beside the file",
             highlight=False,
         )
     with tempfile.TemporaryDirectory() as folder:
-        num_classes, dim, examples = (2048, 256, 8192) if arguments.quick else (32_768, 1024, 262_144)
+        num_classes, dim, examples = (
+            (2048, 256, 8192) if arguments.quick else (32_768, 1024, 262_144)
+        )
         write(Path(folder), examples, dim, num_classes)
         found = of_file(Path(folder), 1)
         console.print(
-            f"N = {examples:,}, p = {dim}, C = {num_classes:,} from a file: {found['seconds'][0]:.1f} s, "
+            f"N = {examples:,}, p = {dim}, C = {num_classes:,} from a file: "
+            f"{found['seconds'][0]:.1f} s, "
             f"{found['peak'] / 2**20:.0f} MiB beside the file",
             highlight=False,
         )

@@ -5,7 +5,9 @@ import numpy as np
 from ncjax.data import dataset
 
 
-def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10) -> dataset.Dataset:
+def noise(
+    image: tuple[int, ...], train_size: int, test_size: int, num_classes: int = 10
+) -> dataset.Dataset:
     """uint8 noise, normalized as `dataset.load` would: pixels centred, mean input norm 2."""
     rng = np.random.default_rng(0)
 
@@ -15,5 +17,7 @@ def noise(image: tuple[int, ...], train_size: int, test_size: int, num_classes: 
 
     train, test = split(train_size), split(test_size)
     center = train.images.mean(0)
-    scale = np.array(2 / np.linalg.norm((train.images - center).reshape(train_size, -1), axis=1).mean())
+    scale = np.array(
+        2 / np.linalg.norm((train.images - center).reshape(train_size, -1), axis=1).mean()
+    )
     return dataset.Dataset(train, test, center, scale, tuple(map(str, range(num_classes))))

@@ -1,9 +1,10 @@
-"""What it costs to cut a sweep into programs that take turns: 64 digits runs at once against four times 16.
+"""What it costs to cut a sweep into programs that take turns: 64 digits runs at once against four
+times 16.
 
     python -m benchmarks.programs
 
-Prints how far the two histories lie apart after three epochs in float64, and the medians of alternating rounds of three
-epochs; docs/scaling.md quotes it.
+Prints how far the two histories lie apart after three epochs in float64, and the medians of
+alternating rounds of three epochs; docs/scaling.md quotes it.
 """
 
 import os
@@ -31,7 +32,9 @@ def main(folder: Path) -> None:
     mesh.use_every_core()
     plans = {most: preflight.prepare(make_config(most), folder / str(most)) for most in (64, 16)}
     whole, parts = (loop.record(plan) for plan in plans.values())
-    deviation = max(inspect.deviation(parts[name].values, whole[name].values) for name in whole.data_vars)
+    deviation = max(
+        inspect.deviation(parts[name].values, whole[name].values) for name in whole.data_vars
+    )
     sweeps = {most: sweep.Sweep(plan) for most, plan in plans.items()}
     seconds = {most: [] for most in sweeps}
     for number in range(ROUNDS + 1):  # the first compiles
@@ -39,8 +42,14 @@ def main(folder: Path) -> None:
             _, took = begun.advance(EPOCHS if number else 0, measured=False)
             seconds[most] += [took] * bool(number)
     at_once, in_turns = (statistics.median(seconds[most]) for most in (64, 16))
-    print(f"largest deviation {deviation:.1g}; 64 runs at once {at_once:.2f} s, 16 four times {in_turns:.2f} s")
-    print(f"{in_turns / at_once:.2f} times as long (medians of {ROUNDS} rounds; load {os.getloadavg()[0]:.1f})")
+    print(
+        f"largest deviation {deviation:.1g}; 64 runs at once {at_once:.2f} s, 16 four times "
+        f"{in_turns:.2f} s"
+    )
+    print(
+        f"{in_turns / at_once:.2f} times as long (medians of {ROUNDS} rounds; load "
+        f"{os.getloadavg()[0]:.1f})"
+    )
 
 
 if __name__ == "__main__":

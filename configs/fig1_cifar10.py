@@ -1,15 +1,18 @@
-"""Figure 1 of Rangamani & Banburski (ICASSP 2022): CIFAR-10 with and without weight decay, four convolutions.
+"""Figure 1 of Rangamani & Banburski (ICASSP 2022): CIFAR-10 with and without weight decay, four
+convolutions.
 
     TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py --workdir=runs/fig1
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py:batch_norm --workdir=runs/fig1_bn
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py:smoke --workdir=runs/fig1_smoke
+    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py:batch_norm
+    --workdir=runs/fig1_bn TFDS_DATA_DIR=... python -m ncjax.main
+    --config=configs/fig1_cifar10.py:smoke --workdir=runs/fig1_smoke
 
-32x32x3-32-64-128-256-10 on the whole training split, 350 epochs, batches of 128, the learning rate x0.1 at 1/3 and
-2/3, PyTorch's weight decay 0 to 2e-3 on all parameters, three seeds. These 12 runs are 2.1e8 samples of 22 MFLOP,
-4.7e15 FLOP: for an accelerator (none was at hand, so their time is not measured). `batch_norm` is the paper's network
-as far as it is known, at learning rate 0.067; the homogeneous one takes 0.5 on inputs of mean norm 8. Two CPU cores
-have a subset, 200 images a class: `python -m experiments.fig1_cifar10 --train`, whose README has the numbers. There
-`:smoke` (or `:batch_norm,smoke`) ends within half a minute.
+32x32x3-32-64-128-256-10 on the whole training split, 350 epochs, batches of 128, the learning rate
+x0.1 at 1/3 and 2/3, PyTorch's weight decay 0 to 2e-3 on all parameters, three seeds. These 12 runs
+are 2.1e8 samples of 22 MFLOP, 4.7e15 FLOP: for an accelerator (none was at hand, so their time is
+not measured). `batch_norm` is the paper's network as far as it is known, at learning rate 0.067;
+the homogeneous one takes 0.5 on inputs of mean norm 8. Two CPU cores have a subset, 200 images a
+class: `python -m experiments.fig1_cifar10 --train`, whose README has the numbers. There `:smoke`
+(or `:batch_norm,smoke`) ends within half a minute.
 """
 
 from ncjax.config import Config, default_config
@@ -19,7 +22,9 @@ VARIANTS = ("", "batch_norm", "smoke", "batch_norm,smoke")
 
 def get_config(variant: str = "") -> Config:
     if variant not in VARIANTS:
-        raise ValueError(f"configs/fig1_cifar10.py has no variant {variant!r}; it has {'; '.join(VARIANTS[1:])}")
+        raise ValueError(
+            f"configs/fig1_cifar10.py has no variant {variant!r}; it has {'; '.join(VARIANTS[1:])}"
+        )
     config = default_config()
     config.data.name = "cifar10"
     config.model.kind = "conv"

@@ -1,14 +1,17 @@
-"""The unconstrained-feature model: a linear net on x_n = e_n, where training must meet closed forms.
+"""The unconstrained-feature model: a linear net on x_n = e_n, where training must meet closed
+forms.
 
     python -m ncjax.main --config=configs/ufm.py --workdir=runs/ufm
-    python -m ncjax.main --config=configs/ufm.py --config.model.head_bias=free --workdir=runs/ufm_bias
-    python -m ncjax.main --config=configs/ufm.py --config.model.widths=64,64,64 --workdir=runs/ufm_depth4
-    python -m ncjax.main --config=configs/ufm.py:smoke --workdir=runs/ufm_smoke
+    python -m ncjax.main --config=configs/ufm.py --config.model.head_bias=free
+    --workdir=runs/ufm_bias python -m ncjax.main --config=configs/ufm.py
+    --config.model.widths=64,64,64 --workdir=runs/ufm_depth4 python -m ncjax.main
+    --config=configs/ufm.py:smoke --workdir=runs/ufm_smoke
 
-Depth L = 3 (the features are one of the factors), C = 10, N = 5, full batch, float64, from an initialization large
-enough that every mode starts above the unstable branch. lambda runs up to 98% of the spinodal, 0.0276, and once beyond
-it, where every mode dies. Two CPU cores: 19 s with figures, 6 s of it training. All 18 runs that have a closed form
-meet it: epsilon to 2e-14 and the head's norm to 8e-14 relative, nc3 to 1e-15. Another depth: `model.widths`.
+Depth L = 3 (the features are one of the factors), C = 10, N = 5, full batch, float64, from an
+initialization large enough that every mode starts above the unstable branch. lambda runs up to 98%
+of the spinodal, 0.0276, and once beyond it, where every mode dies. Two CPU cores: 19 s with
+figures, 6 s of it training. All 18 runs that have a closed form meet it: epsilon to 2e-14 and the
+head's norm to 8e-14 relative, nc3 to 1e-15. Another depth: `model.widths`.
 """
 
 from ncjax.config import Config, default_config

@@ -1,7 +1,9 @@
-"""What every experiment does: train configs through ncjax, keep their histories, print tables, save figures.
+"""What every experiment does: train configs through ncjax, keep their histories, print tables, save
+figures.
 
-An experiment has `histories(train)`, which trains its configs or reads what was kept of them, and `tables(histories)`,
-which makes its tables of that. Its command prints them; `python -m experiments.tables` compares them with the READMEs.
+An experiment has `histories(train)`, which trains its configs or reads what was kept of them, and
+`tables(histories)`, which makes its tables of that. Its command prints them; `python -m
+experiments.tables` compares them with the READMEs.
 """
 
 import argparse
@@ -47,8 +49,14 @@ def start(main: Callable[[bool], None], description: str | None) -> None:
     """Runs an experiment's command: with --train it trains, else it reads the histories."""
     name = Path(main.__code__.co_filename).parent.name
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m experiments.{name}", None, description, formatter_class=formatter)
-    parser.add_argument("--train", action="store_true", help="train in runs/experiments, instead of reading histories/")
+    parser = argparse.ArgumentParser(
+        f"python -m experiments.{name}", None, description, formatter_class=formatter
+    )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="train in runs/experiments, instead of reading histories/",
+    )
     arguments = parser.parse_args()
     try:
         main(arguments.train)
@@ -60,13 +68,16 @@ def start(main: Callable[[bool], None], description: str | None) -> None:
 def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
     """Trains a config in runs/experiments/VARIANT (continues or returns what is there).
 
-    Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all are asked for.
+    Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all
+    are asked for.
     """
     recorded = loop.record(plan.prepare(config, REPO / "runs" / "experiments" / variant))
     kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
-    if not path.exists() or not history.load(path).equals(kept):  # the same numbers keep the file they have
+    if not path.exists() or not history.load(path).equals(
+        kept
+    ):  # the same numbers keep the file they have
         history.save(kept, path)
     return kept
 
@@ -78,7 +89,9 @@ def load(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Datas
     if not path.exists():
         raise InputError("history", name, "it was not trained yet; --train does")
     kept = history.load(path)
-    differences = configuration.differences(configuration.validate(config), json.loads(kept.attrs["config"]))
+    differences = configuration.differences(
+        configuration.validate(config), json.loads(kept.attrs["config"])
+    )
     if differences:
         raise InputError("history", name, f"{differences[0]}; --train trains it anew")
     return kept if every_epoch else kept.isel(epoch=[-1])
@@ -91,7 +104,9 @@ def recorded(variant: str, config: Config, train: bool, *, every_epoch: bool = F
 
 def changed(config: Config, **fields: object) -> Config:
     """The config with `section__field=value` set."""
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in fields.items()}
+    )
     return config
 
 
@@ -104,16 +119,28 @@ SETTINGS = {
 
 
 def demo(train: bool) -> xr.Dataset:
-    """Returns configs/digits.py over ten seeds, at every epoch measured; shared by digits and lemma2."""
+    """Returns configs/digits.py over ten seeds, at every epoch measured; shared by digits and
+    lemma2.
+    """
     config = changed(digits.get_config(), sweep__seed=tuple(range(10)))
     return recorded("digits", config, train, every_epoch=True)
 
 
 def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:
-    """Digits, the head near equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1 and theorem."""
-    common = {"train__epochs": 3000, "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3), "sweep__seed": (0, 1)}
+    """Digits, the head near equilibrium at every lambda, in each of `SETTINGS`; shared by lemma1
+    and theorem.
+    """
+    common = {
+        "train__epochs": 3000,
+        "sweep__weight_decay": (1e-4, 3e-4, 1e-3, 3e-3),
+        "sweep__seed": (0, 1),
+    }
     return {
-        name: recorded(f"digits_{name.replace(' ', '_')}", changed(digits.get_config(), **common, **fields), train)
+        name: recorded(
+            f"digits_{name.replace(' ', '_')}",
+            changed(digits.get_config(), **common, **fields),
+            train,
+        )
         for name, fields in SETTINGS.items()
     }
 
@@ -127,7 +154,11 @@ def print_tables(tables: Mapping[str, Table]) -> None:
 def number(value: float) -> str:
     """Formats a swept value: 1e-4, 0.01."""
     value = float(f"{value:g}")
-    return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"
+    return (
+        np.format_float_scientific(value, trim="-", exp_digits=1)
+        if 0 < value < 0.01
+        else f"{value:g}"
+    )
 
 
 def over_seeds(values: xr.DataArray) -> str:
@@ -136,7 +167,9 @@ def over_seeds(values: xr.DataArray) -> str:
 
 
 def sum_of_rows(run: xr.Dataset) -> xr.DataArray:
-    """Returns ||1^T W_L||^2/||W_L||^2, from the floor of NC3: 1 for an orthogonal frame, 0 for a simplex ETF."""
+    """Returns ||1^T W_L||^2/||W_L||^2, from the floor of NC3: 1 for an orthogonal frame, 0 for a
+    simplex ETF.
+    """
     return run.sizes["label"] * (1 - (1 - run["nc3_floor"] / 2) ** 2)
 
 

@@ -1,4 +1,6 @@
-"""What the seed paper's two figures share: four weight decays x three seeds of two networks, and what they show."""
+"""What the seed paper's two figures share: four weight decays x three seeds of two networks, and
+what they show.
+"""
 
 import argparse
 import sys
@@ -15,8 +17,8 @@ from ncjax.report.panels import Panel
 GetConfig = Callable[[str], Config]
 
 NETWORKS = {"homogeneous": "", "batch_norm": "batch_norm"}
-# For two CPU cores: fewer images and epochs; smaller batches, so that there are steps enough, which batch
-# normalization bears at a lower learning rate.
+# For two CPU cores: fewer images and epochs; smaller batches, so that there are steps enough, which
+# batch normalization bears at a lower learning rate.
 SUBSET = {"data__per_class": 200, "train__epochs": 150, "train__batch_size": 32}
 SUBSET_OF = {"homogeneous": SUBSET, "batch_norm": SUBSET | {"sweep__learning_rate": (0.04,)}}
 PANELS = (
@@ -37,7 +39,9 @@ MEASURES = {
 }
 
 
-def histories(train: bool, name: str, get_config: GetConfig, *, full: bool = False) -> dict[str, xr.Dataset]:
+def histories(
+    train: bool, name: str, get_config: GetConfig, *, full: bool = False
+) -> dict[str, xr.Dataset]:
     """Returns the history of each network, on a subset of the data or on all."""
     return {
         network: common.recorded(
@@ -57,7 +61,8 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
 def _table(network: str, history: xr.Dataset) -> common.Table:
     final = history.isel(epoch=-1)
     rows = [
-        (f"{split} accuracy", *common.per_decay(final["accuracy"].sel(split=split))) for split in final["split"].values
+        (f"{split} accuracy", *common.per_decay(final["accuracy"].sel(split=split)))
+        for split in final["split"].values
     ]
     for words, measure in MEASURES.items():
         values = final[measure]
@@ -66,14 +71,22 @@ def _table(network: str, history: xr.Dataset) -> common.Table:
         rows.append((words, *common.per_decay(values, least_in_bold=words.startswith("NC"))))
     decays = [f"wd {common.number(decay)}" for decay in _of_pytorch(history)]
     headings = (f"at the end, training split (n = {history.sizes['seed']})", *decays)
-    return common.Table(f"{_title(network, history)}; mean ± sd over seeds, in bold the least", headings, rows)
+    return common.Table(
+        f"{_title(network, history)}; mean ± sd over seeds, in bold the least", headings, rows
+    )
 
 
 def main(name: str, get_config: GetConfig, claim: str | None) -> None:
     parser = argparse.ArgumentParser(f"python -m experiments.{name}", description=claim)
-    parser.add_argument("--train", action="store_true", help="train in runs/experiments, instead of reading histories/")
     parser.add_argument(
-        "--full", action="store_true", help="all images, 350 epochs, batches of 128: with --train, for an accelerator"
+        "--train",
+        action="store_true",
+        help="train in runs/experiments, instead of reading histories/",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all images, 350 epochs, batches of 128: with --train, for an accelerator",
     )
     arguments = parser.parse_args()
     try:
@@ -84,13 +97,19 @@ def main(name: str, get_config: GetConfig, claim: str | None) -> None:
     common.print_tables(tables(named))
     for network, history in named.items():
         decays, of_pytorch = history["weight_decay"].values, _of_pytorch(history)
-        title = rf"{_title(network, history)}; $\lambda$ = {decays[-1] / of_pytorch[-1]:g} wd of PyTorch"
+        title = (
+            rf"{_title(network, history)}; $\lambda$ = {decays[-1] / of_pytorch[-1]:g} wd of "
+            rf"PyTorch"
+        )
         figure = panels.against(panels.one_per_lambda(history), PANELS, title)
         common.save(figure, name, f"{name}_{network}" + ("_full" if arguments.full else ""))
 
 
 def _title(network: str, history: xr.Dataset) -> str:
-    return f"{network}: {int(history.attrs['per_class']):,} images a class, {int(history['epoch'][-1])} epochs"
+    return (
+        f"{network}: {int(history.attrs['per_class']):,} images a class, "
+        f"{int(history['epoch'][-1])} epochs"
+    )
 
 
 def _of_pytorch(history: xr.Dataset) -> list[float]:

@@ -3,8 +3,9 @@
     python -m experiments.tables            # exits with 1 where a cell differs
     python -m experiments.tables --write    # writes what differs
 
-The line above a table says where it is from: `<!-- table: digits.collapse -->` is what experiments/digits computes by
-that name; `<!-- not from histories: REASON -->` is left alone. A table without such a line counts as different.
+The line above a table says where it is from: `<!-- table: digits.collapse -->` is what
+experiments/digits computes by that name; `<!-- not from histories: REASON -->` is left alone. A
+table without such a line counts as different.
 """
 
 import argparse
@@ -26,7 +27,9 @@ _RULE = re.compile(r"\s*\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?\s*)?")
 
 
 class Finding(NamedTuple):
-    """What was found of a table: the line it begins at, its name, and a sentence for each cell that differs."""
+    """What was found of a table: the line it begins at, its name, and a sentence for each cell
+    that differs.
+    """
 
     line: int
     name: str
@@ -35,7 +38,9 @@ class Finding(NamedTuple):
 
 
 def check(text: str) -> tuple[list[Finding], str]:
-    """Compares the tables of a Markdown text with the computed ones; returns what was found, and the text corrected."""
+    """Compares the tables of a Markdown text with the computed ones; returns what was found, and
+    the text corrected.
+    """
     lines = text.splitlines()
     findings, corrected, done = [], [], 0
     for first, last in _spans(lines):
@@ -47,7 +52,14 @@ def check(text: str) -> tuple[list[Finding], str]:
             corrected += [*lines[done:first], *computed]
             done = last
         elif not _EXEMPT.fullmatch(marker):
-            findings.append(Finding(first + 1, "no marker", 0, ["the line above does not say where the table is from"]))
+            findings.append(
+                Finding(
+                    first + 1,
+                    "no marker",
+                    0,
+                    ["the line above does not say where the table is from"],
+                )
+            )
     return findings, "\n".join([*corrected, *lines[done:], ""])
 
 
@@ -64,7 +76,9 @@ def _compute(experiment: str, name: str) -> common.Table:
     try:
         return _compute_all(experiment)[name]
     except (ModuleNotFoundError, KeyError) as error:
-        raise InputError("table", f"{experiment}.{name}", "no experiment computes it; correct its marker") from error
+        raise InputError(
+            "table", f"{experiment}.{name}", "no experiment computes it; correct its marker"
+        ) from error
 
 
 @cache
@@ -86,13 +100,19 @@ def _compare(found: list[list[str]], computed: list[list[str]]) -> tuple[int, li
         for column, (old, new) in enumerate(zip_longest(theirs, ours, fillvalue="nothing")):
             cells += 1
             if old != new:
-                differences.append(f"row {row} ({(ours or theirs)[0]}), column {column}: {old}; computed: {new}")
+                differences.append(
+                    f"row {row} ({(ours or theirs)[0]}), column {column}: {old}; computed: {new}"
+                )
     return cells, differences
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m experiments.tables", description="Compares the documents' tables.")
-    parser.add_argument("--write", action="store_true", help="write the computed tables into the documents")
+    parser = argparse.ArgumentParser(
+        "python -m experiments.tables", description="Compares the documents' tables."
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write the computed tables into the documents"
+    )
     write = parser.parse_args(argv).write
     cells = wrong = 0
     try:
@@ -103,7 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 findings, _ = check(corrected)
             for found in findings:
                 count = len(found.differences)
-                print(f"{path.relative_to(common.REPO)}:{found.line} {found.name}: {found.cells} cells, {count} differ")
+                print(
+                    f"{path.relative_to(common.REPO)}:{found.line} {found.name}: {found.cells} "
+                    f"cells, {count} differ"
+                )
                 print(*(f"    {line}\n" for line in found.differences), sep="", end="")
                 cells, wrong = cells + found.cells, wrong + count
     except InputError as error:

@@ -1,4 +1,6 @@
-"""The schema of a run: every field with its default, its meaning and what it must satisfy; and the grid of runs."""
+"""The schema of a run: every field with its default, its meaning and what it must satisfy; and
+the grid of runs.
+"""
 
 import itertools
 import json
@@ -47,15 +49,23 @@ def _integer(default: int, meaning: str, least: int) -> Field:
 def _choice(default: str, meaning: str, *others: str) -> Field:
     choices = (default, *others)
     return Field(
-        default, meaning, f"must be one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices
+        default,
+        meaning,
+        f"must be one of {', '.join(choices)}",
+        lambda v: isinstance(v, str) and v in choices,
     )
 
 
-def _each(default: tuple, meaning: str, must: str, holds: Callable[[Any], bool], empty: bool = False) -> Field:
+def _each(
+    default: tuple, meaning: str, must: str, holds: Callable[[Any], bool], empty: bool = False
+) -> Field:
     """A tuple whose elements are checked one by one (ml_collections does not check them)."""
     least = "zero or more" if empty else "one or more"
     return Field(
-        default, meaning, f"must be {least} {must}", lambda v: (empty or len(v) > 0) and all(holds(x) for x in v)
+        default,
+        meaning,
+        f"must be {least} {must}",
+        lambda v: (empty or len(v) > 0) and all(holds(x) for x in v),
     )
 
 
@@ -79,7 +89,9 @@ SCHEMA: dict[str, Field] = {
         "must be a path",
         lambda v: isinstance(v, str),
     ),
-    "data.per_class": _integer(0, "training examples per class (0: the most that keeps classes balanced)", 0),
+    "data.per_class": _integer(
+        0, "training examples per class (0: the most that keeps classes balanced)", 0
+    ),
     "data.num_classes": Field(
         0,
         "classes of synthetic and identity (0: 10); of other sets the set decides",
@@ -95,59 +107,102 @@ SCHEMA: dict[str, Field] = {
         "must be True or False",
         lambda v: isinstance(v, bool),
     ),
-    "data.pad": _integer(0, "sides of images, filled up with a border of zeros (0: as they are)", 0),
-    "model.kind": _choice("mlp", "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head", "conv"),
+    "data.pad": _integer(
+        0, "sides of images, filled up with a border of zeros (0: as they are)", 0
+    ),
+    "model.kind": _choice(
+        "mlp", "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head", "conv"
+    ),
     "model.widths": _each((128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS),
     "model.normalization": _choice(
-        "none", "batch: before every activation; no longer homogeneous; measured in eval mode", "batch"
+        "none",
+        "batch: before every activation; no longer homogeneous; measured in eval mode",
+        "batch",
     ),
-    "model.norms": _choice("decayed", "scale and shift of normalization; free: trained but not decayed", "free"),
+    "model.norms": _choice(
+        "decayed", "scale and shift of normalization; free: trained but not decayed", "free"
+    ),
     "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
-    "model.linear_head_depth": _integer(1, "layers after the last activation, the head among them", 1),
-    "model.head_bias": _choice("none", "bias of the head; free: trained but not decayed", "free", "decayed"),
-    "loss": _choice("square", "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast", "cross_entropy"),
+    "model.linear_head_depth": _integer(
+        1, "layers after the last activation, the head among them", 1
+    ),
+    "model.head_bias": _choice(
+        "none", "bias of the head; free: trained but not decayed", "free", "decayed"
+    ),
+    "loss": _choice(
+        "square", "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast", "cross_entropy"
+    ),
     "targets": _choice("one_hot", "of the square loss; centered: one-hot less 1/C", "centered"),
     "train.epochs": _integer(300, "passes over the training split", 1),
-    "train.schedule_epochs": _integer(0, "length of the schedule (0: train.epochs); set it to train on later", 0),
-    "train.batch_size": _integer(64, "examples per step (0: full batch); a partial last batch is dropped", 0),
-    "train.augment": _choice("none", "random 4-pixel crops of training images, and mirroring", "crop", "crop_flip"),
+    "train.schedule_epochs": _integer(
+        0, "length of the schedule (0: train.epochs); set it to train on later", 0
+    ),
+    "train.batch_size": _integer(
+        64, "examples per step (0: full batch); a partial last batch is dropped", 0
+    ),
+    "train.augment": _choice(
+        "none", "random 4-pixel crops of training images, and mirroring", "crop", "crop_flip"
+    ),
     "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
     "train.decay": _choice(
-        "coupled", "lambda w joins the gradient, or (decoupled) the step after momentum", "decoupled"
+        "coupled",
+        "lambda w joins the gradient, or (decoupled) the step after momentum",
+        "decoupled",
     ),
-    "train.schedule": _choice("cosine", "learning rate over the run; step: x0.1 at 1/3 and 2/3", "constant", "step"),
+    "train.schedule": _choice(
+        "cosine", "learning rate over the run; step: x0.1 at 1/3 and 2/3", "constant", "step"
+    ),
     "train.precision": _choice("float32", "arithmetic of training and measurement", "float64"),
     "sweep.weight_decay": _each((1e-3,), "lambda, in the units of `units`", *_NON_NEGATIVE),
-    "sweep.learning_rate": _each((0.1,), "initial learning rate, in the units of `units`", *_POSITIVE),
+    "sweep.learning_rate": _each(
+        (0.1,), "initial learning rate, in the units of `units`", *_POSITIVE
+    ),
     "sweep.momentum": _each((0.9,), "momentum of SGD, beta_1 of Adam", *_MOMENTA),
-    "sweep.init_scale": _each((1.0,), "factor on the He initialization of every weight", *_POSITIVE),
+    "sweep.init_scale": _each(
+        (1.0,), "factor on the He initialization of every weight", *_POSITIVE
+    ),
     "sweep.seed": _each((0,), "initialization and order of batches", *_SEEDS),
-    "sweep.runs_per_program": _integer(0, "most runs at once, the rest after them (0: as many as memory holds)", 0),
+    "sweep.runs_per_program": _integer(
+        0, "most runs at once, the rest after them (0: as many as memory holds)", 0
+    ),
     "mesh.run": _integer(0, "devices over which runs are spread (0: all that are of use)", 0),
     "mesh.data": _integer(1, "devices over which the batch of each run is spread", 1),
-    "units": _choice("ours", "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss", "torch"),
-    "log.epochs": _each((), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True),
+    "units": _choice(
+        "ours", "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss", "torch"
+    ),
+    "log.epochs": _each(
+        (), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True
+    ),
     "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
     "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
-    "checkpoint.marked": _each((), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True),
+    "checkpoint.marked": _each(
+        (), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True
+    ),
     "profile.dir": Field(
-        "", "where a jax.profiler trace of one epoch goes (empty: none)", "must be a path", lambda v: isinstance(v, str)
+        "",
+        "where a jax.profiler trace of one epoch goes (empty: none)",
+        "must be a path",
+        lambda v: isinstance(v, str),
     ),
     "compile.cache": _choice(
-        "user", "keep compiled programs in the user's cache folder; $JAX_COMPILATION_CACHE_DIR moves them", "off"
+        "user",
+        "keep compiled programs in the user's cache folder; $JAX_COMPILATION_CACHE_DIR moves them",
+        "off",
     ),
 }
 
 # Where and how a run is computed, not what: a WORKDIR goes on whatever they are.
 _MACHINE = ("sweep.runs_per_program", "mesh.run", "mesh.data", "profile.dir", "compile.cache")
 
-# Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing axis.
+# Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing
+# axis.
 SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
 
 
 def default_config() -> Config:
     """Returns a locked ConfigDict with every field of `SCHEMA` at its default."""
-    # Not type-safe: a scalar must be accepted where a tuple stands, and `validate` names the field better.
+    # Not type-safe: a scalar must be accepted where a tuple stands, and `validate` names the field
+    # better.
     nested: dict = {}
     for name, field in SCHEMA.items():
         section, _, leaf = name.rpartition(".")
@@ -158,7 +213,8 @@ def default_config() -> Config:
 def describe_fields() -> str:
     """One line per field, for `--help`."""
     return "\n".join(
-        f"  --config.{name}={_shown(field.default)}\n      {field.meaning} ({field.must.removeprefix('must be ')})"
+        f"  --config.{name}={_shown(field.default)}\n      {field.meaning} "
+        f"({field.must.removeprefix('must be ')})"
         for name, field in SCHEMA.items()
     )
 
@@ -168,17 +224,25 @@ def _shown(value: object) -> str:
 
 
 def validate(config: Config) -> Config:
-    """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first bad field."""
+    """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first
+    bad field.
+    """
     try:
         flat = flatten(config)
     except TypeError as error:  # ConfigDict sorts its keys
-        raise InputError("config", "keys of several types", "name every field by a string") from error
+        raise InputError(
+            "config", "keys of several types", "name every field by a string"
+        ) from error
     for name in sorted(flat.keys() - SCHEMA.keys()):
-        raise InputError(f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them")
+        raise InputError(
+            f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them"
+        )
     config = config.copy_and_resolve_references()
     for name, field in SCHEMA.items():
         if name not in flat:
-            raise InputError(f"config.{name}", "nothing", "start from ncjax.config.default_config()")
+            raise InputError(
+                f"config.{name}", "nothing", "start from ncjax.config.default_config()"
+            )
         value: Any = flat[name]
         if isinstance(field.default, tuple):
             value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
@@ -189,15 +253,25 @@ def validate(config: Config) -> Config:
         values = config.sweep[name]
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
-            raise InputError(f"config.sweep.{name}", values, f"{repeated[0]!r} stands twice; remove the repetition")
+            raise InputError(
+                f"config.sweep.{name}",
+                values,
+                f"{repeated[0]!r} stands twice; remove the repetition",
+            )
         if name != "seed":
             check_held(f"config.sweep.{name}", values, config.train.precision)
     for momentum in config.sweep.momentum:
         # Steps add up to 1/(1 - momentum) gradients: what it lacks of 1 must be held as well.
         lacks = 1 - float(np.asarray(momentum, config.train.precision))
         if not math.isclose(lacks, 1 - momentum, rel_tol=1e-2):
-            way_out = f"{config.train.precision} takes it for {1 - lacks:.10g}; choose a smaller one"
-            way_out += ", or set config.train.precision=float64" if config.train.precision == "float32" else ""
+            way_out = (
+                f"{config.train.precision} takes it for {1 - lacks:.10g}; choose a smaller one"
+            )
+            way_out += (
+                ", or set config.train.precision=float64"
+                if config.train.precision == "float32"
+                else ""
+            )
             raise InputError("config.sweep.momentum", momentum, way_out)
     check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision)
     _check_combinations(config)
@@ -211,7 +285,8 @@ def validate(config: Config) -> Config:
 
 
 def check_held(field: str, values: Sequence[float], precision: str, factor: float = 1.0) -> None:
-    """Raises InputError for a number that training, which computes with `factor` times it, would take for another.
+    """Raises InputError for a number that training, which computes with `factor` times it, would
+    take for another.
 
     A subnormal number is one of them: devices may take it for 0.
     """
@@ -226,34 +301,52 @@ def check_held(field: str, values: Sequence[float], precision: str, factor: floa
             raise InputError(field, value, f"{bounds}; choose one of them{more}")
         if number in held[:i]:
             other = values[held.index(number)]
-            raise InputError(field, value, f"{precision} takes it and {other!r} for one number; remove one{more}")
+            raise InputError(
+                field, value, f"{precision} takes it and {other!r} for one number; remove one{more}"
+            )
 
 
 def is_sound(config: Config) -> bool:
-    """Returns whether every field that is known, of a config as it was written, has a value that it may have."""
+    """Returns whether every field that is known, of a config as it was written, has a value that
+    it may have.
+    """
     flat = flatten(config)
     return all(name in flat and _holds(field, flat[name]) for name, field in SCHEMA.items())
 
 
 def _holds(field: Field, value: Any) -> bool:
-    return isinstance(value, (tuple, list)) == isinstance(field.default, tuple) and field.holds(value)
+    return isinstance(value, (tuple, list)) == isinstance(field.default, tuple) and field.holds(
+        value
+    )
 
 
 def _check_combinations(config: Config) -> None:
-    """Choices that exclude each other; AdamW is decoupled by definition, and the config then says so."""
+    """Choices that exclude each other; AdamW is decoupled by definition, and the config then
+    says so.
+    """
     if config.train.optimizer == "adam" and config.train.decay == "decoupled":
-        raise InputError("config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw")
+        raise InputError(
+            "config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw"
+        )
     if config.train.optimizer == "adamw":
         config.train.decay = "decoupled"
     if config.loss == "cross_entropy" and config.targets == "centered":
         raise InputError("config.targets", "centered", "cross-entropy needs one_hot")
     if config.model.normalization == "batch" and config.model.kind != "conv":
-        raise InputError("config.model.normalization", "batch", "of convolutions alone; set config.model.kind=conv")
+        raise InputError(
+            "config.model.normalization",
+            "batch",
+            "of convolutions alone; set config.model.kind=conv",
+        )
     depth, hidden = config.model.linear_head_depth, len(config.model.widths)
     if depth > 1 and config.model.activation == "linear":
-        raise InputError("config.model.linear_head_depth", depth, "every layer is linear already; leave it 1")
+        raise InputError(
+            "config.model.linear_head_depth", depth, "every layer is linear already; leave it 1"
+        )
     if depth > hidden:
-        way_out = f"config.model.widths has {hidden} hidden layers, of which one must keep its activation"
+        way_out = (
+            f"config.model.widths has {hidden} hidden layers, of which one must keep its activation"
+        )
         raise InputError("config.model.linear_head_depth", depth, way_out)
 
 
@@ -279,9 +372,11 @@ def flatten(config: Config, prefix: str = "") -> dict[str, object]:
 
 
 def differences(config: Config, other: dict) -> list[str]:
-    """What keeps `config` from continuing a run of `other`, a parsed config.json; a line per field, with both values.
+    """What keeps `config` from continuing a run of `other`, a parsed config.json; a line per field,
+    with both values.
 
-    More epochs are no hindrance where the learning rate of those behind does not depend on them; nor is another mesh.
+    More epochs are no hindrance where the learning rate of those behind does not depend on them;
+    nor is another mesh.
     """
     mine, theirs = (flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
     fields = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
@@ -301,7 +396,9 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """A config as it was written; a field younger than it has its default, which is what was done before."""
+    """A config as it was written; a field younger than it has its default, which is what was
+    done before.
+    """
     nested = json.loads(text)
     for name, field in SCHEMA.items():
         section, _, leaf = name.rpartition(".")
@@ -318,11 +415,13 @@ def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:
 
 
 class Grid(NamedTuple):
-    """The product of all swept axes. Run r of R is `np.unravel_index(r, shape)`, the last axis (seed) fastest.
+    """The product of all swept axes. Run r of R is `np.unravel_index(r, shape)`, the last axis
+    (seed) fastest.
 
     Attributes:
       axes: values per name in `SWEPT`, in our units.
-      dims: the axes that become dimensions of every output: weight_decay, seed, and whatever else has several values.
+      dims: the axes that become dimensions of every output: weight_decay, seed, and whatever else
+        has several values.
     """
 
     axes: dict[str, tuple]
@@ -353,10 +452,14 @@ def make_grid(config: Config, num_classes: int) -> Grid:
 
 
 def check_units(config: Config, num_classes: int) -> None:
-    """Raises InputError where a validated number leaves `train.precision` on its way to our units."""
+    """Raises InputError where a validated number leaves `train.precision` on its way to our
+    units.
+    """
     units = unit_factors(config, num_classes)
     for name in ("weight_decay", "learning_rate"):
-        check_held(f"config.sweep.{name}", config.sweep[name], config.train.precision, getattr(units, name))
+        check_held(
+            f"config.sweep.{name}", config.sweep[name], config.train.precision, getattr(units, name)
+        )
 
 
 class UnitFactors(NamedTuple):
@@ -370,9 +473,10 @@ class UnitFactors(NamedTuple):
 def unit_factors(config: Config, num_classes: int) -> UnitFactors:
     """Factors of equal trajectories.
 
-    PyTorch's `MSELoss` also averages over the C outputs: its gradient is 2/C of ours, so lambda = wd C/2 wherever decay
-    joins the gradient. SGD's step then needs lr = 2 lr/C; Adam's does not change, but for eps C/2. AdamW's decay is no
-    part of the gradient: lambda = wd. Cross-entropy is the same in both.
+    PyTorch's `MSELoss` also averages over the C outputs: its gradient is 2/C of ours, so lambda =
+    wd C/2 wherever decay joins the gradient. SGD's step then needs lr = 2 lr/C; Adam's does not
+    change, but for eps C/2. AdamW's decay is no part of the gradient: lambda = wd. Cross-entropy is
+    the same in both.
     """
     if config.units == "ours" or config.loss == "cross_entropy":
         return UnitFactors(1.0, 1.0, 1.0)

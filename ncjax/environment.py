@@ -1,4 +1,6 @@
-"""What environment variables keep JAX from training and measuring: found before it crashes over them, or obeys."""
+"""What environment variables keep JAX from training and measuring: found before it crashes over
+them, or obeys.
+"""
 
 import os
 import re
@@ -15,15 +17,18 @@ _OFF = ("0", "false", "no", "off", "n", "f")
 _DIVERGED = "a run that diverges is recorded as NaN, and its neighbours go on"
 _COMPILED = "a sweep is one compiled program"
 _MOVED = "data are moved to the devices, measurements from them"
-# Variables of JAX by which the programs would end in an error, or train something else: the values that do no harm,
-# and the reason.
+# Variables of JAX by which the programs would end in an error, or train something else: the values
+# that do no harm, and the reason.
 _REFUSED = {
     "JAX_DEBUG_NANS": (_OFF, _DIVERGED),
     "JAX_DEBUG_INFS": (_OFF, _DIVERGED),
     "JAX_DISABLE_JIT": (_OFF, _COMPILED),
     "JAX_NO_TRACING": (_OFF, _COMPILED),
     "JAX_NO_EXECUTION": (_OFF, _COMPILED),
-    "JAX_DEFAULT_DEVICE": ((), "config.mesh places the runs; JAX_PLATFORMS chooses among kinds of devices"),
+    "JAX_DEFAULT_DEVICE": (
+        (),
+        "config.mesh places the runs; JAX_PLATFORMS chooses among kinds of devices",
+    ),
     "JAX_NUMPY_DTYPE_PROMOTION": (("standard",), "the programs rely on standard"),
     "JAX_RANDOM_SEED_OFFSET": (("0",), "config.sweep.seed alone decides"),
     "JAX_TRANSFER_GUARD": (("allow", "log"), _MOVED),
@@ -49,14 +54,24 @@ def check(environment: Mapping[str, str]) -> None:
 def _check_xla_flags(environment: Mapping[str, str]) -> None:
     """XLA ends the process that has a wrong one: here, another one."""
     script = "from jaxlib import xla_client; xla_client.CompileOptions()"
-    tried = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    tried = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     if tried.returncode:
-        first = tried.stderr.partition("\n")[0].rpartition("] ")[2]  # after the place in XLA's source
-        raise InputError("XLA_FLAGS", environment["XLA_FLAGS"], f"XLA refuses it ({first}); correct it, or unset it")
+        first = tried.stderr.partition("\n")[0].rpartition("] ")[
+            2
+        ]  # after the place in XLA's source
+        raise InputError(
+            "XLA_FLAGS",
+            environment["XLA_FLAGS"],
+            f"XLA refuses it ({first}); correct it, or unset it",
+        )
 
 
 def import_jax() -> None:
-    """Imports JAX, which takes longer than to see that a flag is wrong; raises InputError where variables forbid it."""
+    """Imports JAX, which takes longer than to see that a flag is wrong; raises InputError where
+    variables forbid it.
+    """
     check(os.environ)
     try:
         import jax  # noqa: F401

@@ -1,4 +1,6 @@
-"""The one exception that means "the user can fix this"; a command prints it as a single line and exits with 2."""
+"""The one exception that means "the user can fix this"; a command prints it as a single line and
+exits with 2.
+"""
 
 import sys
 from collections.abc import Iterable
@@ -22,7 +24,9 @@ def warn(line: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""Returns a text that is one line and can be encoded: a name may hold `\n`, ESC, or bytes that are not UTF-8."""
+    r"""Returns a text that is one line and can be encoded: a name may hold `\n`, ESC, or bytes
+    that are not UTF-8.
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

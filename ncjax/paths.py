@@ -5,11 +5,24 @@ from pathlib import Path
 
 from ncjax.errors import InputError
 
-_FIGURES = {".png", ".pdf", ".svg", ".jpg", ".jpeg", ".eps", ".ps", ".gif", ".tif", ".tiff", ".webp"}
+_FIGURES = {
+    ".png",
+    ".pdf",
+    ".svg",
+    ".jpg",
+    ".jpeg",
+    ".eps",
+    ".ps",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
 
 
 def expanded(field: str, path: str | Path) -> Path:
-    """Returns a path with its ~ written out; raises InputError, which names the field, where that is nobody's home.
+    """Returns a path with its ~ written out; raises InputError, which names the field, where that
+    is nobody's home.
 
     A name that begins with ~ and is no user's is that of a file, if there is one.
     """
@@ -18,7 +31,9 @@ def expanded(field: str, path: str | Path) -> Path:
     except RuntimeError as error:
         if os.path.lexists(path):
             return Path(path)
-        raise InputError(field, str(path), "there is no such home; write the folder out, or set HOME") from error
+        raise InputError(
+            field, str(path), "there is no such home; write the folder out, or set HOME"
+        ) from error
 
 
 def cache_folder() -> Path | None:
@@ -30,7 +45,9 @@ def cache_folder() -> Path | None:
 
 
 def check_name(field: str, path: Path) -> None:
-    """Raises InputError where a path, the current folder included, is no UTF-8: libraries in C++ take no other."""
+    """Raises InputError where a path, the current folder included, is no UTF-8: libraries in C++
+    take no other.
+    """
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:

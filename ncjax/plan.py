@@ -1,4 +1,6 @@
-"""Everything that can be wrong is found here, before JAX is imported and long before anything is compiled."""
+"""Everything that can be wrong is found here, before JAX is imported and long before anything is
+compiled.
+"""
 
 import json
 import os
@@ -18,13 +20,15 @@ from ncjax.paths import check_name, expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
-# TensorStore separates folders by a backslash too; the others are storage buckets to Orbax. Neither knows surrogates,
-# which stand for bytes that are no UTF-8.
+# TensorStore separates folders by a backslash too; the others are storage buckets to Orbax. Neither
+# knows surrogates, which stand for bytes that are no UTF-8.
 _MISTAKEN = re.compile(r"\\|gs:/|^/(gs|s3|az|hf)/|[\ud800-\udfff]")
 
 
 class Plan(NamedTuple):
-    """A run that can start: a valid config, its WORKDIR (of a dry run that names none, any), its data and its grid."""
+    """A run that can start: a valid config, its WORKDIR (of a dry run that names none, any), its
+    data and its grid.
+    """
 
     config: configuration.Config
     workdir: Path
@@ -33,7 +37,9 @@ class Plan(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """This process among several: the arguments of `jax.distributed.initialize`; None is for the environment to say."""
+    """This process among several: the arguments of `jax.distributed.initialize`; None is for the
+    environment to say.
+    """
 
     coordinator: str | None
     processes: int | None
@@ -76,12 +82,17 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
 def find_processes(
     coordinator: str, count: int | None, number: int | None, environment: Mapping[str, str]
 ) -> Processes | None:
-    """Whether this is one process of several, by --coordinator, --processes and --process or by its environment.
+    """Whether this is one process of several, by --coordinator, --processes and --process or by its
+    environment.
 
-    Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find out by itself.
+    Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find
+    out by itself.
     """
     if not coordinator and count is None and number is None:
-        tasks, hosts = environment.get("SLURM_STEP_NUM_TASKS", "1"), environment.get("TPU_WORKER_HOSTNAMES", "")
+        tasks, hosts = (
+            environment.get("SLURM_STEP_NUM_TASKS", "1"),
+            environment.get("TPU_WORKER_HOSTNAMES", ""),
+        )
         return Processes(None, None, None) if tasks != "1" or "," in hosts else None
     if coordinator == "auto" and count is None and number is None:
         return Processes(None, None, None)
@@ -92,7 +103,11 @@ def find_processes(
     if count is None or count < 1:
         raise InputError("--processes", count, "say how many there are in all, an integer >= 1")
     if number is None or not 0 <= number < count:
-        raise InputError("--process", number, f"must be an integer from 0 to {count - 1}, another in each process")
+        raise InputError(
+            "--process",
+            number,
+            f"must be an integer from 0 to {count - 1}, another in each process",
+        )
     _check_address(coordinator, host, int(port), number)
     return Processes(coordinator, count, number)
 
@@ -120,7 +135,10 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
     for field, needs in (("model.kind", "conv"), ("train.augment", "crop")):
         section, leaf = field.split(".")
         if config[section][leaf].startswith(needs) and len(shape) != 3:
-            way_out = f"{config.data.name} has examples of shape {shape}; it needs images (height, width, channels)"
+            way_out = (
+                f"{config.data.name} has examples of shape {shape}; it needs images (height, "
+                f"width, channels)"
+            )
             raise InputError(f"config.{field}", config[section][leaf], way_out)
 
 
@@ -128,14 +146,21 @@ def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
     """Raises InputError where inputs of the norm asked for would be 0 or infinite."""
     if not config.data.standardize:
         factor = float(dataset.scale) / config.data.input_scale
-        configuration.check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision, factor)
+        configuration.check_held(
+            "config.data.input_scale", (config.data.input_scale,), config.train.precision, factor
+        )
 
 
 def check_path(field: str, folder: Path) -> None:
-    """Raises InputError where the libraries that write and read checkpoints would take a folder for another place."""
+    """Raises InputError where the libraries that write and read checkpoints would take a folder
+    for another place.
+    """
     found = _MISTAKEN.search(f"{os.path.realpath(folder)}/")
     if found:
-        way_out = f"Orbax and TensorStore take {found[0].strip('/')!a} in its path for another place; choose another"
+        way_out = (
+            f"Orbax and TensorStore take {found[0].strip('/')!a} in its path for another place; "
+            f"choose another"
+        )
         raise InputError(field, str(folder), way_out)
 
 
@@ -148,7 +173,9 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
             raise InputError("--workdir", str(workdir), "it is a file; name a folder")
         content = (workdir / "config.json").read_bytes()
     except FileNotFoundError:
-        foreign = sorted(path.name for path in workdir.glob("*") if path.name not in _OWN and path.name[0] != ".")
+        foreign = sorted(
+            path.name for path in workdir.glob("*") if path.name not in _OWN and path.name[0] != "."
+        )
         if foreign:
             way_out = f"it holds {foreign[0]} and no run; choose an empty or a new folder"
             raise InputError("--workdir", str(workdir), way_out) from None
@@ -156,15 +183,29 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
     except InputError:
         raise
     except (OSError, ValueError) as error:  # too long a name; a null byte
-        raise InputError("--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})") from error
+        raise InputError(
+            "--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})"
+        ) from error
     try:
         differences = configuration.differences(config, json.loads(content))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # no JSON, or JSON that is no config
-        raise InputError("--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR") from error
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # no JSON, or JSON that is no config
+        raise InputError(
+            "--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR"
+        ) from error
     if differences:
-        way_out = f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        way_out = (
+            f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        )
         if len(differences) == 1 and differences[0].startswith("config.train.epochs"):
-            way_out += " (a run never shrinks; it grows with train.schedule=constant, or train.schedule_epochs set)"
+            way_out += (
+                " (a run never shrinks; it grows with train.schedule=constant, or "
+                "train.schedule_epochs set)"
+            )
         raise InputError("--workdir", str(workdir), way_out)
     return workdir
 
@@ -189,4 +230,6 @@ def _make_folder(name: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(name, str(folder), f"cannot be written ({error.strerror}); choose another") from error
+        raise InputError(
+            name, str(folder), f"cannot be written ({error.strerror}); choose another"
+        ) from error

@@ -1,16 +1,19 @@
-"""Kills runs at random instants and damages the files they leave; nothing may be lost, nothing may be silent.
+"""Kills runs at random instants and damages the files they leave; nothing may be lost, nothing may
+be silent.
 
     python -m tests.chaos --kills 40 --corruptions 200
 
-Kills: `python -m ncjax.main` on digits in a process of its own (figures left out: they take longer than the run), ended
-by SIGKILL at an instant drawn over what is left of the run, start-up included, or just after a file of WORKDIR appeared
-or changed. After every kill what is on disk must be readable; the same command must continue; and parameters, optimizer
-states, history and metrics of the finished run must be those of an uninterrupted one, bit for bit.
+Kills: `python -m ncjax.main` on digits in a process of its own (figures left out: they take longer
+than the run), ended by SIGKILL at an instant drawn over what is left of the run, start-up included,
+or just after a file of WORKDIR appeared or changed. After every kill what is on disk must be
+readable; the same command must continue; and parameters, optimizer states, history and metrics of
+the finished run must be those of an uninterrupted one, bit for bit.
 
-Corruptions: one file of a finished or of an unfinished WORKDIR is truncated, deleted, exchanged with another, or has
-one bit flipped. Every reader must then report it (InputError, Damaged, OSError, or a warning on standard error) or give
-what it gave before, bit for bit; and a run that continues must end at the bits of the undamaged one, whatever it
-reports. A traceback on standard error, even one that is only logged, counts as a failure.
+Corruptions: one file of a finished or of an unfinished WORKDIR is truncated, deleted, exchanged
+with another, or has one bit flipped. Every reader must then report it (InputError, Damaged,
+OSError, or a warning on standard error) or give what it gave before, bit for bit; and a run that
+continues must end at the bits of the undamaged one, whatever it reports. A traceback on standard
+error, even one that is only logged, counts as a failure.
 """
 
 import argparse
@@ -94,7 +97,9 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     }
 
 
-def start(flags: tuple[str, ...], workdir: Path, cache: Path, child: str = CHILD, **more: str) -> subprocess.Popen:
+def start(
+    flags: tuple[str, ...], workdir: Path, cache: Path, child: str = CHILD, **more: str
+) -> subprocess.Popen:
     """The command on WORKDIR, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", child, *flags, f"--workdir={workdir}"],
@@ -107,7 +112,7 @@ def start(flags: tuple[str, ...], workdir: Path, cache: Path, child: str = CHILD
     )
 
 
-# What a WORKDIR holds, as bits ----------------------------------------------------------------------------------------
+# What a WORKDIR holds, as bits --------------------------------------------------------------------
 
 
 def leaves(folder: Path, epoch: int) -> dict[str, bytes]:
@@ -124,7 +129,9 @@ def leaves(folder: Path, epoch: int) -> dict[str, bytes]:
 
 
 def history_bits(recorded: xr.Dataset) -> dict[str, bytes]:
-    """Of every variable and coordinate, whether it was just measured or comes from the file (big-endian)."""
+    """Of every variable and coordinate, whether it was just measured or comes from the file
+    (big-endian).
+    """
     bits = {}
     for name, variable in recorded.variables.items():
         values = np.asarray(variable.values)
@@ -134,7 +141,9 @@ def history_bits(recorded: xr.Dataset) -> dict[str, bytes]:
             values = values.astype(np.int64)  # netCDF 3 knows 32 bits
         values = values.astype(values.dtype.newbyteorder("="))
         attrs = {key: np.asarray(value).tolist() for key, value in sorted(variable.attrs.items())}
-        bits[str(name)] = repr((variable.dims, values.shape, values.dtype, attrs)).encode() + values.tobytes()
+        bits[str(name)] = (
+            repr((variable.dims, values.shape, values.dtype, attrs)).encode() + values.tobytes()
+        )
     bits["its config"] = recorded.attrs["config"].encode()
     return bits
 
@@ -167,24 +176,32 @@ class Outcome(NamedTuple):
         )
 
     def check(self, other: "Outcome") -> None:
-        """Raises Failure naming what differs in `other`. A mended line of metrics.jsonl may lack the cosines."""
+        """Raises Failure naming what differs in `other`. A mended line of metrics.jsonl may lack
+        the cosines.
+        """
         for part in ("params", "history"):
             mine, theirs = getattr(self, part), getattr(other, part)
-            wrong = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
+            wrong = [
+                name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+            ]
             if wrong:
                 raise Failure(f"{part} differ in {sorted(wrong)}")
         if self.metrics.keys() != other.metrics.keys():
             raise Failure(f"metrics.jsonl holds epochs {list(other.metrics)}")
         for epoch, expected in self.metrics.items():
             found = {history.COSINES: expected[history.COSINES]} | other.metrics[epoch]
-            wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+            wrong = [
+                name
+                for name in expected.keys() | found.keys()
+                if expected.get(name) != found.get(name)
+            ]
             if wrong:
                 raise Failure(f"metrics.jsonl differs at epoch {epoch} in {sorted(wrong)}")
         if self.config != other.config:
             raise Failure("config.json differs")
 
 
-# Kills ----------------------------------------------------------------------------------------------------------------
+# Kills --------------------------------------------------------------------------------------------
 
 
 class Kills(NamedTuple):
@@ -203,16 +220,26 @@ def files(workdir: Path) -> dict[str, tuple]:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
-                    found[f"{folder.name}/{entry.name}"] = (status.st_ino, status.st_size, status.st_mtime_ns)
+                    found[f"{folder.name}/{entry.name}"] = (
+                        status.st_ino,
+                        status.st_size,
+                        status.st_mtime_ns,
+                    )
     return found
 
 
 def wait_for_event(process: subprocess.Popen, workdir: Path, number: int, only: str) -> None:
-    """Returns once the `number`th change of a file whose name contains `only` was seen, or the process has ended."""
+    """Returns once the `number`th change of a file whose name contains `only` was seen, or the
+    process has ended.
+    """
     before = files(workdir)
     while process.poll() is None:
         after = files(workdir)
-        number -= sum(only in name for name in after.keys() | before.keys() if after.get(name) != before.get(name))
+        number -= sum(
+            only in name
+            for name in after.keys() | before.keys()
+            if after.get(name) != before.get(name)
+        )
         if number <= 0:
             return
         before = after
@@ -220,7 +247,9 @@ def wait_for_event(process: subprocess.Popen, workdir: Path, number: int, only: 
 
 
 def check_readable(workdir: Path, grid_size: int) -> list[str]:
-    """After a kill at any instant: the history is whole, and so is every checkpoint that counts as finished."""
+    """After a kill at any instant: the history is whole, and so is every checkpoint that counts
+    as finished.
+    """
     if (workdir / "history.nc").exists():
         history.load(workdir / "history.nc")
     folder, notes = workdir / "checkpoints", []
@@ -232,12 +261,16 @@ def check_readable(workdir: Path, grid_size: int) -> list[str]:
         except checkpoint.Damaged as damage:
             if epoch == epochs[-1]:  # an older one may be half deleted
                 raise Failure(f"checkpoint {epoch} is damaged by a kill: {damage}") from damage
-            notes.append(f"checkpoint {epoch} of {epochs} was killed while it was deleted ({damage})")
+            notes.append(
+                f"checkpoint {epoch} of {epochs} was killed while it was deleted ({damage})"
+            )
     return notes
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    """Waits for a process that must end with `code` and without a traceback; returns what it said."""
+    """Waits for a process that must end with `code` and without a traceback; returns what it
+    said.
+    """
     try:
         out, err = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
@@ -248,7 +281,9 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def kills(count: int, rng: random.Random, folder: Path, say: Callable[[str], None] = print) -> Kills:
+def kills(
+    count: int, rng: random.Random, folder: Path, say: Callable[[str], None] = print
+) -> Kills:
     """Kills `count` processes; raises Failure where one does not continue to the same bits."""
     begin = time.perf_counter()
     finish(start(KILLED, folder / "reference", folder))
@@ -275,7 +310,9 @@ def kills(count: int, rng: random.Random, folder: Path, say: Callable[[str], Non
                     process.wait(instant)
                 how = f"{instant:.2f} s"
             else:
-                only = rng.choice(["", "checkpoints/", "history.nc", ".sha256", "metrics.jsonl", ".tmp"])
+                only = rng.choice(
+                    ["", "checkpoints/", "history.nc", ".sha256", "metrics.jsonl", ".tmp"]
+                )
                 number = rng.randint(1, 12)
                 wait_for_event(process, workdir, number, only)
                 time.sleep(rng.choice([0, rng.uniform(0, 0.005), rng.uniform(0, 0.05)]))
@@ -290,7 +327,10 @@ def kills(count: int, rng: random.Random, folder: Path, say: Callable[[str], Non
                 news = [*said, *check_readable(workdir, 2)]
                 notes += news
                 at = checkpoint.epochs_in(workdir / "checkpoints")
-                say(f"kill {killed}/{count} at {how}, checkpoints {at}" + "".join(f"; {line}" for line in news))
+                say(
+                    f"kill {killed}/{count} at {how}, checkpoints {at}"
+                    + "".join(f"; {line}" for line in news)
+                )
                 continue
         _, err = finish(process)
         notes += [line for line in err.splitlines() if line.startswith("warning:")]
@@ -305,7 +345,7 @@ def kills(count: int, rng: random.Random, folder: Path, say: Callable[[str], Non
     return Kills(killed, continued, runs, notes)
 
 
-# Corruptions ----------------------------------------------------------------------------------------------------------
+# Corruptions --------------------------------------------------------------------------------------
 
 
 class Corruption(NamedTuple):
@@ -317,7 +357,9 @@ class Corruption(NamedTuple):
 
 @contextlib.contextmanager
 def one_program() -> Iterator[None]:
-    """Within it, experiments of one recipe, mesh and size share their compiled program and drawn initialization."""
+    """Within it, experiments of one recipe, mesh and size share their compiled program and drawn
+    initialization.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -348,7 +390,9 @@ def one_program() -> Iterator[None]:
 
 @contextlib.contextmanager
 def overheard() -> Iterator[list[str]]:
-    """Tracebacks that reach standard error without being raised: what is logged, or lost in a coroutine."""
+    """Tracebacks that reach standard error without being raised: what is logged, or lost in a
+    coroutine.
+    """
     heard: list[str] = []
 
     class Handler(logging.Handler):
@@ -358,7 +402,9 @@ def overheard() -> Iterator[list[str]]:
 
     handler, hook = Handler(), sys.unraisablehook
     logging.getLogger().addHandler(handler)
-    sys.unraisablehook = lambda lost: heard.append(f"{lost.exc_type.__name__} was ignored in {str(lost.object)[:100]}")
+    sys.unraisablehook = lambda lost: heard.append(
+        f"{lost.exc_type.__name__} was ignored in {str(lost.object)[:100]}"
+    )
     try:
         yield heard
         gc.collect()
@@ -379,7 +425,9 @@ def small_config():
 
 
 def record(workdir: Path, stop_at: int | None = None) -> tuple[xr.Dataset | None, str]:
-    """The run in this process -> its history and what it said on standard error. Stops once `stop_at` is measured."""
+    """The run in this process -> its history and what it said on standard error. Stops once
+    `stop_at` is measured.
+    """
     from ncjax import plan
     from ncjax.report import tables
     from ncjax.runs import loop
@@ -396,7 +444,11 @@ def record(workdir: Path, stop_at: int | None = None) -> tuple[xr.Dataset | None
     said = io.StringIO()
     tables.Progress.measured = stop
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stop):
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.suppress(Stop),
+        ):
             return loop.record(plan.prepare(small_config(), workdir)), said.getvalue()
     finally:
         tables.Progress.measured = measured
@@ -428,7 +480,9 @@ def corrupt(workdir: Path, rng: random.Random) -> str:
         return f"{name} deleted"
     # Half of the time with its namesake of another checkpoint, if it has one.
     namesakes = [p for p in paths if p.name == path.name and p != path]
-    other = rng.choice(namesakes if namesakes and rng.random() < 0.5 else [p for p in paths if p != path])
+    other = rng.choice(
+        namesakes if namesakes and rng.random() < 0.5 else [p for p in paths if p != path]
+    )
     theirs = other.read_bytes()
     other.write_bytes(content)
     path.write_bytes(theirs)
@@ -443,7 +497,11 @@ class Reader(NamedTuple):
 
 def _same(found: object, expected: object) -> bool:
     if isinstance(expected, np.ndarray):
-        return isinstance(found, np.ndarray) and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+        return (
+            isinstance(found, np.ndarray)
+            and found.dtype == expected.dtype
+            and found.tobytes() == expected.tobytes()
+        )
     if isinstance(expected, dict):
         return (
             isinstance(found, dict)
@@ -488,7 +546,9 @@ def loaded_run(workdir: Path, load: Callable) -> dict:
 
 
 def reported(read: Callable[[], object], expected: object, name: str, what: str) -> list[str]:
-    """What a reader said, [] if it gave what it should; raises Failure if it gave anything else, or fell over."""
+    """What a reader said, [] if it gave what it should; raises Failure if it gave anything else,
+    or fell over.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), warnings.catch_warnings(record=True) as caught:
@@ -501,9 +561,16 @@ def reported(read: Callable[[], object], expected: object, name: str, what: str)
         return [f"{name}: {error}"]
     except Exception as error:
         raise Failure(f"{what}: {name} fell over with {type(error).__name__}: {error}") from error
-    lines = [*(line for line in said.getvalue().splitlines() if line.startswith("warning:")), *map(str, caught)]
+    lines = [
+        *(line for line in said.getvalue().splitlines() if line.startswith("warning:")),
+        *map(str, caught),
+    ]
     if not _same(found, expected) and not lines:
-        wrong = sorted(key for key in expected if found.get(key) != expected[key]) if name == "the same command" else ""
+        wrong = (
+            sorted(key for key in expected if found.get(key) != expected[key])
+            if name == "the same command"
+            else ""
+        )
         raise Failure(f"{what}: {name} gave something else without a word {wrong}")
     return [f"{name}: {line}" for line in lines]
 
@@ -526,7 +593,9 @@ def corruptions(
                 reports = [
                     line
                     for reader in originals[name]
-                    for line in reported(functools.partial(reader.read, workdir), reader.expected, reader.name, what)
+                    for line in reported(
+                        functools.partial(reader.read, workdir), reader.expected, reader.name, what
+                    )
                 ]
                 reports += continued(workdir, reference, what)
                 done.append(Corruption(what, reports))
@@ -540,7 +609,9 @@ def corruptions(
 
 
 def continued(workdir: Path, reference: Outcome, what: str) -> list[str]:
-    """Runs the command on a damaged WORKDIR; if it ends well, everything must be as if nothing had happened."""
+    """Runs the command on a damaged WORKDIR; if it ends well, everything must be as if nothing
+    had happened.
+    """
     said: list[str] = []
 
     def run() -> object:
@@ -559,14 +630,20 @@ def continued(workdir: Path, reference: Outcome, what: str) -> list[str]:
         try:
             reference.check(Outcome.of(workdir))
         except Failure as failure:
-            raise Failure(f"{what}: the same command went on, and {failure} (it said {said})") from failure
+            raise Failure(
+                f"{what}: the same command went on, and {failure} (it said {said})"
+            ) from failure
         except Exception as error:
-            raise Failure(f"{what}: the same command left what cannot be read: {error!r} (it said {said})") from error
+            raise Failure(
+                f"{what}: the same command left what cannot be read: {error!r} (it said {said})"
+            ) from error
     return refusal + said
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -588,16 +665,22 @@ def main() -> int:
                 for note, times in collections.Counter(found.notes).items():
                     say(f"note ({times} times): {note}")
                 summary.append(f"{found.count} kills: {found.continued} continued, all bit for bit")
-                say(f"{found.runs} runs were killed {found.count} times in {time.perf_counter() - begin:.0f} s")
+                say(
+                    f"{found.runs} runs were killed {found.count} times in "
+                    f"{time.perf_counter() - begin:.0f} s"
+                )
         if arguments.only != "kills":
             begin = time.perf_counter()
-            done, failures = corruptions(arguments.corruptions, random.Random(arguments.seed), Path(folder), say)
+            done, failures = corruptions(
+                arguments.corruptions, random.Random(arguments.seed), Path(folder), say
+            )
             loud = sum(bool(one.reports) for one in done)
             for line in failures:
                 say(f"FAILED: {line}")
             failed |= bool(failures)
             summary.append(
-                f"{len(done) + len(failures)} corruptions: {loud} refused or warned of, {len(done) - loud} harmless, "
+                f"{len(done) + len(failures)} corruptions: {loud} refused or warned of, "
+                f"{len(done) - loud} harmless, "
                 f"{len(failures)} silent"
             )
             say(f"corruptions took {time.perf_counter() - begin:.0f} s")

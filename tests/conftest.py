@@ -19,8 +19,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Annotations are checked at run time. A test file must not import ncjax before this line runs, and none can: pytest
-# imports conftest first.
+# Annotations are checked at run time. A test file must not import ncjax before this line runs, and
+# none can: pytest imports conftest first.
 install_import_hook("ncjax", "beartype.beartype")
 
 
@@ -44,7 +44,9 @@ def tfds_dir() -> str:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """WORKDIR of a tiny sweep with checkpoints at epochs 4 and 6; not to be changed: see `copied`."""
+    """WORKDIR of a tiny sweep with checkpoints at epochs 4 and 6; not to be changed: see
+    `copied`.
+    """
     from ncjax import plan
     from ncjax.config import default_config
     from ncjax.runs import loop

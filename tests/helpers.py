@@ -1,7 +1,7 @@
 """What several test files share: oracles, small runs, damage.
 
-The oracles are written from the definitions in docs/theory.md, in float64 NumPy, by explicit p x p matrices and loops
-over classes and pairs; they share no code and no algorithm with ncjax.
+The oracles are written from the definitions in docs/theory.md, in float64 NumPy, by explicit p x p
+matrices and loops over classes and pairs; they share no code and no algorithm with ncjax.
 """
 
 import warnings
@@ -50,12 +50,16 @@ def oracle_symmetric_part(matrix: np.ndarray) -> tuple[float, float, np.ndarray]
     num_classes = len(matrix)
     average = np.ones((num_classes, num_classes)) / num_classes
     across = np.eye(num_classes) - average
-    u, v = np.sum(matrix * across) / np.sum(across**2), np.sum(matrix * average) / np.sum(average**2)
+    u, v = (
+        np.sum(matrix * across) / np.sum(across**2),
+        np.sum(matrix * average) / np.sum(average**2),
+    )
     return u, v, matrix - u * across - v * average
 
 
 def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, float]:
-    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head (C, p).
+    """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head
+    (C, p).
 
     residuals (M, C): of the square loss with one-hot targets unless given.
     """
@@ -67,15 +71,24 @@ def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, f
     mu = np.stack([h[labels == c].mean(0) for c in classes])
     m_dot = np.stack([mu_c - mu.mean(0) for mu_c in mu], axis=1)
 
-    within = sum((np.outer(x - mu[c], x - mu[c]) for x, c in zip(h, labels, strict=True)), np.zeros((dim, dim))) / total
+    within = (
+        sum(
+            (np.outer(x - mu[c], x - mu[c]) for x, c in zip(h, labels, strict=True)),
+            np.zeros((dim, dim)),
+        )
+        / total
+    )
     between = m_dot @ m_dot.T / num_classes
     singular_values = np.linalg.svd(m_dot, compute_uv=False)
     variances = [np.mean([(x - mu[c]) @ (x - mu[c]) for x in h[labels == c]]) for c in classes]
     cdnv = [
-        (variances[a] + variances[b]) / (2 * (mu[a] - mu[b]) @ (mu[a] - mu[b])) for a, b in permutations(classes, 2)
+        (variances[a] + variances[b]) / (2 * (mu[a] - mu[b]) @ (mu[a] - mu[b]))
+        for a, b in permutations(classes, 2)
     ]
     gram = m_dot.T @ m_dot
-    etf = (np.eye(num_classes) - np.ones((num_classes, num_classes)) / num_classes) / np.sqrt(num_classes - 1)
+    etf = (np.eye(num_classes) - np.ones((num_classes, num_classes)) / num_classes) / np.sqrt(
+        num_classes - 1
+    )
 
     def distance(w: np.ndarray) -> float:
         return np.sum((w.T / np.sqrt(np.sum(w**2)) - m_dot / np.sqrt(np.sum(m_dot**2))) ** 2)
@@ -89,10 +102,14 @@ def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, f
     delta = -np.mean([residual[a, b] for a, b in permutations(classes, 2)])
     asymmetry = oracle_symmetric_part(residual)[2]
     return {
-        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=rank_tolerance**2, hermitian=True)) / num_classes,
-        "nc1_rank": min(num_classes - 1, dim, np.sum(singular_values > rank_tolerance * singular_values[0])),
+        "nc1": np.trace(within @ np.linalg.pinv(between, rcond=rank_tolerance**2, hermitian=True))
+        / num_classes,
+        "nc1_rank": min(
+            num_classes - 1, dim, np.sum(singular_values > rank_tolerance * singular_values[0])
+        ),
         "nc1_trace_ratio": np.trace(within) / np.trace(between),
-        "nc1_row_space": np.trace(np.linalg.pinv(head, rcond=1e-6) @ head @ within) / np.trace(within),
+        "nc1_row_space": np.trace(np.linalg.pinv(head, rcond=1e-6) @ head @ within)
+        / np.trace(within),
         "cdnv": np.mean(cdnv),
         **oracle_geometry(m_dot.T, "means"),
         "etf_error": np.sqrt(np.sum((gram / np.sqrt(np.sum(gram**2)) - etf) ** 2)),
@@ -103,17 +120,26 @@ def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, f
         "delta": delta,
         "sqi_gap": abs(delta - epsilon / (num_classes - 1)),
         "output_spread": np.sqrt(
-            np.mean([np.sum((one - residual[:, c]) ** 2) for one, c in zip(r, labels, strict=True)]) / num_classes
+            np.mean([np.sum((one - residual[:, c]) ** 2) for one, c in zip(r, labels, strict=True)])
+            / num_classes
         ),
         "output_asymmetry": np.sqrt(np.sum(asymmetry**2)) / num_classes,
-        "class_mean_cosine": np.array([[_cosine(m_dot[:, a], m_dot[:, b]) for b in classes] for a in classes]),
+        "class_mean_cosine": np.array(
+            [[_cosine(m_dot[:, a], m_dot[:, b]) for b in classes] for a in classes]
+        ),
     }
 
 
 def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
     """Rows of length 1 at equal angles, cos = -1/(C-1), in a random position in R^dim."""
-    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))[0][:num_classes]
-    return np.sqrt(num_classes / (num_classes - 1)) * (np.eye(num_classes) - 1 / num_classes) @ rotation
+    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))[0][
+        :num_classes
+    ]
+    return (
+        np.sqrt(num_classes / (num_classes - 1))
+        * (np.eye(num_classes) - 1 / num_classes)
+        @ rotation
+    )
 
 
 def small_config(**changes):
@@ -140,7 +166,9 @@ def whole_checkpoint(workdir, epoch):
     import orbax.checkpoint as ocp
 
     with warnings.catch_warnings(action="ignore"):  # that it asks the checkpoint for its shardings
-        state = ocp.PyTreeCheckpointer().restore((workdir / "checkpoints" / str(epoch) / "state").resolve())
+        state = ocp.PyTreeCheckpointer().restore(
+            (workdir / "checkpoints" / str(epoch) / "state").resolve()
+        )
     return {
         f"{layer}.{leaf}": np.asarray(values)
         for layer, leaves in state["params"].items()
@@ -149,7 +177,9 @@ def whole_checkpoint(workdir, epoch):
 
 
 def forge(workdir, epoch, change, **facts):
-    """Writes a checkpoint anew, sealed as if it had been trained so: `change` maps each leaf of the parameters."""
+    """Writes a checkpoint anew, sealed as if it had been trained so: `change` maps each leaf of
+    the parameters.
+    """
     folder = workdir / "checkpoints"
     before = checkpoint.read_facts(folder, epoch)
     params: dict = {}
@@ -163,7 +193,9 @@ def forge(workdir, epoch, change, **facts):
 
 
 def flip(workdir, epoch, leaf):
-    """Damages the chunk of `leaf`, one run's numbers, on disk; those below 1 kB have none of their own."""
+    """Damages the chunk of `leaf`, one run's numbers, on disk; those below 1 kB have none of
+    their own.
+    """
     needle, hits = np.ascontiguousarray(leaf).tobytes(), 0
     for path in (workdir / "checkpoints" / str(epoch) / "state").rglob("*"):
         content = bytearray(path.read_bytes()) if path.is_file() else bytearray()

@@ -1,4 +1,5 @@
-"""One sweep on several meshes of four simulated devices: `python -m tests.meshes FOLDER` prints what came out, as JSON.
+"""One sweep on several meshes of four simulated devices: `python -m tests.meshes FOLDER` prints
+what came out, as JSON.
 
 A process of its own, because the tests' has two devices.
 """
@@ -23,7 +24,9 @@ MESHES = ((1, 1), (4, 1), (2, 2), (1, 4))
 
 
 def make_config(run=0, data=1, **fields):
-    """Four runs in float64; a batch that two devices can share evenly, and four cannot. Fields with __ for a dot."""
+    """Four runs in float64; a batch that two devices can share evenly, and four cannot. Fields
+    with __ for a dot.
+    """
     config = default_config()
     config.data.name, config.data.num_classes, config.data.per_class = "synthetic", 3, 20
     config.model.widths, config.model.head_bias = (8, 8), "free"
@@ -31,7 +34,9 @@ def make_config(run=0, data=1, **fields):
     config.log.epochs, config.checkpoint.every = (0, 3), 2
     config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
     config.mesh.run, config.mesh.data = run, data
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in fields.items()}
+    )
     return config
 
 
@@ -75,11 +80,16 @@ def nothing(*_, **__):
 
 
 def collectives(folder, run, data, measures, **fields):
-    """Those of the compiled program, of training alone or with what measures: kind -> bytes that each moves."""
+    """Those of the compiled program, of training alone or with what measures: kind -> bytes that
+    each moves.
+    """
     plan = preflight.prepare(make_config(run, data, **fields), folder)
     with mock.patch.object(program, "evaluate", program.evaluate if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
-    found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+    found = re.findall(
+        r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
+        text,
+    )
     moved: dict[str, list[int]] = {}
     for shapes, kind in found:
         sizes = [

@@ -79,18 +79,32 @@ def test_a_bad_value_is_refused_with_its_field_and_value(name, value, shown):
 
 def with_values(**values):
     config = configuration.default_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in values.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in values.items()}
+    )
     return config
 
 
 @pytest.mark.parametrize(
     ("values", "field", "way_out"),
     [
-        ({"train__optimizer": "adam", "train__decay": "decoupled"}, "train.decay", "train.optimizer=adamw"),
+        (
+            {"train__optimizer": "adam", "train__decay": "decoupled"},
+            "train.decay",
+            "train.optimizer=adamw",
+        ),
         ({"loss": "cross_entropy", "targets": "centered"}, "targets", "one_hot"),
         ({"model__linear_head_depth": 4}, "model.linear_head_depth", "3 hidden layers"),
-        ({"model__linear_head_depth": 2, "model__widths": (64,)}, "model.linear_head_depth", "1 hidden layers"),
-        ({"model__linear_head_depth": 2, "model__activation": "linear"}, "model.linear_head_depth", "leave it 1"),
+        (
+            {"model__linear_head_depth": 2, "model__widths": (64,)},
+            "model.linear_head_depth",
+            "1 hidden layers",
+        ),
+        (
+            {"model__linear_head_depth": 2, "model__activation": "linear"},
+            "model.linear_head_depth",
+            "leave it 1",
+        ),
     ],
 )
 def test_choices_that_exclude_each_other_are_refused_with_a_way_out(values, field, way_out):
@@ -124,7 +138,9 @@ def test_adamw_is_decoupled_and_the_valid_config_says_so(decay):
     assert config.train.decay == decay
 
 
-@pytest.mark.parametrize(("name", "value"), [("train.lr", 0.1), ("sweep.wd", (1e-3,)), ("momentum", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("train.lr", 0.1), ("sweep.wd", (1e-3,)), ("momentum", 0.9)]
+)
 def test_an_unknown_field_is_refused_by_name(name, value):
     config = configuration.default_config()
     config.unlock()
@@ -222,11 +238,19 @@ def test_weight_decay_and_seed_are_dimensions_even_of_one_run():
         ("adamw", "cross_entropy", 1, 1, 1),
     ],
 )
-def test_factors_from_torch_units_to_ours_with_10_classes(optimizer, loss, weight_decay, learning_rate, adam_eps):
-    """MSELoss has 2/C of our gradient: lambda = wd C/2 where decay joins it, and only SGD's step feels its scale."""
+def test_factors_from_torch_units_to_ours_with_10_classes(
+    optimizer, loss, weight_decay, learning_rate, adam_eps
+):
+    """MSELoss has 2/C of our gradient: lambda = wd C/2 where decay joins it, and only SGD's step
+    feels its scale.
+    """
     config = with_values(units="torch", loss=loss, train__optimizer=optimizer)
     assert configuration.unit_factors(config, 10) == (weight_decay, learning_rate, adam_eps)
-    assert configuration.unit_factors(with_values(loss=loss, train__optimizer=optimizer), 10) == (1, 1, 1)
+    assert configuration.unit_factors(with_values(loss=loss, train__optimizer=optimizer), 10) == (
+        1,
+        1,
+        1,
+    )
 
 
 def test_decoupled_sgd_in_torch_units_keeps_the_product_of_rate_and_decay():
@@ -238,10 +262,13 @@ def test_decoupled_sgd_in_torch_units_keeps_the_product_of_rate_and_decay():
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "weight_decay", "learning_rate"), [(10, 2.5e-3, 0.0134), (2, 5e-4, 0.067), (100, 2.5e-2, 0.00134)]
+    ("num_classes", "weight_decay", "learning_rate"),
+    [(10, 2.5e-3, 0.0134), (2, 5e-4, 0.067), (100, 2.5e-2, 0.00134)],
 )
 def test_torch_units_become_ours(num_classes, weight_decay, learning_rate):
-    swept = grid(num_classes, units="torch", weight_decay=(0.0, 5e-4), learning_rate=0.067, momentum=0.9)
+    swept = grid(
+        num_classes, units="torch", weight_decay=(0.0, 5e-4), learning_rate=0.067, momentum=0.9
+    )
     assert swept.axes["weight_decay"] == pytest.approx((0.0, weight_decay), rel=1e-14)
     assert swept.axes["learning_rate"] == pytest.approx((learning_rate,), rel=1e-14)
     assert swept.axes["momentum"] == (0.9,)
@@ -254,7 +281,10 @@ def test_differences_name_field_and_both_values():
     stored["train"]["epochs"] = 7
     stored["sweep"]["seed"] = [0, 1]
     stored["units"] = "torch"
-    del stored["train"]["augment"], stored["checkpoint"]["marked"]  # younger than what was stored: their defaults
+    del (
+        stored["train"]["augment"],
+        stored["checkpoint"]["marked"],
+    )  # younger than what was stored: their defaults
     seeds, epochs, units = configuration.differences(config, stored)
     assert seeds.startswith("config.sweep.seed is ")
     assert seeds.endswith("there")
@@ -288,7 +318,9 @@ def test_every_field_is_described():
         ("data.input_scale", 1e39, "1e+39"),
     ],
 )
-def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_them(name, values, shown):
+def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_them(
+    name, values, shown
+):
     config = with_value(name, values)
     with pytest.raises(InputError) as caught:
         configuration.validate(config)
@@ -303,7 +335,11 @@ def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_the
     [
         ("sweep.momentum", (0.0, 0.99999), "float32"),
         ("sweep.weight_decay", (0.0, 1.2e-38, 3.4e38), "float32"),
-        ("sweep.weight_decay", (1e-3, 1.000001e-3), "float32"),  # 8.6 units in the last place of float32 apart
+        (
+            "sweep.weight_decay",
+            (1e-3, 1.000001e-3),
+            "float32",
+        ),  # 8.6 units in the last place of float32 apart
         ("sweep.learning_rate", (0.99999999,), "float32"),  # rounds to 1, as all others round
         ("sweep.momentum", (math.nextafter(1, 0),), "float64"),
         ("sweep.weight_decay", (2.3e-308, 1e308), "float64"),
@@ -324,7 +360,11 @@ def test_subnormal_numbers_of_float64_are_refused():
 
 @pytest.mark.parametrize(
     ("name", "value", "used"),
-    [("weight_decay", 1e38, "5e+38"), ("learning_rate", 2e-38, "4e-39"), ("weight_decay", 2e-38, None)],
+    [
+        ("weight_decay", 1e38, "5e+38"),
+        ("learning_rate", 2e-38, "4e-39"),
+        ("weight_decay", 2e-38, None),
+    ],
 )
 def test_what_leaves_the_precision_on_its_way_from_torch_units_is_refused(name, value, used):
     """lambda = wd C/2 and, of SGD, lr = 2 lr/C: with ten classes factors of 5 and 1/5."""
@@ -338,6 +378,9 @@ def test_what_leaves_the_precision_on_its_way_from_torch_units_is_refused(name, 
 
 
 def test_preflight_refuses_what_is_lost_in_units_and_scales():
-    for values in ({"units": "torch", "sweep__weight_decay": (1e38,)}, {"data__input_scale": 5e-38}):
+    for values in (
+        {"units": "torch", "sweep__weight_decay": (1e38,)},
+        {"data__input_scale": 5e-38},
+    ):
         with pytest.raises(InputError, match="training would use"):
             plan.examine(with_values(data__name="synthetic", **values), None)

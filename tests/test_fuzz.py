@@ -1,4 +1,6 @@
-"""Arbitrary configs and command lines: each is accepted, or refused in one line that is no traceback."""
+"""Arbitrary configs and command lines: each is accepted, or refused in one line that is no
+traceback.
+"""
 
 import contextlib
 import datetime
@@ -18,7 +20,8 @@ from ncjax.cli import train
 from ncjax.errors import InputError
 from ncjax.runs import loop
 
-# Deterministic: CI must not fail by chance. `deadline` is per example; what hangs, or loads too much, exceeds it.
+# Deterministic: CI must not fail by chance. `deadline` is per example; what hangs, or loads too
+# much, exceeds it.
 COMMON = settings(
     derandomize=True,
     database=None,
@@ -28,11 +31,15 @@ COMMON = settings(
 
 # No integer is between what fits into memory and what no machine could allocate.
 integers = st.one_of(
-    st.integers(-3, 40), st.sampled_from([2**31 - 1, 2**31, -(2**63), 2**63, 10**18, 10**30, 10**400, -(10**400)])
+    st.integers(-3, 40),
+    st.sampled_from([2**31 - 1, 2**31, -(2**63), 2**63, 10**18, 10**30, 10**400, -(10**400)]),
 )
-floats = st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 0.1, 1.0, 1e-320, 1e308, float("nan"), float("inf")]))
+floats = st.one_of(
+    st.floats(), st.sampled_from([0.0, -0.0, 0.1, 1.0, 1e-320, 1e308, float("nan"), float("inf")])
+)
 CHOICES = """
-digits synthetic identity mnist mnist:3.0.1 ../x mlp relu linear none decayed square cross_entropy one_hot centered sgd
+digits synthetic identity mnist mnist:3.0.1 ../x mlp relu linear none decayed square cross_entropy
+one_hot centered sgd
 adam adamw coupled decoupled cosine constant step float32 float64 ours torch
 """
 choices = st.sampled_from(CHOICES.split())
@@ -75,14 +82,22 @@ def plausible(field):
     if isinstance(default, str):
         return texts
     if isinstance(default, tuple):
-        return st.lists(floats if default and isinstance(default[0], float) else integers, max_size=4).map(tuple)
+        return st.lists(
+            floats if default and isinstance(default[0], float) else integers, max_size=4
+        ).map(tuple)
     return floats if isinstance(default, float) else integers
 
 
 fields = st.sampled_from(sorted(configuration.SCHEMA))
-known = fields.flatmap(lambda field: st.tuples(st.just(field), st.one_of(values, plausible(field), plausible(field))))
-sections = st.tuples(st.sampled_from(["data", "model", "train", "sweep", "log", "checkpoint"]), values)
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="."), min_size=1, max_size=6)
+known = fields.flatmap(
+    lambda field: st.tuples(st.just(field), st.one_of(values, plausible(field), plausible(field)))
+)
+sections = st.tuples(
+    st.sampled_from(["data", "model", "train", "sweep", "log", "checkpoint"]), values
+)
+names = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="."), min_size=1, max_size=6
+)
 unknown = st.tuples(st.one_of(names, names.map("train.{}".format)), values)
 
 
@@ -154,7 +169,9 @@ def test_integers_that_no_device_can_count_to_are_refused(field, value):
 
 
 @pytest.mark.parametrize(
-    "workdir", ["x" * 300, "~nobody-here/run", "a\0b", "x/" * 3000], ids=["long", "nobody", "null", "deep"]
+    "workdir",
+    ["x" * 300, "~nobody-here/run", "a\0b", "x/" * 3000],
+    ids=["long", "nobody", "null", "deep"],
 )
 def test_a_workdir_that_cannot_be_is_refused(workdir, tmp_path):
     if not workdir.startswith("~"):
@@ -164,7 +181,7 @@ def test_a_workdir_that_cannot_be_is_refused(workdir, tmp_path):
     assert "--workdir" in message_of(refusal.value)
 
 
-# Command lines --------------------------------------------------------------------------------------------------------
+# Command lines ------------------------------------------------------------------------------------
 
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 literals = st.one_of(
@@ -173,7 +190,23 @@ literals = st.one_of(
     values.map(repr),
     words,
     st.sampled_from(
-        ["(", "[", "{", "((((", "1,", ",", "'", '"', "1e999", "-", "0x10", "1_0", "()", "None", "lambda: 1"]
+        [
+            "(",
+            "[",
+            "{",
+            "((((",
+            "1,",
+            ",",
+            "'",
+            '"',
+            "1e999",
+            "-",
+            "0x10",
+            "1_0",
+            "()",
+            "None",
+            "lambda: 1",
+        ]
     ),
 )
 flag = st.one_of(
@@ -186,10 +219,27 @@ flag = st.one_of(
     words,
     words.map("--config={}".format),
     st.sampled_from(
-        ["-", "--", "---", "--config", "--config=", "--workdir", "--config.=1", "--config.train=1", "=", "-c"]
+        [
+            "-",
+            "--",
+            "---",
+            "--config",
+            "--config=",
+            "--workdir",
+            "--config.=1",
+            "--config.train=1",
+            "=",
+            "-c",
+        ]
     ),
     st.sampled_from(
-        ["--flagfile=/nowhere", "--undefok=x", "--config=configs", "--config=/dev/null", "--config=README.md"]
+        [
+            "--flagfile=/nowhere",
+            "--undefok=x",
+            "--config=configs",
+            "--config=/dev/null",
+            "--config=README.md",
+        ]
     ),
 )
 

@@ -1,5 +1,5 @@
-"""The architecture, read from source: what must answer at once imports nothing slow. That imports go down the list of
-folders is for import-linter to say (pyproject.toml)."""
+"""The architecture, read from source: what must answer at once imports nothing slow. That imports
+go down the list of folders is for import-linter to say (pyproject.toml)."""
 
 import ast
 import sys
@@ -23,7 +23,15 @@ SLOW = {
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 AT_ONCE = (
-    *("__init__.py", "__main__.py", "main.py", "environment.py", "paths.py", "config.py", "plan.py"),
+    *(
+        "__init__.py",
+        "__main__.py",
+        "main.py",
+        "environment.py",
+        "paths.py",
+        "config.py",
+        "plan.py",
+    ),
     *("cli/choose.py", "cli/command.py", "cli/train.py", "cli/show.py", "cli/measure.py"),
     *("data/dataset.py", "features/files.py", "features/measure.py"),
 )
@@ -42,7 +50,10 @@ def imports(path, *, module_level_only=False):
                 yield from (f"{child.module}.{alias.name}" for alias in child.names)
             elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
                 continue
-            elif not (module_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            elif not (
+                module_level_only
+                and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            ):
                 yield from walk(child)
 
     return set(walk(ast.parse(path.read_text())))
@@ -55,7 +66,9 @@ def inside(names):
         parts = name.split(".")
         for end in range(1, len(parts) + 1 if parts[0] == "ncjax" else 0):
             path = ROOT.joinpath(*parts[:end])
-            files |= {file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()}
+            files |= {
+                file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()
+            }
     return files
 
 
@@ -77,7 +90,11 @@ def test_help_and_bad_input_wait_for_no_slow_import(path):
 
 
 def test_configs_are_read_above_the_compiled_program_alone():
-    readers = {path for path in MODULES if {"ml_collections", "absl"} & {n.split(".")[0] for n in imports(path)}}
+    readers = {
+        path
+        for path in MODULES
+        if {"ml_collections", "absl"} & {n.split(".")[0] for n in imports(path)}
+    }
     assert readers == {PACKAGE / name for name in ("config.py", "cli/train.py")}
 
 
@@ -88,7 +105,8 @@ def test_no_module_takes_a_name_of_the_standard_library():
 
 def test_the_check_sees_imports_inside_functions_and_skips_type_checking_ones(tmp_path):
     source = (
-        "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from ncjax.cli import train as m\n    import d\n"
+        "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from ncjax.cli import train "
+        "as m\n    import d\n"
     )
     (tmp_path / "m.py").write_text(source)
     assert imports(tmp_path / "m.py") == {"a.b", "ncjax.cli.train", "d"}

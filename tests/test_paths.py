@@ -26,7 +26,10 @@ def features(tmp_path):
         (lambda features: measure.main([features, "--labels", NOBODY]), "--labels"),
         (lambda features: measure.main([features, "--figures", NOBODY]), "--figures"),
         (lambda _: show.main([NOBODY]), "workdir"),
-        (lambda _: train.main(["main", "--config=configs/digits.py", f"--workdir={NOBODY}"]), "--workdir"),
+        (
+            lambda _: train.main(["main", "--config=configs/digits.py", f"--workdir={NOBODY}"]),
+            "--workdir",
+        ),
     ],
 )
 def test_a_folder_of_nobody_is_one_line_that_names_the_argument(command, field, features, capsys):

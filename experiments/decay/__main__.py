@@ -13,14 +13,30 @@ from ncjax.report.panels import Panel
 DECAYS = (1e-4, 3e-4, 1e-3, 3e-3)
 OPTIMIZERS = {
     "SGD, coupled": {"sweep__weight_decay": DECAYS},
-    # Decoupled, SGD with momentum 0.9 seeks lambda (1 - 0.9): ten times the number for the same equilibrium.
-    "SGD, decoupled": {"sweep__weight_decay": tuple(10 * x for x in DECAYS), "train__decay": "decoupled"},
-    "Adam, coupled": {"sweep__weight_decay": DECAYS, "train__optimizer": "adam", "sweep__learning_rate": 1e-3},
-    "AdamW": {"sweep__weight_decay": (0.01, 0.1, 1.0, 3.0), "train__optimizer": "adamw", "sweep__learning_rate": 1e-3},
+    # Decoupled, SGD with momentum 0.9 seeks lambda (1 - 0.9): ten times the number for the same
+    # equilibrium.
+    "SGD, decoupled": {
+        "sweep__weight_decay": tuple(10 * x for x in DECAYS),
+        "train__decay": "decoupled",
+    },
+    "Adam, coupled": {
+        "sweep__weight_decay": DECAYS,
+        "train__optimizer": "adam",
+        "sweep__learning_rate": 1e-3,
+    },
+    "AdamW": {
+        "sweep__weight_decay": (0.01, 0.1, 1.0, 3.0),
+        "train__optimizer": "adamw",
+        "sweep__learning_rate": 1e-3,
+    },
 }
 PANELS = (
     panels.HEAD_EQUILIBRIUM,
-    Panel("Norm of the head (open: what balance asks)", r"$\Vert W_L\Vert_F^2$", ("head_norm_sq", "norm_target")),
+    Panel(
+        "Norm of the head (open: what balance asks)",
+        r"$\Vert W_L\Vert_F^2$",
+        ("head_norm_sq", "norm_target"),
+    ),
     panels.NC3,
     panels.NC1,
 )
@@ -51,17 +67,29 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
             "nc3": final["nc3"],
             "epsilon": final["epsilon"],
         }
-        effective = ["-" if np.isnan(value) else common.number(value) for value in _effective(history)]
-        columns = [map(common.number, final["weight_decay"].values), effective, *map(common.per_decay, shown.values())]
+        effective = [
+            "-" if np.isnan(value) else common.number(value) for value in _effective(history)
+        ]
+        columns = [
+            map(common.number, final["weight_decay"].values),
+            effective,
+            *map(common.per_decay, shown.values()),
+        ]
         rows += [(name, *row) for row in zip(*columns, strict=True)]
         headings = (f"optimizer (n = {history.sizes['seed']})", "lambda", "effective", *shown)
-    return {"equilibria": common.Table("Digits, 1000 epochs, mean ± sd over seeds; training split", headings, rows)}
+    return {
+        "equilibria": common.Table(
+            "Digits, 1000 epochs, mean ± sd over seeds; training split", headings, rows
+        )
+    }
 
 
 def main(train: bool) -> None:
     recorded = histories(train)
     common.print_tables(tables(recorded))
-    by_effective = {name: h.assign_coords(weight_decay=_effective(h)) for name, h in recorded.items()}
+    by_effective = {
+        name: h.assign_coords(weight_decay=_effective(h)) for name, h in recorded.items()
+    }
     figure, _ = panels.against_lambda(
         by_effective, PANELS, "weight decay: the effective one; AdamW has none, hence as given"
     )

@@ -43,7 +43,9 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
     }
     return {
         f"linear head of depth {depth}": common.recorded(
-            f"depth_{depth}", common.changed(digits.get_config(), model__linear_head_depth=depth, **fields), train
+            f"depth_{depth}",
+            common.changed(digits.get_config(), model__linear_head_depth=depth, **fields),
+            train,
         )
         for depth in DEPTHS
     }
@@ -58,14 +60,20 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
         rows += [(name.rsplit(" ", 1)[1], *row) for row in zip(decays, *columns, strict=True)]
     seeds = {history.sizes["seed"] for history in histories.values()}
     headings = (f"linear depth (n = {', '.join(map(str, seeds))})", "lambda", *MEASURES)
-    caption = "Digits, 64-128x6-10 with a free bias, 2000 epochs, mean ± sd over seeds; training split"
-    return {"collapse": common.Table(caption, headings, sorted(rows, key=lambda row: float(row[1])))}
+    caption = (
+        "Digits, 64-128x6-10 with a free bias, 2000 epochs, mean ± sd over seeds; training split"
+    )
+    return {
+        "collapse": common.Table(caption, headings, sorted(rows, key=lambda row: float(row[1])))
+    }
 
 
 def main(train: bool) -> None:
     recorded = histories(train)
     common.print_tables(tables(recorded))
-    figure, _ = panels.against_lambda(recorded, PANELS, "64-128-128-128-128-128-128-10, free head bias")
+    figure, _ = panels.against_lambda(
+        recorded, PANELS, "64-128-128-128-128-128-128-10, free head bias"
+    )
     common.save(figure, "depth")
 
 

@@ -1,4 +1,6 @@
-"""Does weight decay bring collapse on CIFAR-10, in convolutional networks with and without batch normalization?"""
+"""Does weight decay bring collapse on CIFAR-10, in convolutional networks with and without batch
+normalization?
+"""
 
 from functools import partial
 

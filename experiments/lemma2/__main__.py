@@ -1,4 +1,6 @@
-"""Lemma 2 along real training runs, to float precision; and with lambda > 0 no critical point interpolates."""
+"""Lemma 2 along real training runs, to float precision; and with lambda > 0 no critical point
+interpolates.
+"""
 
 from collections.abc import Mapping
 
@@ -11,7 +13,9 @@ from ncjax.report import tables as report
 
 
 def histories(train: bool) -> dict[str, xr.Dataset]:
-    config = common.changed(digits.get_config(), train__precision="float64", sweep__seed=tuple(range(5)))
+    config = common.changed(
+        digits.get_config(), train__precision="float64", sweep__seed=tuple(range(5))
+    )
     return {
         "float32": common.demo(train),
         "float64": common.recorded("lemma2_float64", config, train, every_epoch=True),
@@ -20,7 +24,9 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     errors = {
-        f"greatest error, {name} (n = {one.sizes['seed']})": abs(one["lemma2_residual"]).max(("epoch", "seed"))
+        f"greatest error, {name} (n = {one.sizes['seed']})": abs(one["lemma2_residual"]).max(
+            ("epoch", "seed")
+        )
         for name, one in histories.items()
     }
     history = histories["float32"]
@@ -32,11 +38,15 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
         "lambda norm(W_L)^2": decays * final["weight_norm_sq"].sel(layer="head"),
     }
     columns = [
-        *([report.short_exponent(f"{error:.2g}") for error in column.values] for column in errors.values()),
+        *(
+            [report.short_exponent(f"{error:.2g}") for error in column.values]
+            for column in errors.values()
+        ),
         *map(common.per_decay, at_the_end.values()),
     ]
     table = common.Table(
-        f"Lemma 2: greatest error |L - right side|/L over {history.sizes['epoch']} epochs, seeds and layers; "
+        f"Lemma 2: greatest error |L - right side|/L over {history.sizes['epoch']} epochs, seeds "
+        f"and layers; "
         "and what forbids interpolation, mean ± sd over seeds in float32",
         (f"lambda (n = {history.sizes['seed']})", *errors, *at_the_end),
         list(zip(map(common.number, decays.values), *columns, strict=True)),
@@ -51,11 +61,21 @@ def main(train: bool) -> None:
 
 
 def _figure(histories):
-    figure, (errors, forbidden) = panels.frame(2, "", "Digits, 6 weight decays; float32: 10 seeds, float64: 5")
+    figure, (errors, forbidden) = panels.frame(
+        2, "", "Digits, 6 weight decays; float32: 10 seeds, float64: 5"
+    )
     for (precision, history), colour in zip(histories.items(), panels.COLOURS, strict=False):
         values = history["lemma2_residual"]
         greatest = values.max(("weight_decay", "seed"))
-        errors.plot(history["epoch"], greatest, color=colour, marker="o", markersize=3, linewidth=1, label=precision)
+        errors.plot(
+            history["epoch"],
+            greatest,
+            color=colour,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            label=precision,
+        )
     errors.set_xscale("symlog", linthresh=1)
     errors.set_yscale("log")
     errors.set_xlabel("epoch", size=panels.SIZE)
@@ -67,11 +87,27 @@ def _figure(histories):
     decays = final["weight_decay"].values
     for values, label, style, colour in (
         (final["fit_loss"].sel(split="train"), "fit term of the loss", "-", panels.COLOURS[0]),
-        (decays[:, None] * final["norm_target"], r"mean $\langle r,f\rangle$", "-", panels.COLOURS[1]),
-        (decays[:, None] * final["weight_norm_sq"].sel(layer="head"), r"$\lambda\Vert W_L\Vert^2$", "--", "black"),
+        (
+            decays[:, None] * final["norm_target"],
+            r"mean $\langle r,f\rangle$",
+            "-",
+            panels.COLOURS[1],
+        ),
+        (
+            decays[:, None] * final["weight_norm_sq"].sel(layer="head"),
+            r"$\lambda\Vert W_L\Vert^2$",
+            "--",
+            "black",
+        ),
     ):
         forbidden.plot(
-            decays, panels.over_seeds(values)[0], color=colour, linestyle=style, marker="o", markersize=3, label=label
+            decays,
+            panels.over_seeds(values)[0],
+            color=colour,
+            linestyle=style,
+            marker="o",
+            markersize=3,
+            label=label,
         )
     forbidden.set_xscale("log")
     forbidden.set_yscale("log")

@@ -1,4 +1,6 @@
-"""The critical weight decay: where modes of the UFM and of a perceptron on digits die, from large and small starts."""
+"""The critical weight decay: where modes of the UFM and of a perceptron on digits die, from
+large and small starts.
+"""
 
 from collections.abc import Mapping
 
@@ -23,14 +25,20 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         named[f"L = {depth}"] = common.recorded(f"phase_ufm_{depth}", config, train)
     decays = tuple(float(f"{x:.3g}") for x in np.geomspace(1e-3, 0.3, 13))
     fields = {"sweep__weight_decay": decays, "sweep__init_scale": (0.3, 1.0)}
-    named["digits"] = common.recorded("phase_digits", common.changed(digits.get_config(), **fields), train)
+    named["digits"] = common.recorded(
+        "phase_digits", common.changed(digits.get_config(), **fields), train
+    )
     return named
 
 
 def _spinodal(depth: int) -> float:
-    """Returns the weight decay where the collapsed state of the unconstrained-feature model ends."""
+    """Returns the weight decay where the collapsed state of the unconstrained-feature model
+    ends.
+    """
     setting = closed_forms.Setting(10)
-    return closed_forms.critical_decays(closed_forms.unconstrained_gamma(depth, 5, setting), depth, setting)[1]
+    return closed_forms.critical_decays(
+        closed_forms.unconstrained_gamma(depth, 5, setting), depth, setting
+    )[1]
 
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
@@ -41,9 +49,19 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     return {
         "ufm": common.Table(
             f"{title}, at lambda / spinodal lambda",
-            (f"UFM (n = {features[0][1].sizes['seed']})", "spinodal", "init_scale", *map(str, RATIOS)),
+            (
+                f"UFM (n = {features[0][1].sizes['seed']})",
+                "spinodal",
+                "init_scale",
+                *map(str, RATIOS),
+            ),
             [
-                (name, f"{_spinodal(one.sizes['layer']):.3g}", f"{one['init_scale'].item():g}", *_alive(one))
+                (
+                    name,
+                    f"{_spinodal(one.sizes['layer']):.3g}",
+                    f"{one['init_scale'].item():g}",
+                    *_alive(one),
+                )
                 for name, one in features
             ],
         ),
@@ -55,7 +73,11 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
                 *map(common.number, perceptrons[0]["weight_decay"].values),
             ),
             [
-                (f"{one['init_scale'].item():g}", f"{law.greatest:.3g}" if law else "-", *_alive(one))
+                (
+                    f"{one['init_scale'].item():g}",
+                    f"{law.greatest:.3g}" if law else "-",
+                    *_alive(one),
+                )
                 for one, law in zip(perceptrons, laws, strict=True)
             ],
         ),

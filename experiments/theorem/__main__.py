@@ -1,4 +1,6 @@
-"""Where W_L^c = epsilon/(lambda (C-1)) (mu_c - mu_G) holds, and by the budget why not where it does not."""
+"""Where W_L^c = epsilon/(lambda (C-1)) (mu_c - mu_G) holds, and by the budget why not where it
+does not.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,38 +27,59 @@ def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
     features = {
         name: common.recorded(
             f"ufm_{name.replace(' ', '_')}",
-            common.changed(ufm.get_config(), sweep__weight_decay=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **fields),
+            common.changed(
+                ufm.get_config(), sweep__weight_decay=(3e-3, 6e-3, 1.2e-2, 2.4e-2), **fields
+            ),
             train,
         )
         for name, fields in common.SETTINGS.items()
     }
-    longer = common.recorded("digits_free_bias_long", common.changed(digits.get_config(), **LONGER), train)
-    return {"UFM": features, "digits": common.relaxed_digits(train), "longer": {"free bias": longer}}
+    longer = common.recorded(
+        "digits_free_bias_long", common.changed(digits.get_config(), **LONGER), train
+    )
+    return {
+        "UFM": features,
+        "digits": common.relaxed_digits(train),
+        "longer": {"free bias": longer},
+    }
 
 
 def tables(histories: Mapping[str, Mapping[str, xr.Dataset]]) -> dict[str, common.Table]:
     return {
-        "ufm": _table("UFM, over lambda and seeds", histories["UFM"], lambda values: [common.over_seeds(values)]),
+        "ufm": _table(
+            "UFM, over lambda and seeds",
+            histories["UFM"],
+            lambda values: [common.over_seeds(values)],
+        ),
         "digits": _table("digits, over seeds", histories["digits"], common.per_decay),
         "small": _norms([histories[name]["free bias"] for name in ("longer", "digits")]),
     }
 
 
 def _table(
-    caption: str, by_setting: Mapping[str, xr.Dataset], formatted: Callable[[xr.DataArray], Sequence[str]]
+    caption: str,
+    by_setting: Mapping[str, xr.Dataset],
+    formatted: Callable[[xr.DataArray], Sequence[str]],
 ) -> common.Table:
-    """Returns the errors and budgets of one network; `formatted` makes one cell or one for every weight decay."""
+    """Returns the errors and budgets of one network; `formatted` makes one cell or one for every
+    weight decay.
+    """
     rows, runs = [], 0
     for setting, history in by_setting.items():
         final = history.isel(epoch=-1)
-        values = [final["theorem_residual"], final["nc3"].sel(split="train"), *(final[f"budget_{t}"] for t in TERMS)]
+        values = [
+            final["theorem_residual"],
+            final["nc3"].sel(split="train"),
+            *(final[f"budget_{t}"] for t in TERMS),
+        ]
         columns = [formatted(one.where(abs(one) > 1e-6, 0)) for one in values]
         decays = list(map(common.number, final["weight_decay"].values))
         decays = decays if len(columns[0]) > 1 else [f"{decays[0]} to {decays[-1]}"]
         rows += [(setting, *row) for row in zip(decays, *columns, strict=True)]
         runs = history["theorem_residual"].isel(epoch=-1).size // len(decays)
     return common.Table(
-        f"Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: 0): {caption}",
+        f"Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: "
+        f"0): {caption}",
         (f"setting (n = {runs})", "lambda", "error", "nc3", *TERMS),
         rows,
     )
@@ -82,7 +105,9 @@ def _norms(parts: Sequence[xr.Dataset]) -> common.Table:
             strict=True,
         )
         headings = ("lambda", "n", *columns)
-    return common.Table("digits, free bias: norms of the budget's terms over that of lambda W_L", headings, rows)
+    return common.Table(
+        "digits, free bias: norms of the budget's terms over that of lambda W_L", headings, rows
+    )
 
 
 def _against(final: xr.Dataset, term: str) -> xr.DataArray:
@@ -99,11 +124,23 @@ def main(train: bool) -> None:
 
 def _figure(by_setting):
     """Error of the theorem against lambda, and the norms of what stands against it."""
-    figure, axes = panels.frame(1 + len(by_setting), r"weight decay $\lambda$", "Digits, the head near equilibrium")
-    for (setting, history), colour, marker in zip(by_setting.items(), panels.COLOURS, panels.MARKERS, strict=False):
+    figure, axes = panels.frame(
+        1 + len(by_setting), r"weight decay $\lambda$", "Digits, the head near equilibrium"
+    )
+    for (setting, history), colour, marker in zip(
+        by_setting.items(), panels.COLOURS, panels.MARKERS, strict=False
+    ):
         decays = history["weight_decay"].values
         values = panels.over_seeds(history["theorem_residual"].isel(epoch=-1))
-        axes[0].plot(decays, values[0], color=colour, marker=marker, markersize=3.5, linewidth=1, label=setting)
+        axes[0].plot(
+            decays,
+            values[0],
+            color=colour,
+            marker=marker,
+            markersize=3.5,
+            linewidth=1,
+            label=setting,
+        )
         axes[0].vlines(decays, values[1], values[2], color=colour, linewidth=1)
     axes[0].set_title("Error of the theorem", size=panels.SIZE)
     axes[0].set_ylabel(r"$\Vert W_L-W_{\rm theorem}\Vert\,/\,\Vert W_L\Vert$", size=panels.SIZE)
@@ -115,13 +152,22 @@ def _figure(by_setting):
         decays = final["weight_decay"].values
         for i, term in enumerate(TERMS[1:]):
             norms = panels.over_seeds(_against(final, term))[0]
-            ax.bar(np.arange(len(decays)) + 0.2 * (i - 1.5), norms, width=0.2, color=panels.COLOURS[3 + i], label=term)
+            ax.bar(
+                np.arange(len(decays)) + 0.2 * (i - 1.5),
+                norms,
+                width=0.2,
+                color=panels.COLOURS[3 + i],
+                label=term,
+            )
         ax.set_xticks(range(len(decays)), [panels.number(decay) for decay in decays])
         ax.set_title(f"What stands against it: {setting}", size=panels.SIZE)
         ax.set_ylabel(r"norm, of $\Vert\lambda W_L\Vert$", size=panels.SIZE)
         ax.set_ylim(0, 0.8)
     axes[1].legend(fontsize=panels.SMALL, frameon=False)
-    figure.supxlabel("means over n = 2 seeds; error bars of the first panel: least to greatest", size=panels.SMALL)
+    figure.supxlabel(
+        "means over n = 2 seeds; error bars of the first panel: least to greatest",
+        size=panels.SMALL,
+    )
     return figure
 
 

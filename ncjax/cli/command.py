@@ -18,8 +18,9 @@ from ncjax.runs import signals
 def run(module: str) -> NoReturn:
     """Calls `main` of a module and exits with what it returns.
 
-    It exits with 130 and 143 where SIGINT and SIGTERM stopped it, and with 1 where all was done but standard output
-    could not be written. A reader who leaves early (`| head`) is no error, and nobody's work is cut short for either.
+    It exits with 130 and 143 where SIGINT and SIGTERM stopped it, and with 1 where all was done but
+    standard output could not be written. A reader who leaves early (`| head`) is no error, and
+    nobody's work is cut short for either.
     """
     output = _open_streams()
     stops = signals.Stops()
@@ -40,9 +41,12 @@ def run(module: str) -> NoReturn:
         print(f"stopped by {stops.noted}", file=sys.stderr, flush=True)
     if output.problem and not isinstance(output.problem, BrokenPipeError):
         code = code or 1
-        print(f"error: standard output cannot be written ({output.problem.strerror})", file=sys.stderr)
+        print(
+            f"error: standard output cannot be written ({output.problem.strerror})", file=sys.stderr
+        )
     stops.end(code or 0)
-    if stops.noted:  # threads of libraries that were stopped in the middle crash while the interpreter shuts down
+    # Threads of libraries that were stopped in the middle crash while the interpreter shuts down.
+    if stops.noted:
         sys.stdout.flush()
         os._exit(code or 0)
     sys.exit(code)
@@ -56,7 +60,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Stream(io.FileIO):
-    """A standard stream that takes everything: what cannot be written is dropped, and `problem` is the first reason."""
+    """A standard stream that takes everything: what cannot be written is dropped, and `problem`
+    is the first reason.
+    """
 
     problem: OSError | None = None
 
@@ -68,7 +74,9 @@ class _Stream(io.FileIO):
             return memoryview(data).nbytes
 
     def as_text(self, replaced: TextIO | None) -> io.TextIOWrapper:
-        """Encodes and buffers as the stream that it replaces; file names that are no text come out as they are."""
+        """Encodes and buffers as the stream that it replaces; file names that are no text come
+        out as they are.
+        """
         encoding = getattr(replaced, "encoding", None) or "utf-8"
         is_unbuffered = getattr(replaced, "write_through", False)
         return io.TextIOWrapper(
@@ -85,7 +93,9 @@ def _open_streams() -> _Stream:
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # a file of ours would be given this number, and what is meant for the stream
+        except (
+            OSError
+        ):  # a file of ours would be given this number, and what is meant for the stream
             os.open(os.devnull, os.O_RDWR)
     output, errors = (_Stream(number, "w", closefd=False) for number in (1, 2))
     sys.stdout, sys.stderr = output.as_text(sys.stdout), errors.as_text(sys.stderr)

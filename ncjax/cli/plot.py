@@ -1,4 +1,6 @@
-"""Writes figures. `python -m ncjax plot WORKDIR...` redraws those of each run and lays several over one another."""
+"""Writes figures. `python -m ncjax plot WORKDIR...` redraws those of each run and lays several
+over one another.
+"""
 
 import argparse
 import os
@@ -27,11 +29,17 @@ def _load(workdir: Path) -> xr.Dataset:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
         prog="python -m ncjax plot",
-        description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also compared.",
+        description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also "
+        "compared.",
     )
     parser.add_argument("workdirs", metavar="WORKDIR", type=Path, nargs="+", help="folder of a run")
-    parser.add_argument("--weight-decay", type=float, help="lambda whose budget is drawn (default: least NC3)")
-    where = "folder: of one WORKDIR's figures (default: its own), else of the comparison (default: figures)"
+    parser.add_argument(
+        "--weight-decay", type=float, help="lambda whose budget is drawn (default: least NC3)"
+    )
+    where = (
+        "folder: of one WORKDIR's figures (default: its own), else of the comparison (default: "
+        "figures)"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help=where)
     return parser.parse_args(argv)
 
@@ -48,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_folder("--out", arguments.out)
         written = _draw(histories, arguments)
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a reader's message was
+        print(
+            f"error: {' '.join(str(error).split())}", file=sys.stderr
+        )  # one line, whatever a reader's message was
         return 2
     console = tables.make_console()
     for path in written:
@@ -57,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _draw(histories: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[Path]:
-    """Draws one run into --out or its own folder; several each into its own folder, and compared into --out."""
+    """Draws one run into --out or its own folder; several each into its own folder, and compared
+    into --out.
+    """
     if len(histories) == 1 and arguments.out is not None:
         (history,) = histories.values()
         return draw.draw_all(history, arguments.out, arguments.weight_decay)

@@ -1,10 +1,12 @@
-"""Says what is in a WORKDIR: what ran, with which parameters, whether the files are sound, and what was measured.
+"""Says what is in a WORKDIR: what ran, with which parameters, whether the files are sound, and what
+was measured.
 
     python -m ncjax show runs/digits
     python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
     python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
 
-Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad input.
+Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad
+input.
 """
 
 import argparse
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         coordinates = parse_coordinates(arguments.run)
         if arguments.export and arguments.export.suffix not in EXPORTS:
-            raise InputError("--export", str(arguments.export), f"its name must end in {' or '.join(EXPORTS)}")
+            raise InputError(
+                "--export", str(arguments.export), f"its name must end in {' or '.join(EXPORTS)}"
+            )
         return _show(arguments, coordinates)
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -42,16 +46,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
-        prog="python -m ncjax show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ncjax show",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("workdir", metavar="WORKDIR", type=Path, help="folder of a run")
-    parser.add_argument("--epoch", type=int, help="measured epoch, or epoch of a checkpoint (default: the newest)")
     parser.add_argument(
-        "--run", metavar="NAME=VALUE,...", default="", help="one run of the grid, read and checked alone"
+        "--epoch", type=int, help="measured epoch, or epoch of a checkpoint (default: the newest)"
     )
-    parser.add_argument("--verify", action="store_true", help="measure the checkpoint again; compare with history.nc")
+    parser.add_argument(
+        "--run",
+        metavar="NAME=VALUE,...",
+        default="",
+        help="one run of the grid, read and checked alone",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure the checkpoint again; compare with history.nc",
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
-    parser.add_argument("--export", metavar="FILE", type=Path, help="one run's weights: FILE.safetensors or FILE.npz")
+    parser.add_argument(
+        "--export",
+        metavar="FILE",
+        type=Path,
+        help="one run's weights: FILE.safetensors or FILE.npz",
+    )
     return parser.parse_args(argv)
 
 
@@ -65,7 +85,9 @@ def parse_coordinates(text: str) -> dict[str, float]:
                 raise ValueError
             coordinates[name] = float(value)
         except ValueError:
-            raise InputError("--run", text, "write NAME=VALUE,..., as in --run weight_decay=1e-3,seed=0") from None
+            raise InputError(
+                "--run", text, "write NAME=VALUE,..., as in --run weight_decay=1e-3,seed=0"
+            ) from None
     return coordinates
 
 
@@ -96,12 +118,20 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
     found = _describe(holdings, measured, saved)
     if arguments.export:
         if holdings.place is None:
-            several = [f"{name} = {listed(values)}" for name, values in holdings.axes.items() if len(values) > 1]
+            several = [
+                f"{name} = {listed(values)}"
+                for name, values in holdings.axes.items()
+                if len(values) > 1
+            ]
             raise InputError(
-                "--run", arguments.run, f"--export takes one run: give it one of each {'; '.join(several)}"
+                "--run",
+                arguments.run,
+                f"--export takes one run: give it one of each {'; '.join(several)}",
             )
         if saved is None:
-            raise InputError("--export", str(arguments.export), _no_checkpoint(holdings, arguments.epoch))
+            raise InputError(
+                "--export", str(arguments.export), _no_checkpoint(holdings, arguments.epoch)
+            )
         with warnings.catch_warnings(action="ignore"):  # a note says what they say
             run = runs.load_run(holdings.workdir, epoch=saved, **holdings.place.coordinates)
         inspect.export(run, arguments.export)
@@ -116,13 +146,17 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
 
 
 def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | None]:
-    """(measured epoch, epoch of a checkpoint) that were asked for, or the newest (sound) ones; None: there is none."""
+    """(measured epoch, epoch of a checkpoint) that were asked for, or the newest (sound) ones;
+    None: there is none.
+    """
     sound = [saved.epoch for saved in holdings.checkpoints if saved.problem is None]
     if epoch is None:
         return (holdings.measured or [None])[-1], (sound or [None])[-1]
     saved = [saved.epoch for saved in holdings.checkpoints]
     if epoch not in {*holdings.measured, *saved}:
-        way_out = f"measured were {listed(holdings.measured)}; there are checkpoints of {listed(saved)}"
+        way_out = (
+            f"measured were {listed(holdings.measured)}; there are checkpoints of {listed(saved)}"
+        )
         raise InputError("--epoch", epoch, way_out)
     return epoch if epoch in holdings.measured else None, epoch if epoch in saved else None
 
@@ -130,7 +164,10 @@ def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | 
 def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
     if epoch is None:
         return "there is no sound checkpoint"
-    return f"there is no checkpoint of epoch {epoch}; there are {listed([s.epoch for s in holdings.checkpoints])}"
+    return (
+        f"there is no checkpoint of epoch {epoch}; there are "
+        f"{listed([s.epoch for s in holdings.checkpoints])}"
+    )
 
 
 def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
@@ -141,11 +178,15 @@ def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
     if not saved or (epoch is not None and epoch not in saved):
         raise InputError("--verify", str(holdings.workdir), _no_checkpoint(holdings, epoch))
     if epoch is not None and holdings.history is not None and epoch not in holdings.measured:
-        raise InputError("--epoch", epoch, f"it was not measured; measured were {listed(holdings.measured)}")
+        raise InputError(
+            "--epoch", epoch, f"it was not measured; measured were {listed(holdings.measured)}"
+        )
     problems = [f"checkpoint {s.epoch}: {s.problem}" for s in holdings.checkpoints if s.problem]
     if holdings.history is None:
         problems.append(holdings.history_problem or "there is no history.nc")
-    sound = [s.epoch for s in holdings.checkpoints if s.problem is None and s.epoch in holdings.measured]
+    sound = [
+        s.epoch for s in holdings.checkpoints if s.problem is None and s.epoch in holdings.measured
+    ]
     chosen = max((e for e in sound if epoch in (None, e)), default=None)
     if chosen is None:
         problems.append("no sound checkpoint is of a measured epoch")
@@ -158,7 +199,10 @@ def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
 
 def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> dict[str, Any]:
     """Everything but the tables' layout: what --json prints."""
-    shown = next((s for s in reversed(holdings.checkpoints) if s.parameters and saved in (None, s.epoch)), None)
+    shown = next(
+        (s for s in reversed(holdings.checkpoints) if s.parameters and saved in (None, s.epoch)),
+        None,
+    )
     parameters = [
         {"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "size": p.size, "bytes": p.bytes}
         for p in (shown.parameters if shown else ())
@@ -192,7 +236,9 @@ def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> 
 
 
 def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | None:
-    """Every variable at one epoch, with the dimensions of its nested lists, and the coordinates of those."""
+    """Every variable at one epoch, with the dimensions of its nested lists, and the coordinates
+    of those.
+    """
     if epoch is None or holdings.history is None:
         return None
     variables = {}
@@ -201,7 +247,9 @@ def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | N
             continue  # kept of the newest epoch alone
         one = variable.sel(epoch=epoch) if "epoch" in variable.dims else variable
         variables[str(name)] = {"dims": list(one.dims), "values": one.values.tolist()}
-    coordinates = {str(name): values.values.tolist() for name, values in holdings.history.coords.items()}
+    coordinates = {
+        str(name): values.values.tolist() for name, values in holdings.history.coords.items()
+    }
     return {"epoch": epoch, "coordinates": coordinates | {"epoch": epoch}, "variables": variables}
 
 
@@ -214,9 +262,13 @@ def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) ->
     console = tables.make_console()
     for name, line in _summary(found).items():
         tables.say(console, f"{name:<12}{line}")
-    table = Table("checkpoint", "size", "checksums" if found["run"] is None else "checksums of this run")
+    table = Table(
+        "checkpoint", "size", "checksums" if found["run"] is None else "checksums of this run"
+    )
     for saved in found["checkpoints"]:
-        table.add_row(f"{saved['epoch']}", _bytes(saved["bytes"]), printable(saved["problem"] or "hold"))
+        table.add_row(
+            f"{saved['epoch']}", _bytes(saved["bytes"]), printable(saved["problem"] or "hold")
+        )
     if found["checkpoints"]:
         console.print(table)
     if found["parameters"]:
@@ -241,11 +293,17 @@ def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) ->
 def _summary(found: dict[str, Any]) -> dict[str, str]:
     config, epochs, run = found["config"], found["epochs"], found["run"]
     sections = {name: _pairs(config[name]) for name in ("data", "model", "train")}
-    sections["train"] += "".join(f", {name}={config[name]}" for name in ("loss", "targets", "units") if name in config)
+    sections["train"] += "".join(
+        f", {name}={config[name]}" for name in ("loss", "targets", "units") if name in config
+    )
     swept = "; ".join(f"{name} = {listed(values)}" for name, values in found["grid"].items())
-    one = ", ".join(f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "number")
+    one = ", ".join(
+        f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "number"
+    )
     of_epochs = f"{epochs['done']} of {epochs['asked']}, measured at {listed(epochs['measured'])}"
-    software = ", ".join(f"{name} {version}" for name, version in found["versions"].items()) or "unknown"
+    software = (
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items()) or "unknown"
+    )
     history = found["history"]
     state = "its checksum holds" if history["sealed"] else "no checksum lies beside it"
     seen = {
@@ -255,7 +313,8 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
         "run": f"{one} (number {run['number']} of the grid, from 0)" if run else "",
         "epochs": of_epochs + ("" if found["checkpoints"] else "; no checkpoint yet"),
         "software": software,
-        "device": f"{found['device'] or 'unknown'}; git revision {found['git_revision'] or 'unknown'}",
+        "device": f"{found['device'] or 'unknown'}; git revision "
+        f"{found['git_revision'] or 'unknown'}",
         "history.nc": history["problem"] or (state if history["sound"] else "not there yet"),
     }
     return {name: line for name, line in seen.items() if line}
@@ -263,7 +322,9 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
 
 def _pairs(section: dict[str, Any]) -> str:
     """A section of the config in one line; what is left empty is left out."""
-    shown = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in section.items()}
+    shown = {
+        name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in section.items()
+    }
     return ", ".join(f"{name}={value}" for name, value in shown.items() if value != "")
 
 
@@ -278,11 +339,17 @@ def _bytes(count: float | int) -> str:
 def _verdict(verification: dict[str, Any]) -> str:
     line = "verified: "
     if "epoch" in verification:
-        where = ", ".join(f"{name}={value:.10g}" for name, value in verification["coordinates"].items())
+        where = ", ".join(
+            f"{name}={value:.10g}" for name, value in verification["coordinates"].items()
+        )
         runs = f"{verification['runs']} run{'s' if verification['runs'] > 1 else ''}"
         line += (
-            f"{verification['variables']} variables of {runs} at epoch {verification['epoch']}, measured again: the "
-            f"largest relative deviation is {verification['deviation']:.2g} ({verification['variable']} at {where}), "
+            f"{verification['variables']} variables of {runs} at epoch {verification['epoch']}, "
+            f"measured again: the "
+            f"largest relative deviation is {verification['deviation']:.2g} "
+            f"({verification['variable']} at {where}), "
             f"of {verification['tolerance']:g} allowed; "
         )
-    return line + ("PASS" if verification["passed"] else f"FAIL: {'; '.join(verification['problems'])}")
+    return line + (
+        "PASS" if verification["passed"] else f"FAIL: {'; '.join(verification['problems'])}"
+    )

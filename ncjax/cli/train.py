@@ -1,16 +1,17 @@
-"""Trains a sweep, measures neural collapse as it goes, and leaves data, figures and checkpoints in WORKDIR.
+"""Trains a sweep, measures neural collapse as it goes, and leaves data, figures and checkpoints.
 
     python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
-    python -m ncjax.main --config=configs/mnist.py:smoke --config.sweep.weight_decay=0,1e-3 --workdir=runs/mnist
+    python -m ncjax.main --config=configs/mnist.py:smoke --config.train.epochs=3 --workdir=runs/m
 
---config names a Python file, or file:variant (configs/digits.py where it is left out); --config.FIELD=VALUE overrides a
-field, a,b,c where it takes several values. The same command run again continues where it stopped, or says that the run
-is complete.
+--config names a Python file, or file:variant (configs/digits.py where it is left out);
+--config.FIELD=VALUE overrides a field, a,b,c where it takes several values. The same command run
+again continues where it stopped, or says that the run is complete.
 
---dry-run           checks config, data and devices, prints what would be trained, and writes nothing
+--dry-run           checks config, data and devices, prints what would be trained, writes nothing
 --coordinator=HOST:PORT --processes=N --process=I
-                    one of N processes that train together, on as many hosts as there are; HOST:PORT is process 0. Tasks
-                    of a SLURM step and hosts of a TPU slice need none of these; elsewhere, --coordinator=auto may do
+                    one of N processes that train together, on as many hosts as there are; HOST:PORT
+                    is process 0. Tasks of a SLURM step and hosts of a TPU slice need none of these;
+                    elsewhere, --coordinator=auto may do
 """
 
 import difflib
@@ -34,7 +35,9 @@ from ncjax.runs.signals import Interrupted, Stopped
 
 
 class _Arguments(NamedTuple):
-    """A command line that can be parsed: workdir is empty only of a dry run; processes None of one that is alone."""
+    """A command line that can be parsed: workdir is empty only of a dry run; processes None of
+    one that is alone.
+    """
 
     config: configuration.Config
     workdir: str
@@ -43,14 +46,18 @@ class _Arguments(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line (`argv[0]` is the program; None: that of this process); returns the exit code.
+    """Runs one command line (`argv[0]` is the program; None: that of this process); returns the
+    exit code.
 
-    0; 1 WORKDIR can be written no more, or another process was lost; 2 bad input; 130 and 143 stopped by SIGINT and
-    SIGTERM.
+    0; 1 WORKDIR can be written no more, or another process was lost; 2 bad input; 130 and 143
+    stopped by SIGINT and SIGTERM.
     """
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\nFields of the config, with their defaults:\n\n{configuration.describe_fields()}")
+        print(
+            f"{__doc__}\nFields of the config, with their "
+            f"defaults:\n\n{configuration.describe_fields()}"
+        )
         return 0
     try:
         arguments = _parse(argv)
@@ -85,12 +92,17 @@ def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
     except OSError as error:
         reason = " ".join(str(error).split())
         print(
-            f"error: {reason}; what is in {plan.workdir} is whole, and this continues:\n    {command}", file=sys.stderr
+            f"error: {reason}; what is in {plan.workdir} is whole, and this continues:\n    "
+            f"{command}",
+            file=sys.stderr,
         )
         return 1
     except Exception as error:
         if _is_out_of_memory(error):
-            way_out = "take fewer runs at once (config.sweep.runs_per_program), smaller layers or smaller batches"
+            way_out = (
+                "take fewer runs at once (config.sweep.runs_per_program), smaller layers or "
+                "smaller batches"
+            )
             return _refuse(InputError("memory", "less than a device needs", way_out))
         if not arguments.processes:
             raise
@@ -111,27 +123,38 @@ def _parse(argv: list[str]) -> _Arguments:
     workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
     dry_run = flags.DEFINE_boolean("dry-run", False, "", flag_values=values)
     coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
-    count, number = (flags.DEFINE_integer(name, None, "", flag_values=values) for name in ("processes", "process"))
+    count, number = (
+        flags.DEFINE_integer(name, None, "", flag_values=values)
+        for name in ("processes", "process")
+    )
     try:
         overrides = values(argv, known_only=True)
     except (flags.Error, ValueError, OSError) as error:  # OSError: of --flagfile
         raise _illegal(error, argv) from error
     config = _override(_load_config(file.value or ""), overrides)
     if not workdir.value and not dry_run.value:
-        raise InputError("--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits")
+        raise InputError(
+            "--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits"
+        )
     processes = preflight.find_processes(coordinator.value, count.value, number.value, os.environ)
     return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 
 def _load_config(named: str) -> configuration.Config:
-    """Returns the config of a `file` or `file:variant`, or raises InputError with the line of the file at fault."""
+    """Returns the config of a `file` or `file:variant`, or raises InputError with the line of
+    the file at fault.
+    """
     file = Path(named.partition(":")[0])
     try:
         file.read_bytes()
     except ValueError as error:  # a null byte
-        raise InputError("--config", named, f"{error}; name a Python file with get_config()") from error
+        raise InputError(
+            "--config", named, f"{error}; name a Python file with get_config()"
+        ) from error
     except OSError as error:
-        near = difflib.get_close_matches(file.stem, known := {p.stem: p for p in Path("configs").glob("*.py")}, n=1)
+        near = difflib.get_close_matches(
+            file.stem, known := {p.stem: p for p in Path("configs").glob("*.py")}, n=1
+        )
         hint = f"did you mean {known[near[0]]}?" if near else "name a Python file with get_config()"
         raise InputError("--config", named, f"{error.strerror}; {hint}") from error
     values = flags.FlagValues()
@@ -141,31 +164,47 @@ def _load_config(named: str) -> configuration.Config:
     try:
         values(["", f"--config={named}"])
         config = loaded.value
-        if not hasattr(config, "copy_and_resolve_references"):  # asking raises the OSError of a get_config that did
+        if not hasattr(
+            config, "copy_and_resolve_references"
+        ):  # asking raises the OSError of a get_config that did
             raise TypeError(f"get_config() returned {type(config).__name__}, not a ConfigDict")
-        for value in configuration.flatten(config).values():  # RecursionError: it contains itself, or nests too deep
+        for value in configuration.flatten(
+            config
+        ).values():  # RecursionError: it contains itself, or nests too deep
             repr(value)
     except (Interrupted, Stopped):
         raise
-    except BaseException as error:  # the config is the user's Python file: anything may be wrong in it
+    except (
+        BaseException
+    ) as error:  # the config is the user's Python file: anything may be wrong in it
         raise InputError("--config", named, _fault(error, str(file))) from error
     finally:
         logger.disabled = False
-        sys.modules.pop("config_config", None)  # ml_collections would load the next file on top of this one's names
+        sys.modules.pop(
+            "config_config", None
+        )  # ml_collections would load the next file on top of this one's names
     return config
 
 
 def _fault(error: BaseException, file: str) -> str:
-    """Says what went wrong, and in which line of a file, if in any: what a library raised may be a consequence."""
+    """Says what went wrong, and in which line of a file, if in any: what a library raised may be
+    a consequence.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SyntaxError) and cause.filename == file:
             return f"line {cause.lineno}: {cause.msg}"
-        lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == file]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(cause.__traceback__)
+            if frame.filename == file
+        ]
         if lines:
             return f"line {lines[-1]}: {type(cause).__name__}: {cause}"
         cause = cause.__cause__ or cause.__context__
-    return "it has no get_config()" if getattr(error, "name", "") == "get_config" else last_line(error)
+    return (
+        "it has no get_config()" if getattr(error, "name", "") == "get_config" else last_line(error)
+    )
 
 
 def _override(config: configuration.Config, argv: list[str]) -> configuration.Config:
@@ -173,12 +212,16 @@ def _override(config: configuration.Config, argv: list[str]) -> configuration.Co
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         if name.startswith("config.") and name.removeprefix("config.") not in configuration.SCHEMA:
-            near = difflib.get_close_matches(name.removeprefix("config."), configuration.SCHEMA, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(
+                name.removeprefix("config."), configuration.SCHEMA, n=1, cutoff=0.8
+            )
             hint = f"did you mean config.{near[0]}? " if near else ""
             raise InputError(name, value, f"no such field; {hint}--help lists them")
     values = flags.FlagValues()
     try:
-        overridden = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        overridden = config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv
+        )
         surplus = values(argv)[1:]
         config = overridden.value.copy_and_resolve_references()
     except Exception as error:  # ml_collections raises many types
@@ -190,14 +233,22 @@ def _override(config: configuration.Config, argv: list[str]) -> configuration.Co
 
 
 def _illegal(error: Exception, argv: list[str]) -> InputError:
-    """Translates what absl says of a command line, `flag --NAME=VALUE: REASON` where a value is not of its type."""
+    """Translates what absl says of a command line, `flag --NAME=VALUE: REASON` where a value is
+    not of its type.
+    """
     illegal = re.match(r"flag --([\w.-]+)=(.*?): ", str(error), re.DOTALL)
     if illegal is None:
-        lacks = "the config lacks a field that is named here: " if isinstance(error, KeyError | AttributeError) else ""
+        lacks = (
+            "the config lacks a field that is named here: "
+            if isinstance(error, KeyError | AttributeError)
+            else ""
+        )
         return InputError("command line", " ".join(argv[1:]), lacks + last_line(error))
     name, value = illegal.groups()
     field = configuration.SCHEMA.get(name.removeprefix("config."))
-    return InputError(name if field else f"--{name}", value, field.must if field else last_line(error))
+    return InputError(
+        name if field else f"--{name}", value, field.must if field else last_line(error)
+    )
 
 
 def _refuse(error: InputError) -> int:

@@ -1,4 +1,5 @@
-"""A named data set as balanced arrays: embedded digits, any prepared TFDS image set, synthetic and identity.
+"""A named data set as balanced arrays: embedded digits, any prepared TFDS image set, synthetic and
+identity.
 
 No JAX here: a wrong name or size must be reported at once.
 """
@@ -24,7 +25,9 @@ _SYNTHETIC_DIM = 32
 
 
 class Split(NamedTuple):
-    """M examples, class after class: images (M, ...) uint8 or float32, labels (M,) int32 in [0, C)."""
+    """M examples, class after class: images (M, ...) uint8 or float32, labels (M,) int32 in [0,
+    C).
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -33,8 +36,8 @@ class Split(NamedTuple):
 class Dataset(NamedTuple):
     """Balanced splits and the statistics of the training split that normalize both.
 
-    The network's input is `(images - center) * scale`, float64: center has the shape of one image, scale too or it is
-    one number.
+    The network's input is `(images - center) * scale`, float64: center has the shape of one image,
+    scale too or it is one number.
     """
 
     train: Split
@@ -64,22 +67,24 @@ def load(
     standardize: bool = False,
     pad: int = 0,
 ) -> Dataset:
-    """Loads, balances and measures a data set. Deterministic: the same arguments give the same arrays.
+    """Loads, balances and measures a data set. Deterministic: the same arguments give the same
+    arrays.
 
     Args:
-      name: `digits`, `synthetic`, `identity` or a TFDS name (`mnist`, `emnist/letters`, `mnist:3.0.1`).
+      name: `digits`, `synthetic`, `identity` or a TFDS name (`mnist`, `emnist/letters`,
+        `mnist:3.0.1`).
       directory: where TFDS data sets lie; default `$TFDS_DATA_DIR`, then `~/tensorflow_datasets`.
-      per_class: training examples per class, the first in the set's order (synthetic and identity: made anew); 0: the
-        size of the smallest class.
-        The test split shrinks by the same factor, so that measuring it stays cheap beside the training split.
+      per_class: training examples per class, the first in the set's order (synthetic and identity:
+        made anew); 0: the size of the smallest class. The test split shrinks by the same factor, so
+        that measuring it stays cheap beside the training split.
       num_classes: classes of `synthetic` and `identity`; 0: ten.
       input_scale: mean norm of a training input after centring each pixel.
       standardize: give each channel (last axis) mean 0 and variance 1 instead.
       pad: height and width that images get by a border of zeros; 0: their own.
 
     Raises:
-      InputError: unknown or unprepared set, per_class beyond the smallest class, num_classes where the set decides,
-        pad below the size of the images.
+      InputError: unknown or unprepared set, per_class beyond the smallest class, num_classes where
+        the set decides, pad below the size of the images.
     """
     if name in ("synthetic", "identity"):
         make = _synthetic if name == "synthetic" else _identity
@@ -87,10 +92,14 @@ def load(
             raw = make(num_classes or 10, per_class)
         except (MemoryError, ValueError, OverflowError) as error:
             field = "num_classes" if num_classes > per_class else "per_class"
-            raise InputError(f"config.data.{field}", max(num_classes, per_class), "does not fit into memory") from error
+            raise InputError(
+                f"config.data.{field}", max(num_classes, per_class), "does not fit into memory"
+            ) from error
     else:
         if num_classes:
-            raise InputError("config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes")
+            raise InputError(
+                "config.data.num_classes", num_classes, f"leave it 0: {name} has its own classes"
+            )
         raw = _embedded_digits() if name == "digits" else _tfds(name, directory)
     train, test = (_padded(split, pad) for split in _balance(raw, per_class))
     if name == "identity":
@@ -101,17 +110,24 @@ def load(
 
 
 def checksums(dataset: Dataset) -> dict[str, int]:
-    """Returns a CRC-32 of each array that is trained on or measured: `train_images`, `train_labels`, `test_images`, ...
+    """Returns a CRC-32 of each array that is trained on or measured: `train_images`,
+    `train_labels`, `test_images`, ...
 
     They tell one data set from another, shapes and dtypes included, and cost a second per 2 GB.
     """
     splits = {"train": dataset.train, "test": dataset.test}
-    return {f"{name}_{part}": _crc(array) for name, split in splits.items() for part, array in split._asdict().items()}
+    return {
+        f"{name}_{part}": _crc(array)
+        for name, split in splits.items()
+        for part, array in split._asdict().items()
+    }
 
 
 def _crc(array: np.ndarray) -> int:
     array = np.ascontiguousarray(array)
-    return zlib.crc32(array.view(np.uint8).data, zlib.crc32(f"{array.dtype.str}{array.shape}".encode()))
+    return zlib.crc32(
+        array.view(np.uint8).data, zlib.crc32(f"{array.dtype.str}{array.shape}".encode())
+    )
 
 
 def _embedded_digits() -> _Raw:
@@ -137,7 +153,9 @@ def _hold_out(split: Split) -> tuple[Split, Split]:
 
 
 def _synthetic(num_classes: int, per_class: int) -> _Raw:
-    """Gaussian classes: x = mu_c + z with mu_c and z standard normal in R^32; train and test drawn alike."""
+    """Gaussian classes: x = mu_c + z with mu_c and z standard normal in R^32; train and test
+    drawn alike.
+    """
     per_class = per_class or 100
     rng = np.random.default_rng(0)
     means = rng.standard_normal((num_classes, _SYNTHETIC_DIM))
@@ -148,7 +166,9 @@ def _synthetic(num_classes: int, per_class: int) -> _Raw:
 
 
 def _identity(num_classes: int, per_class: int) -> _Raw:
-    """x_n = e_n in R^{NC}, five per class by default: the first layer is then a free feature per example."""
+    """x_n = e_n in R^{NC}, five per class by default: the first layer is then a free feature per
+    example.
+    """
     per_class = per_class or 5
     labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
     split = Split(np.eye(len(labels), dtype=np.float32), labels)
@@ -161,13 +181,23 @@ def _balance(raw: _Raw, per_class: int) -> tuple[Split, Split]:
     counts = np.bincount(raw.train.labels, minlength=len(raw.label_names))
     available = int(counts.min())
     if per_class > available:
-        raise InputError("config.data.per_class", per_class, f"the smallest class has {available} training examples")
+        raise InputError(
+            "config.data.per_class",
+            per_class,
+            f"the smallest class has {available} training examples",
+        )
     test_available = int(np.bincount(raw.test.labels, minlength=len(raw.label_names)).min())
     if not test_available:
-        raise InputError("config.data.name", "a test split without some class", "choose a set whose test split has all")
+        raise InputError(
+            "config.data.name",
+            "a test split without some class",
+            "choose a set whose test split has all",
+        )
     per_class = per_class or available
     test_per_class = max(1, round(test_available * per_class / available))
-    return _first_of_each_class(raw.train, per_class), _first_of_each_class(raw.test, test_per_class)
+    return _first_of_each_class(raw.train, per_class), _first_of_each_class(
+        raw.test, test_per_class
+    )
 
 
 def _first_of_each_class(split: Split, per_class: int) -> Split:
@@ -179,31 +209,54 @@ def _first_of_each_class(split: Split, per_class: int) -> Split:
 
 
 def _padded(split: Split, side: int) -> Split:
-    """Images (M, side, side, channels); of an odd border the larger half is below and to the right."""
+    """Images (M, side, side, channels); of an odd border the larger half is below and to the
+    right.
+    """
     shape = split.images.shape[1:]
     if not side:
         return split
     if len(shape) != 3 or max(shape[:2]) > side:
-        raise InputError("config.data.pad", side, f"its examples have shape {shape}; pad images, to their size or more")
+        raise InputError(
+            "config.data.pad",
+            side,
+            f"its examples have shape {shape}; pad images, to their size or more",
+        )
     borders = [((side - size) // 2, side - size - (side - size) // 2) for size in shape[:2]]
     return split._replace(images=np.pad(split.images, [(0, 0), *borders, (0, 0)]))
 
 
-def _statistics(images: np.ndarray, input_scale: float, standardize: bool) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(
+    images: np.ndarray, input_scale: float, standardize: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """center and scale of `Dataset`, in float64 and in chunks (CIFAR-10 in float64 is 1.2 GB)."""
     chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
     pixel_mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(images)
     if not np.isfinite(pixel_mean).all():
-        raise InputError("config.data.name", "images with infinite or undefined pixels", "choose a set without them")
+        raise InputError(
+            "config.data.name",
+            "images with infinite or undefined pixels",
+            "choose a set without them",
+        )
     if standardize:
         axes = tuple(range(images.ndim - 1)) if images.ndim > 2 else (0,)
-        center = np.broadcast_to(pixel_mean.mean(tuple(range(pixel_mean.ndim - 1))), pixel_mean.shape)
+        center = np.broadcast_to(
+            pixel_mean.mean(tuple(range(pixel_mean.ndim - 1))), pixel_mean.shape
+        )
         squares = np.sum([((chunk - center) ** 2).sum(axes) for chunk in chunks], axis=0)
         spread = np.sqrt(squares / (images.size / images.shape[-1]))
-        return np.array(center), np.array(np.broadcast_to(1 / np.where(spread > 0, spread, 1), center.shape))
-    norms = sum(float(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum()) for chunk in chunks)
+        return np.array(center), np.array(
+            np.broadcast_to(1 / np.where(spread > 0, spread, 1), center.shape)
+        )
+    norms = sum(
+        float(np.linalg.norm((chunk - pixel_mean).reshape(len(chunk), -1), axis=1).sum())
+        for chunk in chunks
+    )
     if not norms:
-        raise InputError("config.data.name", "a training split of equal images", "choose a set whose images differ")
+        raise InputError(
+            "config.data.name",
+            "a training split of equal images",
+            "choose a set whose images differ",
+        )
     return pixel_mean, np.array(input_scale * len(images) / norms)
 
 
@@ -233,17 +286,23 @@ def _decode(name: str, root: Path, home: Path) -> _Raw:
     train = Split(*contents.train)
     train, test = (train, Split(*contents.held_out)) if contents.held_out else _hold_out(train)
     if train.labels.max() < 0:
-        raise InputError("config.data.name", name, "its training split has no labels; choose another")
+        raise InputError(
+            "config.data.name", name, "its training split has no labels; choose another"
+        )
     return _only_present_classes(train, test, contents.class_name)
 
 
 def _only_present_classes(train: Split, test: Split, class_name: Callable[[int], str]) -> _Raw:
-    """Drops unlabelled examples, and classes that have none in training (emnist/letters declares 37 and has 26)."""
+    """Drops unlabelled examples, and classes that have none in training (emnist/letters declares
+    37 and has 26).
+    """
     present = np.unique(train.labels[train.labels >= 0])
 
     def keep(split: Split) -> Split:
         kept = np.isin(split.labels, present)
-        return Split(split.images[kept], np.searchsorted(present, split.labels[kept]).astype(np.int32))
+        return Split(
+            split.images[kept], np.searchsorted(present, split.labels[kept]).astype(np.int32)
+        )
 
     return _Raw(keep(train), keep(test), tuple(class_name(int(label)) for label in present))
 
@@ -252,8 +311,11 @@ _PARTS = tuple(f"{split}_{part}.npy" for split in ("train", "test") for part in 
 _NAMES, _CHECKSUMS = "label_names.json", "checksums.json"
 
 
-def _cached(name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]] | None = None) -> _Raw:
-    """Decodes once, and again where what was decoded, or what it was decoded from, is not as it was.
+def _cached(
+    name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]] | None = None
+) -> _Raw:
+    """Decodes once, and again where what was decoded, or what it was decoded from, is not as it
+    was.
 
     The folder appears whole or not at all; where none can be written, each run decodes anew.
     """
@@ -264,7 +326,12 @@ def _cached(name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]
     sources = sources or {}
     try:
         return _read(folder, sources)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:  # the last three: checksums.json is damaged
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # the last three: checksums.json is damaged
         if os.path.isdir(folder):  # unlike Path.is_dir, also where it must not be asked
             warn(f"the decoded data in {folder} are not used ({error}): decoding anew")
     raw = make()
@@ -292,7 +359,9 @@ def _write(folder: Path, raw: _Raw, sources: Mapping[str, list[int]]) -> None:
 def _read(folder: Path, sources: Mapping[str, list[int]]) -> _Raw:
     stored = json.loads((folder / _CHECKSUMS).read_text())
     found = {**sources, **_file_checksums(folder)}
-    if changed := sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name)):
+    if changed := sorted(
+        name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name)
+    ):
         raise ValueError(f"changed: {', '.join(changed)}")
     arrays = [np.load(folder / name, mmap_mode="r") for name in _PARTS]
     names = json.loads((folder / _NAMES).read_text())

@@ -1,9 +1,10 @@
 """Prepared TFDS folders: two JSON files, which are not trusted, and array_record shards.
 
-TFDS's own `builder_from_directory` imports whatever class these files name, and follows whatever paths they spell. Here
-they are parsed as the protocol buffers that they are, one image and one label are made of them and nothing else, and
-shards lie in the folder. array_record hashes all it stores: a flipped bit raises. What hashes cannot see (a shard that
-is missing, a wrong count, a label out of range) is checked against dataset_info.json and features.json.
+TFDS's own `builder_from_directory` imports whatever class these files name, and follows whatever
+paths they spell. Here they are parsed as the protocol buffers that they are, one image and one
+label are made of them and nothing else, and shards lie in the folder. array_record hashes all it
+stores: a flipped bit raises. What hashes cannot see (a shard that is missing, a wrong count, a
+label out of range) is checked against dataset_info.json and features.json.
 """
 
 import contextlib
@@ -26,14 +27,18 @@ _CHUNK = 1024
 
 
 class Examples(NamedTuple):
-    """One split, in the order of its shards: images (M, height, width, channels), labels (M,) int32, -1 for none."""
+    """One split, in the order of its shards: images (M, height, width, channels), labels (M,)
+    int32, -1 for none.
+    """
 
     images: np.ndarray
     labels: np.ndarray
 
 
 class Contents(NamedTuple):
-    """What is trained on: `train`; `held_out`, the split test or else validation, where there is one."""
+    """What is trained on: `train`; `held_out`, the split test or else validation, where there is
+    one.
+    """
 
     train: Examples
     held_out: Examples | None
@@ -41,17 +46,22 @@ class Contents(NamedTuple):
 
 
 def find(name: str, root: Path) -> Path:
-    """Returns the newest prepared version of a data set, or raises the one line that says how to prepare it."""
+    """Returns the newest prepared version of a data set, or raises the one line that says how to
+    prepare it.
+    """
     path, _, version = name.partition(":")
     pattern = f"{version or '*'}/dataset_info.json"
     homes = [info.parent for info in (root / path).glob(pattern)] if _is_plain(path) else []
-    by_version = {home: tuple(int(part) for part in home.name.split(".") if part.isdigit()) for home in homes}
+    by_version = {
+        home: tuple(int(part) for part in home.name.split(".") if part.isdigit()) for home in homes
+    }
     if not homes:
         raise InputError(
             "config.data.name",
             name,
             "it is none of digits, synthetic, identity, and no prepared TFDS set is at "
-            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where there is a network, "
+            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where "
+            f"there is a network, "
             f"prepare it with: {_preparation(name, root)}",
         )
     return max(homes, key=by_version.__getitem__)
@@ -71,11 +81,16 @@ def read(name: str, root: Path, home: Path) -> Contents:
         raise InputError("config.data.name", name, f"{home} does not fit into memory") from error
     except Exception as error:  # protobuf, TFDS, array_record and Pillow raise whatever they like
         way_out = f"remove that folder and prepare it anew with: {_preparation(name, root)}"
-        raise InputError("config.data.name", name, f"{home} is damaged ({last_line(error)}); {way_out}") from error
+        raise InputError(
+            "config.data.name", name, f"{home} is damaged ({last_line(error)}); {way_out}"
+        ) from error
 
 
 def _is_plain(path: str) -> bool:
-    return all(part.isidentifier() or part.replace("-", "_").replace(".", "_").isalnum() for part in path.split("/"))
+    return all(
+        part.isidentifier() or part.replace("-", "_").replace(".", "_").isalnum()
+        for part in path.split("/")
+    )
 
 
 def _preparation(name: str, root: Path) -> str:
@@ -91,10 +106,17 @@ def _read(name: str, home: Path) -> Contents:
     from tensorflow_datasets.core import proto
 
     messages: Any = proto  # whose classes are made at run time
-    info = json_format.Parse((home / "dataset_info.json").read_bytes(), messages.dataset_info_pb2.DatasetInfo())
-    declared = json_format.Parse((home / "features.json").read_bytes(), messages.feature_pb2.Feature())
+    info = json_format.Parse(
+        (home / "dataset_info.json").read_bytes(), messages.dataset_info_pb2.DatasetInfo()
+    )
+    declared = json_format.Parse(
+        (home / "features.json").read_bytes(), messages.feature_pb2.Feature()
+    )
     if info.file_format != _FORMAT:
-        way_out = f"{home} is {info.file_format or 'of no known format'}; prepare it with file_format={_FORMAT}"
+        way_out = (
+            f"{home} is {info.file_format or 'of no known format'}; prepare it with "
+            f"file_format={_FORMAT}"
+        )
         raise InputError("config.data.name", name, way_out)
     keys = [item.feature_key for item in info.supervised_keys.tuple.items]
     features = _pair(name, {key: declared.features_dict.features[key] for key in keys})
@@ -109,20 +131,33 @@ def _read(name: str, home: Path) -> Contents:
         raise ValueError("dataset_info.json has no split train")
     held_out = next((shards[split] for split in ("test", "validation") if split in shards), None)
     train = _examples(name, shards["train"], features)
-    if train.images.shape[-1] > 1 and all((image == image[..., :1]).all() for image in train.images):
-        warn(f"all images of {home} are gray, and features.json has them in {train.images.shape[-1]} equal channels")
+    if train.images.shape[-1] > 1 and all(
+        (image == image[..., :1]).all() for image in train.images
+    ):
+        warn(
+            f"all images of {home} are gray, and features.json has them in "
+            f"{train.images.shape[-1]} equal channels"
+        )
     return Contents(train, _examples(name, held_out, features) if held_out else None, label.int2str)
 
 
 def _pair(name: str, declared: dict[str, Any]) -> dict[str, Any]:
-    """Returns the image feature and the label feature, in this order, by their keys; anything else is refused."""
+    """Returns the image feature and the label feature, in this order, by their keys; anything
+    else is refused.
+    """
     import tensorflow_datasets as tfds
 
-    kinds = [(feature.WhichOneof("content"), feature.python_class_name) for feature in declared.values()]
+    kinds = [
+        (feature.WhichOneof("content"), feature.python_class_name) for feature in declared.values()
+    ]
     if kinds != list(_FEATURES.items()):
-        found = ", ".join(f"{key} is {feature.python_class_name or 'no feature'}" for key, feature in declared.items())
+        found = ", ".join(
+            f"{key} is {feature.python_class_name or 'no feature'}"
+            for key, feature in declared.items()
+        )
         way_out = (
-            f"it is no image-classification set, a TFDS Image and a ClassLabel ({found or 'it has no such pair'}); "
+            f"it is no image-classification set, a TFDS Image and a ClassLabel "
+            f"({found or 'it has no such pair'}); "
             "choose another, or prepare this one anew if it is damaged"
         )
         raise InputError("config.data.name", name, way_out)
@@ -139,15 +174,23 @@ def _shards(dataset: str, split: Any, home: Path) -> dict[Path, int]:
     """Returns how many examples dataset_info.json has of each shard of a split."""
     import tensorflow_datasets as tfds
 
-    # The template goes through str.format: it may name fields, but no attributes of them and no width of gigabytes.
+    # The template goes through str.format: it may name fields, but no attributes of them and no
+    # width of gigabytes.
     if not re.fullmatch(r"([\w./-]|\{[A-Z_]+\})*", split.filepath_template):
         raise ValueError(f"dataset_info.json has the template {split.filepath_template!r}")
-    template = tfds.core.ShardedFileTemplate(tfds.core.Path(), split.filepath_template, dataset, split.name, _FORMAT)
+    template = tfds.core.ShardedFileTemplate(
+        tfds.core.Path(), split.filepath_template, dataset, split.name, _FORMAT
+    )
     counts = list(split.shard_lengths)
-    names = [template.relative_filepath(shard_index=i, num_shards=len(counts)) for i in range(len(counts))]
+    names = [
+        template.relative_filepath(shard_index=i, num_shards=len(counts))
+        for i in range(len(counts))
+    ]
     for shard in map(PurePosixPath, names):
         if shard.is_absolute() or ".." in shard.parts:
-            raise ValueError(f"dataset_info.json has the shard {shard}, which is not in this folder")
+            raise ValueError(
+                f"dataset_info.json has the shard {shard}, which is not in this folder"
+            )
     return {home / shard: count for shard, count in zip(names, counts, strict=True)}
 
 
@@ -164,11 +207,17 @@ def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any]) -> Examp
         if i == 0:
             images = np.empty((total, *one.shape), one.dtype)
         if one.shape != images.shape[1:]:
-            raise InputError("config.data.name", name, f"its images differ in shape ({images.shape[1:]}, {one.shape})")
+            raise InputError(
+                "config.data.name",
+                name,
+                f"its images differ in shape ({images.shape[1:]}, {one.shape})",
+            )
         images[i], labels[i] = one, example[label_key]
     shape = images.shape[1:]
     if shape != tuple(size or found for size, found in zip(image.shape, shape, strict=False)):
-        raise ValueError(f"{total} images are of shape {shape}, and features.json has {image.shape}")
+        raise ValueError(
+            f"{total} images are of shape {shape}, and features.json has {image.shape}"
+        )
     if labels.min() < -1 or labels.max() >= label.num_classes:
         found = f"labels go from {labels.min()} to {labels.max()}"
         raise ValueError(f"{found}, and features.json has {label.num_classes} classes")
@@ -176,13 +225,17 @@ def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any]) -> Examp
 
 
 def _count(path: Path, declared: int) -> int:
-    """Returns how many examples a shard holds, which must be as many as dataset_info.json has of it."""
+    """Returns how many examples a shard holds, which must be as many as dataset_info.json has of
+    it.
+    """
     if not path.is_file():
         raise ValueError(f"the shard {path.name} is missing")
     with _opened(path) as reader:
         count = reader.num_records()
     if count != declared:
-        raise ValueError(f"the shard {path.name} holds {count} examples, and dataset_info.json has {declared}")
+        raise ValueError(
+            f"the shard {path.name} holds {count} examples, and dataset_info.json has {declared}"
+        )
     return count
 
 

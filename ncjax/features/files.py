@@ -13,7 +13,15 @@ import numpy as np
 
 from ncjax.errors import InputError
 
-_SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
+_SAFETENSORS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+}
 _SAFETENSORS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BF16": "bfloat16"}
 _CHUNK = 2**20  # bytes of a member of a .npz that are read at once
 
@@ -27,15 +35,18 @@ class _Layout(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of the numbers. Python's integers do not wrap where a damaged shape is huge."""
+        """Returns the bytes of the numbers. Python's integers do not wrap where a damaged shape
+        is huge.
+        """
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read(path: Path, sole: str) -> dict[str, np.ndarray]:
     """Reads the arrays of a file by name; a .npy holds one alone, of the name `sole`.
 
-    Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they are used. A .npz
-    has checksums, for which it is read once here. The others have none: damage is seen where sizes contradict it.
+    Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they
+    are used. A .npz has checksums, for which it is read once here. The others have none: damage is
+    seen where sizes contradict it.
 
     Raises:
       InputError: no such file, not of a known format, or damaged.
@@ -53,7 +64,8 @@ def read(path: Path, sole: str) -> dict[str, np.ndarray]:
         raise
     except OSError as error:
         raise InputError("file", str(path), error.strerror or str(error)) from error
-    # Damage ends in any error of any library: zlib's, tokenize's, RecursionError, MemoryError, RuntimeError, ...
+    # Damage ends in any error of any library: zlib's, tokenize's, RecursionError, MemoryError,
+    # RuntimeError, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError("file", str(path), f"it cannot be read: {reason[:200]}") from error
@@ -73,10 +85,16 @@ def _read_npz(path: Path, _: str) -> dict[str, np.ndarray]:
         }
 
 
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, raw: io.BufferedIOBase, path: Path) -> np.ndarray:
-    """Reads a member of a .npz to its end, where zipfile compares its checksum, and maps it if it is not compressed."""
+def _read_member(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, raw: io.BufferedIOBase, path: Path
+) -> np.ndarray:
+    """Reads a member of a .npz to its end, where zipfile compares its checksum, and maps it if
+    it is not compressed.
+    """
     if member.comment:
-        raise ValueError(f"{member.filename} has a comment, which may be members that a flipped bit hides")
+        raise ValueError(
+            f"{member.filename} has a comment, which may be members that a flipped bit hides"
+        )
     with archive.open(member) as file:
         layout = _read_header(file, member.file_size)
         header_size = file.tell()
@@ -87,35 +105,49 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, raw: io.Buff
         with archive.open(member) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     if member.compress_size != member.file_size:
-        raise ValueError(f"{member.filename} has {member.compress_size} bytes and says {member.file_size}")
-    # The local header before the data: 30 bytes, at whose end stand the lengths of two fields that follow.
+        raise ValueError(
+            f"{member.filename} has {member.compress_size} bytes and says {member.file_size}"
+        )
+    # The local header before the data: 30 bytes, at whose end stand the lengths of two fields that
+    # follow.
     raw.seek(member.header_offset + 26)
     lengths = np.frombuffer(raw.read(4), "<u2")
     return _map(path, raw.tell() + int(lengths.sum()) + header_size, layout)
 
 
 def _read_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> _Layout:
-    """Reads the header of a .npy of `size` bytes and checks that its array fills the rest of them."""
+    """Reads the header of a .npy of `size` bytes and checks that its array fills the rest of
+    them.
+    """
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its header is of version {version}, which numbers do not need")
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, dtype = header(file)
     layout = _Layout(shape, dtype, "F" if fortran else "C")
     if dtype.hasobject:
         raise ValueError("it holds Python objects, not numbers")
     if min(shape, default=0) < 0 or layout.nbytes != size - file.tell():
-        raise ValueError(f"an array of shape {shape} and type {dtype} does not fill {size - file.tell()} bytes")
+        raise ValueError(
+            f"an array of shape {shape} and type {dtype} does not fill {size - file.tell()} bytes"
+        )
     return layout
 
 
 def _read_safetensors(path: Path, _: str) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
-    # It refuses tensors that overlap, leave gaps or do not fill the file; so offsets follow from sizes.
+    # It refuses tensors that overlap, leave gaps or do not fill the file; so offsets follow from
+    # sizes.
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        described = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        described = {
+            name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+        }
     with open(path, "rb") as raw:
         offset = 8 + int.from_bytes(raw.read(8), "little")
     arrays = {}

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 # Classes that labels alone may ask for: of more they are no numbers of classes, but some other id.
 _MOST_INFERRED = 2**22
 
-__all__ = ["find", "first_pass", "load", "measure", "measure_batches", "merge", "prepare", "save", "second_pass"]
+__all__ = [
+    "find",
+    "first_pass",
+    "load",
+    "measure",
+    "measure_batches",
+    "merge",
+    "prepare",
+    "save",
+    "second_pass",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,7 +32,11 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from ncjax.features import measurement, statistics, streaming
 
-        return next(getattr(module, name) for module in (measurement, statistics, streaming) if hasattr(module, name))
+        return next(
+            getattr(module, name)
+            for module in (measurement, statistics, streaming)
+            if hasattr(module, name)
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -40,7 +54,9 @@ def measure(features: Any, labels: Any, logits: Any = None, **options: Any) -> d
     Raises:
       InputError (a ValueError): names the argument, its value and the way out.
     """
-    found = measure_batches([(features, labels) if logits is None else (features, labels, logits)], **options)
+    found = measure_batches(
+        [(features, labels) if logits is None else (features, labels, logits)], **options
+    )
     for caution in found.cautions:
         warnings.warn(caution, stacklevel=2)
     return found.metrics
@@ -60,20 +76,26 @@ def measure_batches(
     devices: Sequence[Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> "Measurement":
-    """Measures batches, which are iterated twice and must be the same both times: a list, a data loader without random
-    augmentation, anything but a generator.
+    """Measures batches, which are iterated twice and must be the same both times: a list, a data
+    loader without random augmentation, anything but a generator.
 
     Args:
       batches: (features, labels) or (features, labels, logits) each, see `measure`.
-      num_classes: C; None: as the head or the logits of a list have, else one more than its largest label.
+      num_classes: C; None: as the head or the logits of a list have, else one more than its largest
+        label.
       head: W, (C, p): nc3, nc1_row_space, nc2_*_head, and outputs W h + b unless there are logits.
       bias: b, (C,).
-      loss: what residuals are of: `square` (one-hot targets, r = y - f), `cross_entropy` (r = y - softmax(f)).
-      weight_decay: lambda of loss + lambda/2 ||W||^2, the loss a mean over examples of 1/2 ||y - f||^2, or of the
-        cross-entropy: equilibrium residual, predictions and budget. PyTorch's MSELoss has another unit, docs/theory.md.
-      global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same for balanced classes.
-      float64: compute in float64; None: where float32 does not hold features or logits of their type.
-      rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read in place.
+      loss: what residuals are of: `square` (one-hot targets, r = y - f), `cross_entropy` (r = y -
+        softmax(f)).
+      weight_decay: lambda of loss + lambda/2 ||W||^2, the loss a mean over examples of 1/2 ||y -
+        f||^2, or of the cross-entropy: equilibrium residual, predictions and budget. PyTorch's
+        MSELoss has another unit, docs/theory.md.
+      global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same
+        for balanced classes.
+      float64: compute in float64; None: where float32 does not hold features or logits of their
+        type.
+      rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read
+        in place.
       devices: JAX devices that share the work; None: all of this process.
       progress: called with the number of examples of every chunk, in both passes.
 
@@ -94,7 +116,9 @@ def measure_batches(
     if num_classes is None and isinstance(batches, list | tuple):
         num_classes = max((_classes_in(batch) for batch in batches), default=1)
         if num_classes > _MOST_INFERRED:
-            raise InputError("labels", num_classes - 1, "number classes from 0 on, or say how many there are")
+            raise InputError(
+                "labels", num_classes - 1, "number classes from 0 on, or say how many there are"
+            )
     if num_classes is None:
         raise InputError("num_classes", None, "give the number of classes, or a head")
     work = {"rows": rows, "devices": devices, "progress": progress}
@@ -107,7 +131,9 @@ def measure_batches(
 
 
 def _classes_in(batch: Any) -> int:
-    """Columns of logits, or one more than the largest label; 1 where the batch is none, as will be said of it."""
+    """Columns of logits, or one more than the largest label; 1 where the batch is none, as will
+    be said of it.
+    """
     from ncjax.features.streaming import as_array
 
     if not isinstance(batch, tuple | list) or len(batch) < 2:

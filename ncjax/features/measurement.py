@@ -1,12 +1,13 @@
-"""From the statistics of two passes to the numbers: class means and frames between the passes, metrics after them.
+"""From the statistics of two passes to the numbers: class means and frames between the passes,
+metrics after them.
 
-`prepare` turns the first pass's sums into a `Reference` for the second, `find` turns that pass's deviations into a
-`Measurement`. What is small, (C, p) at most, is float64 here, on the host, in units in which no square of it leaves
-float64 (`Units`). Metrics bear the names of `history.VOCABULARY` and are computed by `collapse` and `theory`, as those
-of training are.
+`prepare` turns the first pass's sums into a `Reference` for the second, `find` turns that pass's
+deviations into a `Measurement`. What is small, (C, p) at most, is float64 here, on the host, in
+units in which no square of it leaves float64 (`Units`). Metrics bear the names of
+`history.VOCABULARY` and are computed by `collapse` and `theory`, as those of training are.
 
-Classes without an example are left out: all is measured for the C classes that have one, with their rows of the head
-and their outputs.
+Classes without an example are left out: all is measured for the C classes that have one, with their
+rows of the head and their outputs.
 """
 
 import functools
@@ -30,10 +31,12 @@ T = TypeVar("T")
 
 # Beyond, C x C arrays are not held: no budget, no cross-entropy, no logits.
 MOST_SQUARE = 2048
-# Features along which deviations from the class means must cancel out, for as many as so many classes say.
+# Features along which deviations from the class means must cancel out, for as many as so many
+# classes say.
 _PROBES, _PROBED_CLASSES = 4, 256
-# How much more than rounding the sums of both passes may differ by, and how much a model's features may differ from one
-# evaluation to the next, in their own size: rounding of float32 over and over, independent from example to example.
+# How much more than rounding the sums of both passes may differ by, and how much a model's features
+# may differ from one evaluation to the next, in their own size: rounding of float32 over and over,
+# independent from example to example.
 _SAFETY, _NOISE = 2.0, 2.0**-18
 # Numbers up to two to this power can be squared and added up in float64, and down to its inverse.
 _MOST_EXPONENT = 450
@@ -49,11 +52,12 @@ class Asked(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Exponents of the powers of two that features, head and outputs are measured in: exact, whatever their size.
+    """Exponents of the powers of two that features, head and outputs are measured in: exact,
+    whatever their size.
 
-    NC1 to NC4, cdnv and accuracy are the same in any. Targets are 2^-outputs in these units, and with features
-    h = 2^a h' and outputs f = 2^e f' the head is W = 2^(e-a) W', and lambda W = mean(r h^T) becomes
-    lambda/2^(2a) W' = mean(r' h'^T).
+    NC1 to NC4, cdnv and accuracy are the same in any. Targets are 2^-outputs in these units, and
+    with features h = 2^a h' and outputs f = 2^e f' the head is W = 2^(e-a) W', and lambda W =
+    mean(r h^T) becomes lambda/2^(2a) W' = mean(r' h'^T).
     """
 
     features: int
@@ -64,25 +68,31 @@ class Units(NamedTuple):
     def of_metrics(self) -> dict[str, int]:
         """Exponents by which metrics in these units are to be multiplied."""
         a, b, e = self
-        units = dict.fromkeys(("epsilon", "delta", "sqi_gap", "output_asymmetry", "output_spread"), e)
+        units = dict.fromkeys(
+            ("epsilon", "delta", "sqi_gap", "output_asymmetry", "output_spread"), e
+        )
         units |= dict.fromkeys(("norm_target", "predicted_head_norm_sq"), 2 * (e - a))
         units |= {f"budget_{term}_norm": e + a for term in theory.Budget._fields}
         return units | {"weight_norm_sq": 2 * b}
 
 
 class Reference(NamedTuple):
-    """What the second pass measures against. Of the C classes that have examples, but for `examples`:
+    """What the second pass measures against. Of the C classes that have examples, but for
+    `examples`:
 
     Attributes:
       examples: of every class, those with none too.
       present: the classes that have examples.
       units: what all that follows is measured in.
       means: mu_c. centred: mu_c - mu_G.
-      spectrum: singular values of Mdot/sqrt(C), 0 where they do not count; frames.basis has their vectors.
+      spectrum: singular values of Mdot/sqrt(C), 0 where they do not count; frames.basis has their
+        vectors.
       head, bias: None without a head; the bias is in the units of outputs.
       head_rank: so many of the head's singular values count.
-      outputs: mean outputs of each class; None without outputs or where there are more than 2,048 classes.
-      slack, rounding: `Deviations.balance` is at most slack + rounding `Deviations.moduli` if both passes see the same.
+      outputs: mean outputs of each class; None without outputs or where there are more than 2,048
+        classes.
+      slack, rounding: `Deviations.balance` is at most slack + rounding `Deviations.moduli` if both
+        passes see the same.
     """
 
     asked: Asked
@@ -112,7 +122,8 @@ class Measurement(NamedTuple):
       variances: v_c, mean ||h - mu_c||^2. centred: mu_c - mu_G.
       cautions: what would mislead a reader of these numbers.
       notes: what was left out and why, and what is undefined.
-      unit: of the features, in which these arrays are; 1 but where squares of features leave float64.
+      unit: of the features, in which these arrays are; 1 but where squares of features leave
+        float64.
     """
 
     metrics: dict[str, float]
@@ -137,7 +148,9 @@ def _blas() -> threadpoolctl.ThreadpoolController:
 
 
 def _one_thread(function: Callable[..., T]) -> Callable[..., T]:
-    """OpenBLAS's threads wait by spinning: beside XLA's, two of them were five to ten times as slow as one."""
+    """OpenBLAS's threads wait by spinning: beside XLA's, two of them were five to ten times as
+    slow as one.
+    """
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> T:
@@ -160,8 +173,8 @@ def prepare(
     """Returns class means and the frames of the second pass. Arguments as in `measure.measure`.
 
     Raises:
-      InputError: fewer than two classes with examples, a head of the wrong shape, an unknown name, outputs or an
-        equilibrium that leave float64.
+      InputError: fewer than two classes with examples, a head of the wrong shape, an unknown name,
+        outputs or an equilibrium that leave float64.
     """
     present, with_logits = np.flatnonzero(sums.examples), sums.logits is not None
     asked = Asked(loss, weight_decay, global_mean)
@@ -171,14 +184,23 @@ def prepare(
         rows, offsets = rows[present], offsets[present]
     dtype = sums.pivots.dtype
     unit, means, centred, columns = _class_means(sums, present, global_mean)
-    outputs: Any = sums.logits[present][:, present] / sums.examples[present, None] if sums.logits is not None else None
+    outputs: Any = (
+        sums.logits[present][:, present] / sums.examples[present, None]
+        if sums.logits is not None
+        else None
+    )
     units, rows, offsets = _units(unit, means, rows, offsets, outputs, loss, dtype)
     _check_decay(weight_decay, units)
 
     values, basis = _span(centred, min(len(present) - 1, means.shape[1]))
     counted = values > collapse.rank_tolerance(dtype) * values[0]
     high = means.astype(dtype)
-    frames: dict[str, Any] = {"unit": np.asarray(2.0**-unit), "high": high, "low": means - high, "basis": basis}
+    frames: dict[str, Any] = {
+        "unit": np.asarray(2.0**-unit),
+        "high": high,
+        "low": means - high,
+        "basis": basis,
+    }
     frames["probes"] = (columns[:, None] == np.arange(means.shape[1])).astype(dtype)
     head_rank = 0
     if with_logits:
@@ -186,14 +208,20 @@ def prepare(
         frames |= {"logit_unit": np.asarray(2.0**-units.outputs), "expected": outputs}
     if rows is not None:
         strengths, frames["head_basis"] = _span(rows, min(rows.shape))
-        head_rank = int(np.count_nonzero(strengths > collapse.rank_tolerance(head_dtype) * strengths[0]))
+        head_rank = int(
+            np.count_nonzero(strengths > collapse.rank_tolerance(head_dtype) * strengths[0])
+        )
         if not with_logits:
-            frames["outputs"] = _head_scores(units, loss, means, centred, rows, offsets, frames["head_basis"])
+            frames["outputs"] = _head_scores(
+                units, loss, means, centred, rows, offsets, frames["head_basis"]
+            )
             if len(present) <= MOST_SQUARE:
                 outputs = means @ _in_output_units(rows, units).T + offsets
     if with_logits or rows is not None:
         frames["nearness"] = _nearness(centred, basis)
-    slack, rounding = _allowed(sums, present, means, columns, unit, outputs if with_logits else None)
+    slack, rounding = _allowed(
+        sums, present, means, columns, unit, outputs if with_logits else None
+    )
     return Reference(
         asked=asked,
         examples=np.asarray(sums.examples),
@@ -215,7 +243,11 @@ def prepare(
 
 def _check_asked(asked: Asked, num_classes: int, with_logits: bool, with_head: bool) -> None:
     if num_classes < 2:
-        raise InputError("labels", f"examples of {num_classes} class", "neural collapse is between two classes or more")
+        raise InputError(
+            "labels",
+            f"examples of {num_classes} class",
+            "neural collapse is between two classes or more",
+        )
     known = {"loss": LOSSES, "global_mean": GLOBAL_MEANS}
     for name, names in known.items():
         if getattr(asked, name) not in names:
@@ -226,7 +258,11 @@ def _check_asked(asked: Asked, num_classes: int, with_logits: bool, with_head: b
     if decay is not None and not with_head:
         raise InputError("weight_decay", decay, "what it is compared with is the head; give one")
     if (with_logits or asked.loss != "square") and num_classes > MOST_SQUARE:
-        raise InputError("classes", num_classes, f"beyond {MOST_SQUARE}, give no logits but a head, and loss square")
+        raise InputError(
+            "classes",
+            num_classes,
+            f"beyond {MOST_SQUARE}, give no logits but a head, and loss square",
+        )
 
 
 def _class_weights(counts: Any, global_mean: str) -> np.ndarray:
@@ -234,11 +270,14 @@ def _class_weights(counts: Any, global_mean: str) -> np.ndarray:
     return counts if global_mean == "examples" else np.ones(len(counts))
 
 
-def _class_means(sums: Sums, present: np.ndarray, global_mean: str) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the exponent of the features' unit, mu_c and mu_c - mu_G in it, and the columns to probe.
+def _class_means(
+    sums: Sums, present: np.ndarray, global_mean: str
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the exponent of the features' unit, mu_c and mu_c - mu_G in it, and the columns to
+    probe.
 
-    The unit is that of the largest of centred means and of mu_c - pivot_c, an example's deviation. The columns are
-    those in which these are largest.
+    The unit is that of the largest of centred means and of mu_c - pivot_c, an example's deviation.
+    The columns are those in which these are largest.
     """
     counts = sums.examples[present]
     means: Any = sums.features[present] / counts[:, None]
@@ -273,7 +312,9 @@ def _check_head(head: Any, bias: Any, shape: tuple[int, ...]) -> tuple[Any, Any,
         raise InputError("bias", offsets.shape, f"give ({shape[0]},), a number per class")
     for name, array in (("head", rows), ("bias", offsets)):
         if not np.isfinite(array).all():
-            raise InputError(name, "a number that is not finite", "neural collapse is of trained weights")
+            raise InputError(
+                name, "a number that is not finite", "neural collapse is of trained weights"
+            )
     return head.dtype, rows, offsets
 
 
@@ -309,7 +350,8 @@ def _units(
         most = np.finfo(dtype).maxexp - 24
         if outputs > most:
             way_out = (
-                f"cross-entropy of outputs beyond 2^{most} leaves {np.dtype(dtype)}; scale logits, head or features"
+                f"cross-entropy of outputs beyond 2^{most} leaves {np.dtype(dtype)}; scale "
+                f"logits, head or features"
             )
             raise InputError("outputs", f"up to 2^{outputs}", way_out)
         outputs = 0
@@ -323,14 +365,21 @@ def _in_output_units(head: np.ndarray, units: Units) -> np.ndarray:
 
 
 def _check_decay(weight_decay: float | None, units: Units) -> None:
-    """Refuses what equilibrium is compared with where squares of it, in the units of the outputs, leave float64."""
+    """Refuses what equilibrium is compared with where squares of it, in the units of the
+    outputs, leave float64.
+    """
     if weight_decay is None:
         return
     shift = units.features + units.head - units.outputs
     decay = _exponent(weight_decay) - 2 * units.features if weight_decay else 0
     if max(abs(decay), abs(shift), abs(decay + shift)) > _MOST_EXPONENT:
-        sizes = f"features are of size 2^{units.features}, head 2^{units.head}, outputs 2^{units.outputs}"
-        raise InputError("weight_decay", weight_decay, f"its equilibrium leaves float64, for {sizes}; scale them")
+        sizes = (
+            f"features are of size 2^{units.features}, head 2^{units.head}, outputs "
+            f"2^{units.outputs}"
+        )
+        raise InputError(
+            "weight_decay", weight_decay, f"its equilibrium leaves float64, for {sizes}; scale them"
+        )
 
 
 def _span(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -342,7 +391,9 @@ def _span(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearness(centred: np.ndarray, basis: np.ndarray) -> Scores:
-    """Returns -||h - mu_c||^2/2 up to a term that all classes share: <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2."""
+    """Returns -||h - mu_c||^2/2 up to a term that all classes share: <h - mu_G, mu_c - mu_G> -
+    ||mu_c - mu_G||^2/2.
+    """
     near = centred @ basis.T
     squares = np.sum(near**2, axis=1)
     if len(near) > MOST_SQUARE:
@@ -361,7 +412,8 @@ def _head_scores(
     bias: Any,
     basis: np.ndarray,
 ) -> Scores:
-    """Returns the head's outputs up to a term that all classes share: W and b are less their means over classes.
+    """Returns the head's outputs up to a term that all classes share: W and b are less their means
+    over classes.
 
     For softmax they are in the unit 1, else in one in which they are neither large nor all small.
     """
@@ -369,23 +421,32 @@ def _head_scores(
     natural = units.features + units.head
     unit = 0
     if loss != "cross_entropy":
-        unit = max(natural, units.outputs + _exponent(_largest(offset)) if offset.any() else natural)
+        unit = max(
+            natural, units.outputs + _exponent(_largest(offset)) if offset.any() else natural
+        )
     weights, offset = np.ldexp(weights, natural - unit), np.ldexp(offset, units.outputs - unit)
     along = weights @ basis.T
     if len(means) > MOST_SQUARE:
-        return Scores(along, means=centred @ basis.T, offset=weights @ (means - centred)[0] + offset)
+        return Scores(
+            along, means=centred @ basis.T, offset=weights @ (means - centred)[0] + offset
+        )
     outputs = means @ weights.T + offset
     return Scores(along, at_means=outputs - np.diagonal(outputs)[:, None])
 
 
 def _allowed(
-    sums: Sums, present: np.ndarray, means: np.ndarray, columns: np.ndarray, unit: int, logits: np.ndarray | None
+    sums: Sums,
+    present: np.ndarray,
+    means: np.ndarray,
+    columns: np.ndarray,
+    unit: int,
+    logits: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (slack, rounding) of a `Reference`.
 
-    sum(h - mu_c), of numbers |h - mu_c| whose sum is M, differs from 0 by the rounding of the first pass, relative to
-    sum |h - pivot| <= M + n |mu_c - pivot|, and where a model is evaluated twice by its own rounding, which averages
-    out over n examples.
+    sum(h - mu_c), of numbers |h - mu_c| whose sum is M, differs from 0 by the rounding of the first
+    pass, relative to sum |h - pivot| <= M + n |mu_c - pivot|, and where a model is evaluated twice
+    by its own rounding, which averages out over n examples.
     """
     counts = sums.examples[present][:, None]
     own = means[:, columns]
@@ -394,7 +455,9 @@ def _allowed(
         mean = np.diagonal(logits)[:, None]
         own, away = np.hstack([own, mean]), np.hstack([away, abs(mean)])
     rounding = _SAFETY * rounding_of_sums(counts, len(sums.examples), sums.pivots.dtype)
-    return rounding * counts * away + _NOISE * np.sqrt(counts) * abs(own), rounding + _NOISE / np.sqrt(counts)
+    return rounding * counts * away + _NOISE * np.sqrt(counts) * abs(
+        own
+    ), rounding + _NOISE / np.sqrt(counts)
 
 
 @_one_thread
@@ -402,8 +465,8 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     """Returns the measurement of the examples that both passes saw.
 
     Raises:
-      InputError: the second pass saw other examples than the first, or some so far from their class mean that squares
-        leave the precision of the pass.
+      InputError: the second pass saw other examples than the first, or some so far from their class
+        mean that squares leave the precision of the pass.
     """
     _check_same(reference, deviations)
     counts, units = reference.examples[reference.present], reference.units
@@ -432,7 +495,10 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
             metrics[name] = _in_unit_one(name, metrics[name], exponent, notes)
     # Squares of features leave float64: arrays stay in the units of the reference.
     kept = units.features if abs(units.features) > _MOST_EXPONENT else 0
-    square, missing = 2.0 ** (2 * (units.features - kept)), np.flatnonzero(reference.examples == 0).tolist()
+    square, missing = (
+        2.0 ** (2 * (units.features - kept)),
+        np.flatnonzero(reference.examples == 0).tolist(),
+    )
     return Measurement(
         metrics=metrics,
         examples=reference.examples.astype(np.int64),
@@ -453,7 +519,9 @@ def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> fl
         scaled = float(np.ldexp(value, exponent))
     if np.isfinite(value) and value and not np.finfo(np.float64).tiny <= abs(scaled) < np.inf:
         mantissa, power = np.frexp(value)
-        notes.append(f"{name} is {mantissa:.6g} x 2^{power + exponent}, which float64 does not hold")
+        notes.append(
+            f"{name} is {mantissa:.6g} x 2^{power + exponent}, which float64 does not hold"
+        )
     return scaled
 
 
@@ -464,12 +532,16 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
     if not np.array_equal(seen, counts):
         label = np.flatnonzero(seen != counts)[0]
         what = f"{int(seen[label]):,} examples of class {present[label]} in the second pass"
-        raise InputError("batches", what, f"the first pass saw {int(counts[label]):,}; {SAME_EXAMPLES}")
+        raise InputError(
+            "batches", what, f"the first pass saw {int(counts[label]):,}; {SAME_EXAMPLES}"
+        )
     balance = np.abs(deviations.balance)
     alike = balance <= reference.slack + reference.rounding * deviations.moduli  # not so of NaN
     if not alike.all():
         label = present[np.argwhere(~alike)[0][0]]
-        raise InputError("batches", f"other examples of class {label} in the second pass", SAME_EXAMPLES)
+        raise InputError(
+            "batches", f"other examples of class {label} in the second pass", SAME_EXAMPLES
+        )
     if not all(np.isfinite(values).all() for values in deviations if values is not None):
         way_out = f"their squares leave {reference.frames.high.dtype}; scale them"
         raise InputError("features", "examples very far from their class mean", way_out)
@@ -491,7 +563,9 @@ def _of_means(
 
 
 @jax.jit
-def _of_head(head: Array, centred: Array, class_weights: Array, within: Array, seen: Array) -> dict[str, Array]:
+def _of_head(
+    head: Array, centred: Array, class_weights: Array, within: Array, seen: Array
+) -> dict[str, Array]:
     """NC2 and NC3 of a head, and the share of the scatter that it sees."""
     return collapse.geometry(head, "head") | {
         "nc1_row_space": seen / within.sum(),
@@ -507,11 +581,16 @@ def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:
     assert reference.outputs is not None
     counts, outputs = reference.examples[reference.present], reference.outputs
     if reference.asked.loss == "cross_entropy":
-        outputs = np.asarray(jax.nn.softmax(jnp.asarray(outputs))) - deviations.residual_sums / counts[:, None]
+        outputs = (
+            np.asarray(jax.nn.softmax(jnp.asarray(outputs)))
+            - deviations.residual_sums / counts[:, None]
+        )
     return np.ldexp(np.eye(len(outputs)), -reference.units.outputs) - outputs
 
 
-def _outputs(reference: Reference, deviations: Deviations, residuals: np.ndarray | None) -> dict[str, Any]:
+def _outputs(
+    reference: Reference, deviations: Deviations, residuals: np.ndarray | None
+) -> dict[str, Any]:
     """What outputs say: NC4 and quasi-interpolation."""
     counts, units = reference.examples[reference.present], reference.units
     num_classes, total = len(counts), counts.sum()
@@ -526,7 +605,9 @@ def _outputs(reference: Reference, deviations: Deviations, residuals: np.ndarray
         spread = np.ldexp(spread, units.features + units.head - units.outputs)
     else:
         spread = deviations.residuals
-        if deviations.residual_sums is not None:  # about the mean residual, not that of the mean output
+        if (
+            deviations.residual_sums is not None
+        ):  # about the mean residual, not that of the mean output
             spread = spread - np.sum(deviations.residual_sums**2 / counts[:, None])
         spread = np.sqrt(spread)
     return {
@@ -540,10 +621,14 @@ def _outputs(reference: Reference, deviations: Deviations, residuals: np.ndarray
 def _head_strengths(reference: Reference) -> np.ndarray:
     """||W v_j||^2 of each vector of the head's row space: squared singular values."""
     assert reference.head is not None
-    return np.sum((reference.head @ np.asarray(reference.frames.head_basis, np.float64).T) ** 2, axis=0)
+    return np.sum(
+        (reference.head @ np.asarray(reference.frames.head_basis, np.float64).T) ** 2, axis=0
+    )
 
 
-def _equilibrium(reference: Reference, deviations: Deviations, residuals: Any, notes: list[str]) -> dict[str, Any]:
+def _equilibrium(
+    reference: Reference, deviations: Deviations, residuals: Any, notes: list[str]
+) -> dict[str, Any]:
     """What theory says of a head that was trained with weight decay lambda."""
     assert reference.head is not None
     counts, units = reference.examples[reference.present], reference.units
@@ -568,8 +653,14 @@ def _equilibrium(reference: Reference, deviations: Deviations, residuals: Any, n
         "norm_target": theory.norm_target(jnp.sum(pull * head), decay),
     }
     if residuals is None or counts.min() != counts.max():
-        why = "the same number of examples in each class" if residuals is not None else f"at most {MOST_SQUARE} classes"
-        notes.append(f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}")
+        why = (
+            "the same number of examples in each class"
+            if residuals is not None
+            else f"at most {MOST_SQUARE} classes"
+        )
+        notes.append(
+            f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}"
+        )
         return metrics
     logits = means @ head.T
     logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)

@@ -1,7 +1,8 @@
-"""What two passes over examples add up, and how: sums by class, then squares and products of deviations from the means.
+"""What two passes over examples add up, and how: sums by class, then squares and products of
+deviations from the means.
 
-Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes and metrics of the
-sums.
+Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes
+and metrics of the sums.
 """
 
 import functools
@@ -20,15 +21,17 @@ from jaxtyping import Array, Float, Int, Shaped
 from ncjax.errors import InputError
 from ncjax.storage.files import write_atomically
 
-# A device takes a chunk of rows in blocks: of so many numbers, for a core's cache, but for matmuls of so many rows.
+# A device takes a chunk of rows in blocks: of so many numbers, for a core's cache, but for matmuls
+# of so many rows.
 _BLOCK, LEAST_BLOCK = 2**18, 256
-# Rows that the first pass adds up in the precision of the pass, before it adds their sum in float64: a few for each
-# class, so that the (C, p) sums cost little beside the rows. Equal numbers added one by one all round the same way:
-# half a million times 0.1 in float32 is off by 1%.
+# Rows that the first pass adds up in the precision of the pass, before it adds their sum in
+# float64: a few for each class, so that the (C, p) sums cost little beside the rows. Equal numbers
+# added one by one all round the same way: half a million times 0.1 in float32 is off by 1%.
 _LEAST_GROUP, _GROUP_PER_CLASS = 2048, 32
 # Columns of a matmul are filled up to a multiple: with sixteen it takes less time than with nine.
 _COLUMNS = 16
-# On CPUs that have no such vectors it changes nothing; on those that have them XLA would take half of one.
+# On CPUs that have no such vectors it changes nothing; on those that have them XLA would take half
+# of one.
 _WIDE = {"xla_cpu_prefer_vector_width": 512}
 
 
@@ -49,22 +52,26 @@ class Sums(NamedTuple):
 
 
 class Deviations(NamedTuple):
-    """Second pass, about the class means of a `Reference` with C classes. Sums over examples, float64.
+    """Second pass, about the class means of a `Reference` with C classes. Sums over examples,
+    float64.
 
     Attributes:
       examples: how many of each class.
       within: ||h - mu_c||^2 of each class.
       along_means: (u_j^T (h - mu_c))^2 for the reference's basis of the centred means.
-      balance: h - mu_c along the probes of the frames, and own logit less its mean where batches have logits: sums
-        that vanish for each class, up to rounding, if both passes see the same examples.
+      balance: h - mu_c along the probes of the frames, and own logit less its mean where batches
+        have logits: sums that vanish for each class, up to rounding, if both passes see the same
+        examples.
       moduli: absolute values of the same.
       along_head: (v_j^T (h - mu_c))^2 for its basis of the head's row space.
       correct: examples whose largest output is their class's.
       disagreements: examples whose largest output is not at the nearest class mean.
-      residuals: ||e||^2 with e = r - r0_c: the residual r less that of the class-mean output. None where the outputs
-        are linear in the features and the residuals in the outputs: `along_head` then says it all.
+      residuals: ||e||^2 with e = r - r0_c: the residual r less that of the class-mean output. None
+        where the outputs are linear in the features and the residuals in the outputs: `along_head`
+        then says it all.
       residual_sums: sum of e of each class, cross-entropy alone: 0 with the square loss.
-      covariance: e (h - mu_c)^T, (C, p); where `residuals` is None, v_j^T (h - mu_c) (h - mu_c)^T, (r, p).
+      covariance: e (h - mu_c)^T, (C, p); where `residuals` is None, v_j^T (h - mu_c) (h - mu_c)^T,
+        (r, p).
     """
 
     examples: Shaped[np.ndarray | Array, " C"]
@@ -85,9 +92,9 @@ class Scores(NamedTuple):
 
     Attributes:
       weights: their slopes along a basis.
-      at_means: their values at the class mean in whose row they stand, less that class's own. Differences between
-        classes that are near each other so keep their digits beside classes that are far away. None where classes are
-        too many for C x C numbers; then:
+      at_means: their values at the class mean in whose row they stand, less that class's own.
+        Differences between classes that are near each other so keep their digits beside classes
+        that are far away. None where classes are too many for C x C numbers; then:
       means, offset: centred means along the basis, and values at mu_G.
     """
 
@@ -97,7 +104,9 @@ class Scores(NamedTuple):
     offset: Float[np.ndarray | Array, " C"] | None = None
 
     def of(self, along: Array, own: Array) -> Array:
-        """Returns the scores (B, C) of examples of the classes `own`, with deviations `along` the basis."""
+        """Returns the scores (B, C) of examples of the classes `own`, with deviations `along`
+        the basis.
+        """
         if self.at_means is not None:
             return along @ self.weights.T + self.at_means[own]
         assert self.means is not None
@@ -109,7 +118,8 @@ class Frames(NamedTuple):
     """What the second pass holds an example against, in the precision of the pass. With C classes:
 
     Attributes:
-      unit: power of two that features are multiplied by; what follows is of features in these units.
+      unit: power of two that features are multiplied by; what follows is of features in these
+        units.
       high, low: mu_c as two numbers, high the nearest of the precision.
       basis: u_j, rows, of the span of the centred means: all of it, whatever counts as its rank.
       probes: rows along which deviations must cancel out; see `Deviations.balance`.
@@ -133,7 +143,8 @@ class Frames(NamedTuple):
 
 
 def merge(first: Any, *others: Any) -> Any:
-    """Statistics of all examples, from those of parts of them: associative up to the rounding of float64.
+    """Statistics of all examples, from those of parts of them: associative up to the rounding of
+    float64.
 
     A class keeps the pivot of the first part that has it; the others' sums are moved to it:
     sum(h - pivot) = sum(h - pivot') + n (pivot' - pivot).
@@ -144,9 +155,15 @@ def merge(first: Any, *others: Any) -> Any:
 
 def _merge_sums(a: Sums, b: Sums) -> Sums:
     if a.pivots.shape != b.pivots.shape:
-        raise InputError("merge", b.pivots.shape, f"the other statistics have (classes, features) {a.pivots.shape}")
+        raise InputError(
+            "merge",
+            b.pivots.shape,
+            f"the other statistics have (classes, features) {a.pivots.shape}",
+        )
     pivots = np.where(a.examples[:, None] > 0, a.pivots, b.pivots)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by those who use the sums
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # what is not finite is refused by those who use the sums
         features = np.subtract(b.pivots, pivots, dtype=np.float64)
         features *= b.examples[:, None]
         features += b.features
@@ -156,13 +173,17 @@ def _merge_sums(a: Sums, b: Sums) -> Sums:
 
 
 def _add(a: Deviations, b: Deviations) -> Deviations:
-    return Deviations._make(None if x is None or y is None else np.add(x, y) for x, y in zip(a, b, strict=True))
+    return Deviations._make(
+        None if x is None or y is None else np.add(x, y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def save(statistics: Sums | Deviations, path: str | Path) -> None:
     """Writes statistics of one pass as a .npz, whole or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: value for name, value in statistics._asdict().items() if value is not None})
+    np.savez(
+        buffer, **{name: value for name, value in statistics._asdict().items() if value is not None}
+    )
     write_atomically(Path(path), buffer.getvalue())
 
 
@@ -173,12 +194,14 @@ def load(path: str | Path) -> Sums | Deviations:
             fields = dict(file)
         return Sums(**fields) if "pivots" in fields else Deviations(**fields)
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise InputError("statistics", str(path), f"no file of ncjax.features.measure.save: {error}") from error
+        raise InputError(
+            "statistics", str(path), f"no file of ncjax.features.measure.save: {error}"
+        ) from error
 
 
 class Rows(NamedTuple):
-    """Rows of features one after the other in `numbers`, from `begin` on: memory that is not aligned is read in place
-    from an aligned address before it."""
+    """Rows of features one after the other in `numbers`, from `begin` on: memory that is not
+    aligned is read in place from an aligned address before it."""
 
     numbers: Array
     begin: Int[np.ndarray | Array, ""]
@@ -195,11 +218,24 @@ class Rows(NamedTuple):
         return jax.vmap(lambda i: self.since(i, dim).block(1, dim)[0])(index)
 
 
-def _fold(add: Callable, state: Any, features: Rows, labels: Array, logits: Array | None, dim: int, count: int) -> Any:
-    """Folds add(state, rows, labels, logits) over parts of `count` rows, and over what is left of them."""
+def _fold(
+    add: Callable,
+    state: Any,
+    features: Rows,
+    labels: Array,
+    logits: Array | None,
+    dim: int,
+    count: int,
+) -> Any:
+    """Folds add(state, rows, labels, logits) over parts of `count` rows, and over what is left
+    of them.
+    """
 
     def step(state: Any, first: Any, count: int) -> Any:
-        of_part = (None if a is None else lax.dynamic_slice_in_dim(a, first, count) for a in (labels, logits))
+        of_part = (
+            None if a is None else lax.dynamic_slice_in_dim(a, first, count)
+            for a in (labels, logits)
+        )
         return add(state, features.since(first, dim), *of_part)
 
     whole = len(labels) - len(labels) % count
@@ -220,8 +256,9 @@ def _group_rows(num_classes: int) -> int:
 def rounding_of_sums(examples: Any, num_classes: int, dtype: Any) -> np.ndarray:
     """Returns what `Sums.features` of each class may be off by, relative to the sum of |h - pivot|.
 
-    A sum of k numbers, one by one, is off by (k - 1) u times the sum of their moduli at most (Higham 2002, section
-    4.2), u the unit roundoff; a few more u are those of the differences, and of the second pass.
+    A sum of k numbers, one by one, is off by (k - 1) u times the sum of their moduli at most
+    (Higham 2002, section 4.2), u the unit roundoff; a few more u are those of the differences, and
+    of the second pass.
     """
     chain = np.minimum(examples, _group_rows(num_classes)) + 4
     return chain * np.finfo(dtype).eps / 2 + examples * np.finfo(np.float64).eps / 2
@@ -230,17 +267,24 @@ def rounding_of_sums(examples: Any, num_classes: int, dtype: Any) -> np.ndarray:
 @functools.partial(jax.jit, donate_argnums=0)
 def adopt(pivots: Array, features: Rows, index: Array, labels: Array) -> Array:
     """Those rows of features become the pivots of the classes `labels`; C: of none."""
-    return pivots.at[labels].set(features.pick(index, pivots.shape[1]).astype(pivots.dtype), mode="drop")
+    return pivots.at[labels].set(
+        features.pick(index, pivots.shape[1]).astype(pivots.dtype), mode="drop"
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0, compiler_options=_WIDE)
-def add_sums(sums: Any, features: Rows, labels: Array, logits: Array | None, counts: Array) -> tuple[Sums, Array]:
+def add_sums(
+    sums: Any, features: Rows, labels: Array, logits: Array | None, counts: Array
+) -> tuple[Sums, Array]:
     """A label of C is padding."""
     pivots = sums.pivots
     num_classes, dim = pivots.shape
 
     def add(total: Array, rows: Rows, labels: Array, _: None) -> Array:
-        shifted = rows.block(len(labels), dim).astype(pivots.dtype) - pivots[jnp.minimum(labels, num_classes - 1)]
+        shifted = (
+            rows.block(len(labels), dim).astype(pivots.dtype)
+            - pivots[jnp.minimum(labels, num_classes - 1)]
+        )
         return total.at[labels].add(shifted.astype(total.dtype), mode="drop")
 
     def add_rows(total: Array, rows: Rows, labels: Array, _: None) -> Array:
@@ -249,11 +293,19 @@ def add_sums(sums: Any, features: Rows, labels: Array, logits: Array | None, cou
     def add_group(total: Array, rows: Rows, labels: Array, _: None) -> Array:
         return total + add_rows(jnp.zeros_like(pivots), rows, labels, None).astype(total.dtype)
 
-    # Sums of a group's own, in the precision of the pass, take half the time; not where they would cost more memory
-    # than its rows.
-    fold, group = (add_group, _group_rows(num_classes)) if len(labels) >= num_classes else (add_rows, len(labels))
+    # Sums of a group's own, in the precision of the pass, take half the time; not where they would
+    # cost more memory than its rows.
+    fold, group = (
+        (add_group, _group_rows(num_classes))
+        if len(labels) >= num_classes
+        else (add_rows, len(labels))
+    )
     total = _fold(fold, sums.features, features, labels, None, dim, min(group, len(labels)))
-    outputs = None if logits is None else sums.logits.at[labels].add(logits.astype(jnp.float64), mode="drop")
+    outputs = (
+        None
+        if logits is None
+        else sums.logits.at[labels].add(logits.astype(jnp.float64), mode="drop")
+    )
     return Sums(sums.examples + counts, pivots, total, outputs), labels[0]
 
 
@@ -269,7 +321,9 @@ def add_deviations(
     linear: bool,
 ) -> tuple[Deviations, Array]:
     """A label of C is padding."""
-    bases = [basis for basis in (frames.basis, frames.head_basis, frames.probes) if basis is not None]
+    bases = [
+        basis for basis in (frames.basis, frames.head_basis, frames.probes) if basis is not None
+    ]
     columns = sum(map(len, bases))
     directions = jnp.pad(jnp.concatenate(bases), ((0, -columns % _COLUMNS), (0, 0))).T
     num_classes, dim = frames.high.shape
@@ -279,12 +333,20 @@ def add_deviations(
         block = rows.block(len(labels), dim)
         return _deviations_of_block(frames, directions, linear, sums, block, labels, logits)
 
-    added = _fold(add, sums, features, labels, logits, dim, _block_rows(len(labels), max(dim, width)))
+    added = _fold(
+        add, sums, features, labels, logits, dim, _block_rows(len(labels), max(dim, width))
+    )
     return added._replace(examples=sums.examples + counts), labels[0]
 
 
 def _deviations_of_block(
-    frames: Any, directions: Array, linear: bool, sums: Any, features: Array, labels: Array, logits: Array | None
+    frames: Any,
+    directions: Array,
+    linear: bool,
+    sums: Any,
+    features: Array,
+    labels: Array,
+    logits: Array | None,
 ) -> Deviations:
     num_classes, dtype = len(frames.high), frames.high.dtype
     valid, own = labels < num_classes, jnp.minimum(labels, num_classes - 1)
@@ -310,7 +372,9 @@ def _deviations_of_block(
     expected: Any = None
     if logits is not None:
         outputs, expected = logits.astype(dtype) * frames.logit_unit, frames.expected[own]
-        probed = jnp.concatenate([probed, jnp.take_along_axis(outputs - expected, own[:, None], axis=1)], axis=1)
+        probed = jnp.concatenate(
+            [probed, jnp.take_along_axis(outputs - expected, own[:, None], axis=1)], axis=1
+        )
     elif frames.outputs is not None:
         outputs = frames.outputs.of(along_head, own)
         expected = None if linear else frames.outputs.at_means[own]
@@ -329,7 +393,9 @@ def _deviations_of_block(
     excess = jnp.where(valid[:, None], expected - outputs, 0)
     added["residuals"] = sums.residuals + squares(excess, None)
     if sums.residual_sums is not None:
-        added["residual_sums"] = sums.residual_sums.at[labels].add(excess.astype(jnp.float64), mode="drop")
+        added["residual_sums"] = sums.residual_sums.at[labels].add(
+            excess.astype(jnp.float64), mode="drop"
+        )
     if sums.covariance is not None:
         added["covariance"] = sums.covariance + (excess.T @ deviation).astype(jnp.float64)
     return sums._replace(**added)

@@ -1,17 +1,19 @@
-"""Class means and the scatter about them, of examples that come in batches, in two passes over them.
+"""Class means and the scatter about them, of examples that come in batches, in two passes over
+them.
 
     sums = first_pass(batches, num_classes)
     reference = measurement.prepare(sums, head=W)
     deviations = second_pass(batches, reference)
     found = measurement.find(reference, deviations)
 
-`batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits (B, C)), of NumPy,
-JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the devices in turn; every device keeps
-statistics of its own. `merge` adds up statistics of the same pass, of devices or of processes that saw other examples.
+`batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits
+(B, C)), of NumPy, JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the
+devices in turn; every device keeps statistics of its own. `merge` adds up statistics of the same
+pass, of devices or of processes that saw other examples.
 
-Accuracy: the first pass sums h - pivot_c, the pivot an example of the class, in float64; the second one centres by
-class means in two parts, high + low, before it squares. A common offset of all features costs no digits. Memory:
-O(C p) and a chunk, whatever the number of examples.
+Accuracy: the first pass sums h - pivot_c, the pivot an example of the class, in float64; the second
+one centres by class means in two parts, high + low, before it squares. A common offset of all
+features costs no digits. Memory: O(C p) and a chunk, whatever the number of examples.
 """
 
 import collections
@@ -39,7 +41,8 @@ from ncjax.features.statistics import (
     merge,
 )
 
-# Entries of the features of a chunk: 16 MiB in float32 where they are copied, 64 MiB where they are read in place.
+# Entries of the features of a chunk: 16 MiB in float32 where they are copied, 64 MiB where they are
+# read in place.
 _COPIED, _IN_PLACE = 2**22, 2**24
 # Chunks on their way to one device; the next one is copied while the last is worked on.
 _IN_FLIGHT = 2
@@ -50,7 +53,8 @@ _MOST_CLASSES = 2**31 - 2  # labels are int32 on the devices
 
 # The way out where the second pass meets other examples than the first.
 SAME_EXAMPLES = (
-    "both passes must see the same examples: switch off random augmentation and dropout (model.eval()), and shuffling "
+    "both passes must see the same examples: switch off random augmentation and dropout "
+    "(model.eval()), and shuffling "
     "that drops a last batch, or collect the batches in a list"
 )
 
@@ -71,14 +75,15 @@ def first_pass(
 
     Args:
       num_classes: C; labels are 0 to C - 1.
-      float64: whether to compute in float64; None: where float32 does not hold features or logits of their type.
+      float64: whether to compute in float64; None: where float32 does not hold features or logits
+        of their type.
       rows: of a chunk, at most; None: 16 MiB of them, 64 MiB of those that can be read in place.
       devices: that share the work; None: all of this process.
       progress: called with the number of examples of every chunk.
 
     Raises:
-      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite, no example, more
-        classes than fit into memory.
+      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite,
+        no example, more classes than fit into memory.
     """
     num_classes = check_num_classes("num_classes", num_classes)
 
@@ -87,39 +92,57 @@ def first_pass(
         dtype = np.float64 if chunk.float64 else np.float32
         given.add(np.dtype(chunk.features.numbers.dtype).itemsize)
         logits = None if chunk.logits is None else np.zeros((num_classes, num_classes))
-        return Sums(np.zeros(num_classes), np.zeros((num_classes, dim), dtype), np.zeros((num_classes, dim)), logits)
+        return Sums(
+            np.zeros(num_classes),
+            np.zeros((num_classes, dim), dtype),
+            np.zeros((num_classes, dim)),
+            logits,
+        )
 
     given: set[int] = set()  # bytes of a feature
-    seen = collections.defaultdict(lambda: np.arange(num_classes + 1) == num_classes)  # padding, always
+    seen = collections.defaultdict(
+        lambda: np.arange(num_classes + 1) == num_classes
+    )  # padding, always
 
     def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
         met = seen[device]
         if not met.all():
             first = np.full(num_classes + 1, -1)
-            first[chunk.labels[::-1]] = np.arange(len(chunk.labels))[::-1]  # of several values the last one stays
+            first[chunk.labels[::-1]] = np.arange(len(chunk.labels))[
+                ::-1
+            ]  # of several values the last one stays
             labels = np.flatnonzero((first >= 0) & ~met)
             met[labels] = True
             # Filled up to a power of two: few lengths, of which each is compiled.
             padding = (0, (1 << (len(labels) - 1).bit_length()) - len(labels))
-            index, labels = np.pad(first[labels], padding), np.pad(labels, padding, constant_values=num_classes)
+            index, labels = (
+                np.pad(first[labels], padding),
+                np.pad(labels, padding, constant_values=num_classes),
+            )
             sums = sums._replace(pivots=adopt(sums.pivots, chunk.features, index, labels))
         return add_sums(sums, *chunk[:3], _counts(chunk.labels, num_classes))
 
     parts = _run(batches, num_classes, start, step, float64, rows, devices, progress)
     if not parts:
-        raise InputError("batches", "no example", "give at least one batch with at least one example")
+        raise InputError(
+            "batches", "no example", "give at least one batch with at least one example"
+        )
     sums = merge(*parts)
     for name, values in (("features", sums.features), ("logits", sums.logits)):
         if values is not None and not np.isfinite(values).all():
             label, column = np.argwhere(~np.isfinite(values))[0]
-            what = f"a number that is not finite, or too large to be added up in {sums.pivots.dtype}"
+            what = (
+                f"a number that is not finite, or too large to be added up in {sums.pivots.dtype}"
+            )
             raise InputError(name, what, f"look at class {label}, column {column}")
     _check_size(sums, np.float64 if min(given) == sums.pivots.dtype.itemsize == 8 else np.float32)
     return sums
 
 
 def _check_size(sums: Sums, dtype: Any) -> None:
-    """Refuses features whose differences, or a millionth of them, are subnormal numbers, which XLA takes for 0."""
+    """Refuses features whose differences, or a millionth of them, are subnormal numbers, which
+    XLA takes for 0.
+    """
     present, info = np.flatnonzero(sums.examples), np.finfo(dtype)
     least = 1e6 * float(info.tiny / info.eps)
     pivots = sums.pivots if len(present) == len(sums.pivots) else sums.pivots[present]
@@ -128,7 +151,11 @@ def _check_size(sums: Sums, dtype: Any) -> None:
     if size < least:
         size = max(size, float(np.abs(sums.features[present] / sums.examples[present, None]).max()))
     if 0 < size < least:
-        raise InputError("features", f"of size {size:.1g}", "their differences underflow; multiply by a power of two")
+        raise InputError(
+            "features",
+            f"of size {size:.1g}",
+            "their differences underflow; multiply by a power of two",
+        )
 
 
 def second_pass(
@@ -139,13 +166,14 @@ def second_pass(
     devices: Sequence[Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Deviations:
-    """Squares and products of deviations from the class means of `reference`, made by `measurement.prepare`.
+    """Squares and products of deviations from the class means of `reference`, made by
+    `measurement.prepare`.
 
     The batches may come in another order than in the first pass, or be a part of them for `merge`.
 
     Raises:
-      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can tell;
-        `measurement.find` compares the whole.
+      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can
+        tell; `measurement.find` compares the whole.
     """
     frames, asked = reference.frames, reference.asked
     num_classes, dim = frames.high.shape
@@ -163,12 +191,17 @@ def second_pass(
         rank = len(frames.head_basis) if linear else num_classes
         probed = num_classes, len(frames.probes) + with_logits
         return Deviations(
-            *(np.zeros(shape) for shape in (num_classes, num_classes, len(frames.basis), probed, probed)),
+            *(
+                np.zeros(shape)
+                for shape in (num_classes, num_classes, len(frames.basis), probed, probed)
+            ),
             along_head=zeros(with_head, len(frames.head_basis) if with_head else 0),
             correct=zeros(outputs),
             disagreements=zeros(outputs),
             residuals=zeros(outputs and not linear),
-            residual_sums=zeros(outputs and asked.loss == "cross_entropy", num_classes, num_classes),
+            residual_sums=zeros(
+                outputs and asked.loss == "cross_entropy", num_classes, num_classes
+            ),
             covariance=zeros(with_head and asked.weight_decay is not None, rank, dim),
         )
 
@@ -180,14 +213,18 @@ def second_pass(
         labels = position[chunk.labels]
         if labels.min() < 0:
             label = int(chunk.labels[labels.argmin()])
-            raise InputError("labels", label, f"the first pass saw no example of it; {SAME_EXAMPLES}")
+            raise InputError(
+                "labels", label, f"the first pass saw no example of it; {SAME_EXAMPLES}"
+            )
         if with_logits and chunk.logits is None:
             raise InputError("logits", None, f"the first pass saw them; {SAME_EXAMPLES}")
         logits = chunk.logits if with_logits else None
         if logits is not None and num_classes < all_classes:
             logits = logits[:, reference.present]
         counts = _counts(labels, num_classes)
-        return add_deviations(sums, held[device], chunk.features, labels, logits, counts, linear=linear)
+        return add_deviations(
+            sums, held[device], chunk.features, labels, logits, counts, linear=linear
+        )
 
     float64 = frames.high.dtype == np.float64
     parts = _run(batches, all_classes, start, step, float64, rows, devices, progress, dim)
@@ -235,19 +272,29 @@ def _run(
         dim = int(features.shape[1])
         check_num_classes("num_classes", num_classes, dim)
         if with_logits not in (None, logits is not None):
-            raise InputError("logits", "some batches with and some without", "give them with all or with none")
+            raise InputError(
+                "logits", "some batches with and some without", "give them with all or with none"
+            )
         with_logits = logits is not None
-        wide = [name for name, a in (("features", features), ("logits", logits)) if a is not None and _is_wide(a)]
+        wide = [
+            name
+            for name, a in (("features", features), ("logits", logits))
+            if a is not None and _is_wide(a)
+        ]
         if float64 is None:
             float64 = bool(wide)
         if wide and not float64 and chosen is None:
             found = str((features if wide[0] == "features" else logits).dtype)
-            raise InputError(wide[0], found, "the first batch's fit into float32; give one type, or float64=True")
+            raise InputError(
+                wide[0], found, "the first batch's fit into float32; give one type, or float64=True"
+            )
         for fresh, length in _cut(features, logits, rows, len(devices)):
             device = devices[turn % len(devices)]
             turn += 1
             with _exactly():
-                chunk = _place(features, labels, logits, fresh, length, num_classes, float64, device)
+                chunk = _place(
+                    features, labels, logits, fresh, length, num_classes, float64, device
+                )
                 if device not in states:
                     states[device] = jax.device_put(start(chunk), device)
                 states[device], token = step(states[device], chunk, device)
@@ -265,8 +312,8 @@ def _run(
 def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator[tuple[slice, int]]:
     """Rows of the chunks of a batch, and the length that each is brought to.
 
-    More than a chunk are equal ones, as many for each device, and two at least: one is placed while another is worked
-    on.
+    More than a chunk are equal ones, as many for each device, and two at least: one is placed while
+    another is worked on.
     """
     size, dim = features.shape
     outputs = 1 if logits is None else logits.shape[1]
@@ -275,7 +322,9 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
     if size > most >= LEAST_BLOCK and _readable(features):
         most = rows or max(most, min(_IN_PLACE // dim, _COPIED // outputs))
         if features.ctypes.data % _ALIGNMENT:
-            begin = -(-_ALIGNMENT // features[0].nbytes)  # the rows before are copied, at the end, on their own
+            begin = -(
+                -_ALIGNMENT // features[0].nbytes
+            )  # the rows before are copied, at the end, on their own
     count = parts * max(1, -(-(size - begin) // (parts * most)))
     length = _rounded(max(1, -(-(size - begin) // count)), most)
     for first in range(begin, size, length):
@@ -285,8 +334,8 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
 
 
 def _rounded(rows: int, most: int) -> int:
-    """A number of rows not much greater, `most` or hardly less at most: one of few, as each is compiled, and divisible
-    into blocks."""
+    """A number of rows not much greater, `most` or hardly less at most: one of few, as each is
+    compiled, and divisible into blocks."""
     octave = 1 << (rows - 1).bit_length()
     unit = max(1, octave // 16, min(LEAST_BLOCK, octave // 8))
     return min(-(-rows // unit), most // unit) * unit
@@ -302,21 +351,42 @@ def _exactly() -> Iterator[None]:
 def _fresh(batches: Iterable) -> Iterator:
     iterator = iter(batches)
     if iterator is batches:
-        raise InputError("batches", type(batches).__name__, "it can be read once only; give a list, a data loader, ...")
+        raise InputError(
+            "batches",
+            type(batches).__name__,
+            "it can be read once only; give a list, a data loader, ...",
+        )
     return iterator
 
 
-def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[Any, np.ndarray, Any]:
+def check_batch(
+    batch: Any, num_classes: int, dim: int | None = None
+) -> tuple[Any, np.ndarray, Any]:
     """(features, labels, logits or None) of a batch, as NumPy or JAX arrays; or InputError."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        way_out = "each must be (features, labels) or (features, labels, logits); `measure` takes the arrays themselves"
+        way_out = (
+            "each must be (features, labels) or (features, labels, logits); `measure` takes the "
+            "arrays themselves"
+        )
         raise InputError("batch", type(batch).__name__, way_out)
-    arrays = [as_array(name, a) for name, a in zip(("features", "labels", "logits"), batch, strict=False)]
-    features, labels, logits = arrays[0], np.asarray(arrays[1]), arrays[2] if len(arrays) == 3 else None
-    if features.ndim != 2 or 0 in features.shape[1:] or (dim or features.shape[1]) != features.shape[1]:
+    arrays = [
+        as_array(name, a) for name, a in zip(("features", "labels", "logits"), batch, strict=False)
+    ]
+    features, labels, logits = (
+        arrays[0],
+        np.asarray(arrays[1]),
+        arrays[2] if len(arrays) == 3 else None,
+    )
+    if (
+        features.ndim != 2
+        or 0 in features.shape[1:]
+        or (dim or features.shape[1]) != features.shape[1]
+    ):
         raise InputError("features", features.shape, f"give (B, {dim or 'p'}), a row per example")
     if labels.shape != features.shape[:1]:
-        raise InputError("labels", labels.shape, f"give one per row of features, ({len(features)},)")
+        raise InputError(
+            "labels", labels.shape, f"give one per row of features, ({len(features)},)"
+        )
     if labels.dtype.kind not in "iu":
         raise InputError("labels", str(labels.dtype), "give integers, 0 to C - 1")
     if logits is not None and (logits.ndim != 2 or len(logits) != len(features)):
@@ -324,14 +394,22 @@ def check_batch(batch: Any, num_classes: int, dim: int | None = None) -> tuple[A
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         if labels.min() < 0:
             raise InputError("labels", int(labels.min()), "they count classes from 0 on")
-        raise InputError("labels", int(labels.max()), f"with {num_classes} classes they are 0 to {num_classes - 1}")
+        raise InputError(
+            "labels",
+            int(labels.max()),
+            f"with {num_classes} classes they are 0 to {num_classes - 1}",
+        )
     if logits is not None and logits.shape != (len(features), num_classes):
-        raise InputError("logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example")
+        raise InputError(
+            "logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example"
+        )
     return features, labels, logits
 
 
 def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
-    """Returns a number of classes whose sums of `dim` features fit into this machine's memory; or InputError."""
+    """Returns a number of classes whose sums of `dim` features fit into this machine's memory;
+    or InputError.
+    """
     try:
         number = operator.index(num_classes)
     except TypeError:
@@ -340,24 +418,34 @@ def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
         raise InputError(name, num_classes, "give an integer from 1 on")
     needed, memory = _BYTES * number * dim, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if number > _MOST_CLASSES or needed > memory:
-        way_out = f"sums of {dim} features of so many take {needed / 1e9:.3g} GB, and there are {memory / 1e9:.3g}"
+        way_out = (
+            f"sums of {dim} features of so many take {needed / 1e9:.3g} GB, and there are "
+            f"{memory / 1e9:.3g}"
+        )
         raise InputError(name, num_classes, f"{way_out}; number the classes from 0 on without gaps")
     return number
 
 
 def _is_wide(array: Any) -> bool:
-    """Returns whether there are numbers of an array's type that float32 does not hold: float64, int32, ..."""
+    """Returns whether there are numbers of an array's type that float32 does not hold: float64,
+    int32, ...
+    """
     return array.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(array.dtype.kind, 2)
 
 
-_NO_ARRAY = "give an array of numbers: what a model makes of its loader's batches, collected (docs/measure.md)"
+_NO_ARRAY = (
+    "give an array of numbers: what a model makes of its loader's batches, collected "
+    "(docs/measure.md)"
+)
 
 
 def as_array(name: str, value: Any) -> np.ndarray | Array:
-    """Returns a NumPy or JAX array of numbers, without a copy where the other library's memory can be read.
+    """Returns a NumPy or JAX array of numbers, without a copy where the other library's memory can
+    be read.
 
     Raises:
-      InputError: it is no array of numbers, some are masked, or some are integers that float64 does not hold.
+      InputError: it is no array of numbers, some are masked, or some are integers that float64 does
+        not hold.
     """
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):
@@ -365,7 +453,9 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
         value = value.data
     if not isinstance(value, np.ndarray | jax.Array):
         value = value.detach() if hasattr(value, "detach") else value
-        if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:  # not in a CPU's memory
+        if (
+            hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1
+        ):  # not in a CPU's memory
             value = jax.dlpack.from_dlpack(value)
         elif hasattr(value, "__dlpack__"):
             try:
@@ -376,7 +466,9 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
             try:
                 value = np.asarray(value)
             except (ValueError, TypeError) as error:
-                raise InputError(name, type(value).__name__, f"no array can be made of it: {error}") from error
+                raise InputError(
+                    name, type(value).__name__, f"no array can be made of it: {error}"
+                ) from error
         else:
             raise InputError(name, type(value).__name__, _NO_ARRAY)
     if value.dtype.kind not in "iuf" and value.dtype != jnp.bfloat16:
@@ -384,7 +476,9 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
     if value.dtype.kind in "iu" and value.dtype.itemsize == 8 and value.size and name != "labels":
         largest = max(int(value.max()), -int(value.min()))
         if largest > 2**53:
-            raise InputError(name, largest, "float64 holds integers up to 2**53; subtract what is common to all")
+            raise InputError(
+                name, largest, "float64 holds integers up to 2**53; subtract what is common to all"
+            )
     return value
 
 
@@ -398,14 +492,16 @@ def _place(
     float64: bool,
     device: Device,
 ) -> _Chunk:
-    """The fresh rows of a batch and others, up to the length, on a device. The others are labelled as padding: rows
-    before or after them, and zeros where the batch is shorter than the length."""
+    """The fresh rows of a batch and others, up to the length, on a device. The others are labelled
+    as padding: rows before or after them, and zeros where the batch is shorter than the length."""
     first = max(0, min(fresh.start, len(labels) - length))
     part = slice(first, first + length)
     padded = np.full(length, num_classes, np.int32)
     own = labels[fresh]
     padded[fresh.start - first : fresh.stop - first] = own
-    logits = None if logits is None else jax.device_put(_filled(logits[part], length, float64), device)
+    logits = (
+        None if logits is None else jax.device_put(_filled(logits[part], length, float64), device)
+    )
     view, skipped = _aligned(features, part) if len(labels) >= length else (None, 0)
     if view is None:
         view = _filled(features[part], length, float64).reshape(-1)
@@ -437,12 +533,18 @@ def _readable(features: Any) -> bool:
 
 
 def _aligned(features: Any, part: slice) -> tuple[np.ndarray | None, int]:
-    """Rows of an array as a flat view that begins a few numbers earlier, at an address XLA reads without a copy.
+    """Rows of an array as a flat view that begins a few numbers earlier, at an address XLA reads
+    without a copy.
 
-    None where there is no such view: of another layout or type, or at the very beginning of memory that is not aligned.
+    None where there is no such view: of another layout or type, or at the very beginning of memory
+    that is not aligned.
     """
     if not _readable(features):
         return None, 0
     first = part.start * features.shape[1]
     begin = (features.ctypes.data // features.itemsize + first) % (_ALIGNMENT // features.itemsize)
-    return (None, 0) if begin > first else (features.reshape(-1)[first - begin : part.stop * features.shape[1]], begin)
+    return (
+        (None, 0)
+        if begin > first
+        else (features.reshape(-1)[first - begin : part.stop * features.shape[1]], begin)
+    )

@@ -1,14 +1,16 @@
-"""Closed forms of the collapsed state: the law of homogeneous networks, exact for unconstrained features. NumPy only.
+"""Closed forms of the collapsed state: the law of homogeneous networks, exact for unconstrained
+features. NumPy only.
 
-A network of degree 1 in each of L layers whose norms are equal, ||W_k||_F = n^{1/2}, has margin a = gamma n^{L/2}, with
-gamma that of the network with all norms one. Minimizing k0/2 (1 - a)^2 + lambda L n/2 over n gives
+A network of degree 1 in each of L layers whose norms are equal, ||W_k||_F = n^{1/2}, has margin a =
+gamma n^{L/2}, with gamma that of the network with all norms one. Minimizing k0/2 (1 - a)^2 + lambda
+L n/2 over n gives
 
-    lambda = scale a^{1-2/L} (1 - a),    scale = k0 gamma^{2/L},                                                     (*)
+    lambda = scale a^{1-2/L} (1 - a), scale = k0 gamma^{2/L}, (*)
 
-k0 = 1 where the weights fit the sum of the outputs too (one-hot targets, no bias), (C-1)/C where they do not (a bias,
-or centred targets). Class-mean residuals are then Rbar = (1 - a)(I - J/C) + q J/C. In the unconstrained-feature model
-(a linear net on x_n = e_n, N per class) each singular mode obeys (*) on its own, with scale = N^{-1/L}/C. Derivations
-in docs/theory.md.
+k0 = 1 where the weights fit the sum of the outputs too (one-hot targets, no bias), (C-1)/C where
+they do not (a bias, or centred targets). Class-mean residuals are then Rbar = (1 - a)(I - J/C) + q
+J/C. In the unconstrained-feature model (a linear net on x_n = e_n, N per class) each singular mode
+obeys (*) on its own, with scale = N^{-1/L}/C. Derivations in docs/theory.md.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -21,7 +23,8 @@ _BISECTIONS = 64  # halve [0, 1] to below the spacing of float64
 
 
 def equiangular_frame(num_classes: int, cosine: float) -> np.ndarray:
-    """(C, C): unit rows with the same cosine between any two; -1/(C-1) is the simplex ETF, 0 the orthogonal frame.
+    """(C, C): unit rows with the same cosine between any two; -1/(C-1) is the simplex ETF, 0 the
+    orthogonal frame.
 
     The symmetric square root of (1 - cos) I + cos J.
     """
@@ -46,7 +49,9 @@ def spinodal(depth: int) -> float:
 
 
 def equal_loss(depth: int) -> float:
-    """lambda/scale where the collapsed solution costs as much as none, at a = (L-2)/(L-1): 1, 0.3969, 0.2722."""
+    """lambda/scale where the collapsed solution costs as much as none, at a = (L-2)/(L-1): 1,
+    0.3969, 0.2722.
+    """
     return float(relative_decay((depth - 2) / (depth - 1), depth))
 
 
@@ -57,11 +62,12 @@ def relative_decay(margin: Numbers, depth: int) -> np.ndarray:
 
 
 def margin(relative: Numbers, depth: int, branch: str = "stable") -> np.ndarray:
-    """a at lambda/scale = `relative`, depth >= 2; NaN beyond the spinodal, and for the other branch where L = 2.
+    """a at lambda/scale = `relative`, depth >= 2; NaN beyond the spinodal, and for the other branch
+    where L = 2.
 
     Args:
-      branch: `stable`, from 1 at lambda = 0 down to the spinodal; or `unstable`, from 0 up to it: with L >= 3 a mode
-        that starts below it dies, for a = 0 is stable at every lambda > 0.
+      branch: `stable`, from 1 at lambda = 0 down to the spinodal; or `unstable`, from 0 up to it:
+        with L >= 3 a mode that starts below it dies, for a = 0 is stable at every lambda > 0.
     """
     relative = np.asarray(relative, np.float64)
     turning = spinodal_margin(depth)
@@ -77,7 +83,9 @@ def margin(relative: Numbers, depth: int, branch: str = "stable") -> np.ndarray:
 
 
 class Setting(NamedTuple):
-    """Who fits the sum of the outputs: C, head_bias in {none, free, decayed}, targets in {one_hot, centered}."""
+    """Who fits the sum of the outputs: C, head_bias in {none, free, decayed}, targets in
+    {one_hot, centered}.
+    """
 
     num_classes: int
     head_bias: str = "none"
@@ -119,12 +127,15 @@ def scale(gamma: Numbers, depth: int, setting: Setting) -> Numbers:
     return setting.k0 * gamma ** (2 / depth)
 
 
-def homogeneous_solution(weight_decay: Numbers, gamma: Numbers, depth: int, setting: Setting) -> Solution:
+def homogeneous_solution(
+    weight_decay: Numbers, gamma: Numbers, depth: int, setting: Setting
+) -> Solution:
     """The law (*) with gamma as given: of a trained network, `theory.normalized_margin`.
 
-    Valid at equilibrium, for norms in balance and a normalized network that lambda does not change, the outputs of
-    different classes alike: without bias as an orthogonal frame (the weights give their sum the same margin), else
-    with mu_G = 0. A decayed bias (lambda_b = lambda) meets the outputs' sum up to q = lambda/(1 + lambda).
+    Valid at equilibrium, for norms in balance and a normalized network that lambda does not change,
+    the outputs of different classes alike: without bias as an orthogonal frame (the weights give
+    their sum the same margin), else with mu_G = 0. A decayed bias (lambda_b = lambda) meets the
+    outputs' sum up to q = lambda/(1 + lambda).
     """
     weight_decay, gamma = np.asarray(weight_decay, np.float64), np.asarray(gamma, np.float64)
     num_classes = setting.num_classes
@@ -147,28 +158,39 @@ def homogeneous_solution(weight_decay: Numbers, gamma: Numbers, depth: int, sett
 def unconstrained_gamma(depth: int, per_class: int, setting: Setting) -> float:
     """gamma of the unconstrained-feature model: K modes of equal strength, K^{-L/2} N^{-1/2}.
 
-    The product of the factors has K singular values a N^{1/2}, each factor K singular values (a N^{1/2})^{1/L}. (*)
-    then has scale = N^{-1/L}/C in every setting.
+    The product of the factors has K singular values a N^{1/2}, each factor K singular values (a
+    N^{1/2})^{1/L}. (*) then has scale = N^{-1/L}/C in every setting.
     """
     return float(setting.modes ** (-depth / 2) * per_class**-0.5)
 
 
 def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, float]:
-    """lambda of equal loss, beyond which not learning costs less, and of the spinodal, beyond which none collapses."""
+    """lambda of equal loss, beyond which not learning costs less, and of the spinodal, beyond
+    which none collapses.
+    """
     unit = float(scale(gamma, depth, setting))
     return unit * equal_loss(depth), unit * spinodal(depth)
 
 
-def regularized_bias(weight_decay: Numbers, bias_decay: Numbers, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depth 2, one-hot targets, bias decayed by lambda_b: the outputs' sum as (by the weights, by the bias).
+def regularized_bias(
+    weight_decay: Numbers, bias_decay: Numbers, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Depth 2, one-hot targets, bias decayed by lambda_b: the outputs' sum as (by the weights, by
+    the bias).
 
-    (0, 1/(1 + lambda_b)), hence a simplex ETF, iff lambda_b <= C lambda/(1 - C lambda); else the sum is a mode too:
-    (1 - C lambda - C lambda/lambda_b, C lambda/lambda_b). lambda is the effective one, lambda N^{1/2} where every
-    factor is decayed by lambda. With lambda_b = lambda always the former.
+    (0, 1/(1 + lambda_b)), hence a simplex ETF, iff lambda_b <= C lambda/(1 - C lambda); else the
+    sum is a mode too: (1 - C lambda - C lambda/lambda_b, C lambda/lambda_b). lambda is the
+    effective one, lambda N^{1/2} where every factor is decayed by lambda. With lambda_b = lambda
+    always the former.
     """
-    threshold, bias_decay = num_classes * np.asarray(weight_decay, np.float64), np.asarray(bias_decay, np.float64)
+    threshold, bias_decay = (
+        num_classes * np.asarray(weight_decay, np.float64),
+        np.asarray(bias_decay, np.float64),
+    )
     by_bias_alone = (
         bias_decay / (1 + bias_decay) <= threshold
     )  # the residual sum without the mode, against its threshold
-    by_bias = np.where(by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay))
+    by_bias = np.where(
+        by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)
+    )
     return np.where(by_bias_alone, 0.0, 1 - threshold - by_bias), by_bias

@@ -1,16 +1,18 @@
-"""NC1-NC4 and quasi-interpolation from features, labels, residuals and head: pure arrays, float32-safe, vmappable.
+"""NC1-NC4 and quasi-interpolation from features, labels, residuals and head: pure arrays,
+float32-safe, vmappable.
 
 Two passes over batches, so that no N x p feature matrix is ever held:
 
     sums = add up `class_sums(...)` over batches;       means = class_means(sums)
     scatter = add up `class_scatter(..., means, ...)`;  metrics = measure(means, scatter, head)
 
-Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G], Sigma_W = mean
-(h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head, r = y - f an example's residual. Class means are
-stored as rows, (C, p). The second pass centres before it squares: E[h^2] - mu^2 in float32 can come out negative. What
-is small, (C, p) at most, is summed and factored in float64 whatever the features' type. Residuals are summed rather
-than outputs, whose last digits they may be. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani &
-Banburski (ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
+Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G],
+Sigma_W = mean (h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head, r = y - f an
+example's residual. Class means are stored as rows, (C, p). The second pass centres before it
+squares: E[h^2] - mu^2 in float32 can come out negative. What is small, (C, p) at most, is summed
+and factored in float64 whatever the features' type. Residuals are summed rather than outputs, whose
+last digits they may be. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani & Banburski
+(ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from ncjax.metrics.linalg import row_space, symmetric_part
 
-# Most entries of a class-by-class matrix that are held at once by what is a mean over pairs of classes.
+# Most entries of a class-by-class matrix that are held at once by what is a mean over pairs of
+# classes.
 _MOST_PAIRS = 2**22
 
 
@@ -36,7 +39,9 @@ class ClassSums(NamedTuple):
 
 
 class ClassMeans(NamedTuple):
-    """mu_c in row c of `features`; rbar_c, the mean residual of class c, in row c of `residuals`."""
+    """mu_c in row c of `features`; rbar_c, the mean residual of class c, in row c of
+    `residuals`.
+    """
 
     features: Float[Array, "C p"]
     residuals: Float[Array, "C C"]
@@ -78,14 +83,18 @@ class Frame(NamedTuple):
     rank: Int[Array, ""]
 
 
-def class_sums(features: Float[Array, "B p"], residuals: Float[Array, "B C"], labels: Int[Array, " B"]) -> ClassSums:
+def class_sums(
+    features: Float[Array, "B p"], residuals: Float[Array, "B C"], labels: Int[Array, " B"]
+) -> ClassSums:
     """First pass over one batch. A label outside [0, C) leaves its example out (padding is -1)."""
     one_hot = jax.nn.one_hot(labels, residuals.shape[1], dtype=features.dtype)
     return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ residuals)
 
 
 def class_means(sums: ClassSums) -> ClassMeans:
-    return ClassMeans(sums.features / sums.examples[:, None], sums.residuals / sums.examples[:, None])
+    return ClassMeans(
+        sums.features / sums.examples[:, None], sums.residuals / sums.examples[:, None]
+    )
 
 
 def class_scatter(
@@ -97,7 +106,9 @@ def class_scatter(
     frame_means: Frame,
     frame_head: Frame,
 ) -> Scatter:
-    """Second pass over one batch: `winners` have the largest output of each example; labels as in `class_sums`."""
+    """Second pass over one batch: `winners` have the largest output of each example; labels as
+    in `class_sums`.
+    """
     num_classes = residuals.shape[1]
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
     valid = one_hot.sum(1)
@@ -106,9 +117,11 @@ def class_scatter(
     # One matmul, 3C wide, for all three projections.
     centred = centred_means(means.features)
     along = deviation @ jnp.concatenate([frame_means.basis, frame_head.basis, centred]).T
-    along_means, along_head, along_centred = jnp.split(along, [num_classes, 2 * num_classes], axis=1)
-    # argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2, and h - mu_G is the deviation
-    # plus the centred mean of h's class: a common offset costs no digits.
+    along_means, along_head, along_centred = jnp.split(
+        along, [num_classes, 2 * num_classes], axis=1
+    )
+    # argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2, and h - mu_G
+    # is the deviation plus the centred mean of h's class: a common offset costs no digits.
     gram = _gram(centred)
     nearness = along_centred + gram[labels] - jnp.diagonal(gram)[None] / 2
     return Scatter(
@@ -127,12 +140,15 @@ def _float64(*arrays: Array) -> tuple[Array, ...]:
 
 
 def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
-    """Mdot^T: row c is mu_c - mu_G. For what is reported, of float64: the rows are differences of near numbers."""
+    """Mdot^T: row c is mu_c - mu_G. For what is reported, of float64: the rows are differences
+    of near numbers.
+    """
     return means - means.mean(0, keepdims=True)
 
 
 def rank_tolerance(dtype: Any) -> float:
-    """Returns which singular values count as 0, relative to the largest, of features or of a head of this type.
+    """Returns which singular values count as 0, relative to the largest, of features or of a head
+    of this type.
 
     It decides ranks, and of which directions nc1 and nc1_row_space speak; no output depends on it.
     """
@@ -140,17 +156,24 @@ def rank_tolerance(dtype: Any) -> float:
 
 
 def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Frame, ...]:
-    """Spans of several sets of centred means, with the singular values of Mdot/sqrt(C), then the row space of W.
+    """Spans of several sets of centred means, with the singular values of Mdot/sqrt(C), then the
+    row space of W.
 
-    Singular values above `rank_tolerance` of the largest are kept, and of the means at most min(C - 1, p).
+    Singular values above `rank_tolerance` of the largest are kept, and of the means at most min(C -
+    1, p).
     """
     num_classes, dim = head.shape
     dtype = head.dtype
     ranks = [min(num_classes - 1, dim)] * len(means) + [min(head.shape)]
     with jax.enable_x64(True):
-        centred = [centred_means(m.features.astype(jnp.float64)) / jnp.sqrt(num_classes) for m in means]
-        # One call for all: the decomposition is many small steps, each as cheap for three matrices as for one.
-        singular_values, basis = jax.vmap(row_space)(jnp.stack([*centred, head.astype(jnp.float64)]))
+        centred = [
+            centred_means(m.features.astype(jnp.float64)) / jnp.sqrt(num_classes) for m in means
+        ]
+        # One call for all: the decomposition is many small steps, each as cheap for three matrices
+        # as for one.
+        singular_values, basis = jax.vmap(row_space)(
+            jnp.stack([*centred, head.astype(jnp.float64)])
+        )
         kept = singular_values > rank_tolerance(dtype) * singular_values[:, :1]
         kept &= jnp.arange(num_classes)[None] < jnp.asarray(ranks)[:, None]
         fields = (basis * kept[..., None]).astype(dtype), singular_values * kept, kept.sum(1)
@@ -158,7 +181,8 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
 
 
 def nc1(along_means: Float[Array, " k"], frame: Frame, num_classes: int) -> Float[Array, ""]:
-    """tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2, s_j the singular values of Mdot/sqrt(C).
+    """tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2, s_j the singular values of
+    Mdot/sqrt(C).
 
     `along_means` holds u_j^T Sigma_W u_j. NaN where the centred means vanish (rank 0).
     """
@@ -172,7 +196,9 @@ def _gram(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
 
 
 def _off_diagonal(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """The matrix with its diagonal 0 (a where, so that an infinite or NaN diagonal leaves no trace)."""
+    """The matrix with its diagonal 0 (a where, so that an infinite or NaN diagonal leaves no
+    trace).
+    """
     return jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)
 
 
@@ -186,24 +212,34 @@ def cosines(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
 
 
 def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
-    """NC2: population standard deviation over mean of the rows' norms; 0 when all are equally long."""
+    """NC2: population standard deviation over mean of the rows' norms; 0 when all are equally
+    long.
+    """
     norms = jnp.linalg.norm(rows, axis=1)
     return norms.std() / norms.mean()
 
 
-def _means_over_pairs(terms: Callable[[Array | slice], tuple[Array, ...]], num_classes: int) -> tuple[Array, ...]:
-    """Means over pairs c != c' of what `terms` gives: of an index of classes, matrices of those rows and C columns.
+def _means_over_pairs(
+    terms: Callable[[Array | slice], tuple[Array, ...]], num_classes: int
+) -> tuple[Array, ...]:
+    """Means over pairs c != c' of what `terms` gives: of an index of classes, matrices of those
+    rows and C columns.
 
     Where a C x C matrix would be large, a few rows of it at a time.
     """
-    pairs, rows = num_classes * (num_classes - 1), min(num_classes, max(1, _MOST_PAIRS // num_classes))
+    pairs, rows = (
+        num_classes * (num_classes - 1),
+        min(num_classes, max(1, _MOST_PAIRS // num_classes)),
+    )
     if rows == num_classes:
         return tuple(_mean_over_pairs(term) for term in terms(slice(None)))
 
     def add(sums: tuple, start: Array) -> tuple[tuple, None]:
         index = start + jnp.arange(rows)
         apart = (index[:, None] != jnp.arange(num_classes)[None]) & (index < num_classes)[:, None]
-        new = (jnp.where(apart, term, 0).sum() for term in terms(jnp.minimum(index, num_classes - 1)))
+        new = (
+            jnp.where(apart, term, 0).sum() for term in terms(jnp.minimum(index, num_classes - 1))
+        )
         return tuple(total + term for total, term in zip(sums, new, strict=True)), None
 
     zeros = tuple(jnp.zeros((), shape.dtype) for shape in jax.eval_shape(terms, jnp.arange(rows)))
@@ -211,8 +247,12 @@ def _means_over_pairs(terms: Callable[[Array | slice], tuple[Array, ...]], num_c
     return tuple(total / pairs for total in sums)
 
 
-def _angle_terms(rows: Float[Array, "C p"]) -> Callable[[Array | slice, Array], tuple[Array, Array]]:
-    """Of an index of rows and their products with all rows: |cos + 1/(C-1)| and (cos - mean over pairs of cos)^2."""
+def _angle_terms(
+    rows: Float[Array, "C p"],
+) -> Callable[[Array | slice, Array], tuple[Array, Array]]:
+    """Of an index of rows and their products with all rows: |cos + 1/(C-1)| and (cos - mean over
+    pairs of cos)^2.
+    """
     num_classes, norms = len(rows), jnp.linalg.norm(rows, axis=1)
     unit = rows / norms[:, None]
     mean = (jnp.sum(unit.sum(0) ** 2) - jnp.sum(unit**2)) / (num_classes * (num_classes - 1))
@@ -227,11 +267,13 @@ def _angle_terms(rows: Float[Array, "C p"]) -> Callable[[Array | slice, Array], 
 def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
     """NC2 of any rows, each name ending in `suffix`; 0 for a simplex ETF.
 
-    equinorm: see there. equiangular: mean over pairs of |cos + 1/(C-1)|. cosine_std: population standard deviation
-    over pairs of cos, 0 when all angles are equal, whatever they are.
+    equinorm: see there. equiangular: mean over pairs of |cos + 1/(C-1)|. cosine_std: population
+    standard deviation over pairs of cos, 0 when all angles are equal, whatever they are.
     """
     angles = _angle_terms(rows)
-    equiangular, variance = _means_over_pairs(lambda index: angles(index, rows[index] @ rows.T), len(rows))
+    equiangular, variance = _means_over_pairs(
+        lambda index: angles(index, rows[index] @ rows.T), len(rows)
+    )
     return {
         f"nc2_equinorm_{suffix}": equinorm(rows),
         f"nc2_equiangular_{suffix}": equiangular,
@@ -240,11 +282,13 @@ def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
 
 
 def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -> dict[str, Array]:
-    """What is a mean over pairs of classes, of centred class means, in one go: NC2 as `geometry` has it, and
+    """What is a mean over pairs of classes, of centred class means, in one go: NC2 as `geometry`
+    has it, and
 
-    cdnv: class-distance normalized variance, mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c - mu_c'||^2).
-    etf_error: ||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up to scale and
-    rotation.
+    cdnv: class-distance normalized variance, mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c -
+      mu_c'||^2).
+    etf_error: ||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up
+    to scale and rotation.
     """
     num_classes = len(centred)
     square_norms = jnp.sum(centred**2, axis=1)
@@ -255,7 +299,9 @@ def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -
     def terms(index: Array | slice) -> tuple[Array, ...]:
         products = centred[index] @ centred.T
         # Of equal means rounding may leave less than nothing.
-        distances = jnp.maximum(square_norms[index][:, None] + square_norms[None, :] - 2 * products, 0)
+        distances = jnp.maximum(
+            square_norms[index][:, None] + square_norms[None, :] - 2 * products, 0
+        )
         crowding = (variances[index][:, None] + variances[None, :]) / (2 * distances)
         return *angles(index, products), crowding, (products / size + across / num_classes) ** 2
 
@@ -271,15 +317,18 @@ def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -
 
 
 def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Float[Array, ""]:
-    """NC3: ||W/||W||_F - Mdot^T/||Mdot||_F||_F^2, in [0, 4]; 0 when the head is the centred means up to scale."""
+    """NC3: ||W/||W||_F - Mdot^T/||Mdot||_F||_F^2, in [0, 4]; 0 when the head is the centred
+    means up to scale.
+    """
     return jnp.sum((head / jnp.linalg.norm(head) - centred / jnp.linalg.norm(centred)) ** 2)
 
 
 def nc3_floor(head: Float[Array, "C p"], class_weights: Float[Array, " C"]) -> Float[Array, ""]:
-    """Returns the least NC3 that class means leave this head: 2 - 2 ||P W||_F/||W||_F, P = I - J/C, at any weights.
+    """Returns the least NC3 that class means leave this head: 2 - 2 ||P W||_F/||W||_F, P = I - J/C,
+    at any weights.
 
-    Centred means sum to 0, so <W, Mdot^T> = <P W, Mdot^T> <= ||P W||_F ||Mdot||_F. Where mu_G weighs classes by
-    `class_weights` v, it is v^T Mdot^T that is 0, and P = I - v v^T/||v||^2.
+    Centred means sum to 0, so <W, Mdot^T> = <P W, Mdot^T> <= ||P W||_F ||Mdot||_F. Where mu_G
+    weighs classes by `class_weights` v, it is v^T Mdot^T that is 0, and P = I - v v^T/||v||^2.
     """
     direction = class_weights / jnp.linalg.norm(class_weights)
     outside = direction @ head
@@ -290,30 +339,48 @@ def nc3_floor(head: Float[Array, "C p"], class_weights: Float[Array, " C"]) -> F
 
 
 def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]:
-    """epsilon and delta, and how far `ClassMeans.residuals` are from the symmetric quasi-interpolation of theory.
+    """epsilon and delta, and how far `ClassMeans.residuals` are from the symmetric
+    quasi-interpolation of theory.
 
-    epsilon: by how much an example's own output falls short of its target on average; delta: the others exceed theirs.
+    epsilon: by how much an example's own output falls short of its target on average; delta: the
+      others exceed theirs.
     """
-    epsilon, delta = jnp.trace(mean_residuals) / len(mean_residuals), -_mean_over_pairs(mean_residuals)
-    return _interpolation(epsilon, delta, jnp.linalg.norm(symmetric_part(mean_residuals).rest), len(mean_residuals))
+    epsilon, delta = (
+        jnp.trace(mean_residuals) / len(mean_residuals),
+        -_mean_over_pairs(mean_residuals),
+    )
+    return _interpolation(
+        epsilon, delta, jnp.linalg.norm(symmetric_part(mean_residuals).rest), len(mean_residuals)
+    )
 
 
 def quasi_interpolation_of_head(
-    means: Float[Array, "C p"], head: Float[Array, "C p"], bias: Float[Array, " C"], target: Float[Array, ""]
+    means: Float[Array, "C p"],
+    head: Float[Array, "C p"],
+    bias: Float[Array, " C"],
+    target: Float[Array, ""],
 ) -> dict[str, Array]:
-    """`quasi_interpolation` of the mean residuals target I - (mu_c^T W^T + b^T), never held whole."""
+    """`quasi_interpolation` of the mean residuals target I - (mu_c^T W^T + b^T), never held
+    whole.
+    """
     num_classes = len(means)
     own = jnp.sum(means * head, axis=1) + bias
     epsilon = target - own.mean()
     total = means.sum(0) @ head.sum(0) + num_classes * bias.sum()
     delta = (total - own.sum()) / (num_classes * (num_classes - 1))
     # The symmetric part of the mean residuals has epsilon on its diagonal and -delta elsewhere.
-    (off,) = _means_over_pairs(lambda index: ((means[index] @ head.T + bias[None] - delta) ** 2,), num_classes)
-    asymmetry = jnp.sqrt(num_classes * (num_classes - 1) * off + jnp.sum((target - own - epsilon) ** 2))
+    (off,) = _means_over_pairs(
+        lambda index: ((means[index] @ head.T + bias[None] - delta) ** 2,), num_classes
+    )
+    asymmetry = jnp.sqrt(
+        num_classes * (num_classes - 1) * off + jnp.sum((target - own - epsilon) ** 2)
+    )
     return _interpolation(epsilon, delta, asymmetry, num_classes)
 
 
-def _interpolation(epsilon: Array, delta: Array, asymmetry: Array, num_classes: int) -> dict[str, Array]:
+def _interpolation(
+    epsilon: Array, delta: Array, asymmetry: Array, num_classes: int
+) -> dict[str, Array]:
     return {
         "epsilon": epsilon,
         "delta": delta,
@@ -329,8 +396,12 @@ def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
         return geometry(rows, "head") | {"nc3_floor": nc3_floor(rows, jnp.ones(len(rows)))}
 
 
-def measure(means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]) -> dict[str, Array]:
-    """Every measurement on one split, as float64 scalars (`class_mean_cosine` is (C, C)); `frame` spans the means."""
+def measure(
+    means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]
+) -> dict[str, Array]:
+    """Every measurement on one split, as float64 scalars (`class_mean_cosine` is (C, C));
+    `frame` spans the means.
+    """
     with jax.enable_x64(True):
         mu, mean_residuals, rows = _float64(means.features, means.residuals, head)
         scatter = Scatter(*_float64(*scatter))

@@ -1,7 +1,9 @@
-"""A small singular value decomposition made of plain array operations, and the symmetric part of a class matrix.
+"""A small singular value decomposition made of plain array operations, and the symmetric part of a
+class matrix.
 
-LAPACK is no choice inside the compiled program: JAX 0.10's batched calls wait for XLA's thread pool from inside that
-pool and deadlock when every device measures at once. On a GPU, cuSOLVER would take matrix after matrix.
+LAPACK is no choice inside the compiled program: JAX 0.10's batched calls wait for XLA's thread pool
+from inside that pool and deadlock when every device measures at once. On a GPU, cuSOLVER would take
+matrix after matrix.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,8 @@ _NEARLY_ORTHOGONAL = 1e-9
 
 
 class SymmetricPart(NamedTuple):
-    """A (C, C) matrix as u (I - J/C) + v J/C + E, J all ones: what treats all classes alike, and what does not.
+    """A (C, C) matrix as u (I - J/C) + v J/C + E, J all ones: what treats all classes alike, and
+    what does not.
 
     Attributes:
       u: the factor of differences between classes, (tr - v)/(C - 1).
@@ -38,14 +41,17 @@ def symmetric_part(matrix: Float[Array, "C C"]) -> SymmetricPart:
 
 
 def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
-    """Singular values, descending, and right singular vectors as rows, of a float64 matrix with few rows.
+    """Singular values, descending, and right singular vectors as rows, of a float64 matrix with few
+    rows.
 
-    One-sided Jacobi (Hestenes 1958): plane rotations of pairs of rows until all rows are orthogonal; their norms are
-    then the singular values. No Gram matrix is formed, so a singular value keeps its digits down to eps times the
-    largest. Rows that belong to a zero singular value are zero or orthogonal noise at that level.
+    One-sided Jacobi (Hestenes 1958): plane rotations of pairs of rows until all rows are
+    orthogonal; their norms are then the singular values. No Gram matrix is formed, so a singular
+    value keeps its digits down to eps times the largest. Rows that belong to a zero singular value
+    are zero or orthogonal noise at that level.
 
-    In a round, row i of the upper half meets row i of the lower, all pairs at once; then every row but the first moves
-    on by one place, and after rows - 1 rounds each pair has met (Brent & Luk 1985).
+    In a round, row i of the upper half meets row i of the lower, all pairs at once; then every row
+    but the first moves on by one place, and after rows - 1 rounds each pair has met (Brent & Luk
+    1985).
     """
     rows, columns = matrix.shape
     # The rotations compare fourth powers of entries, which must neither underflow nor overflow.
@@ -62,7 +68,9 @@ def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Ar
         oblique |= jnp.any(meet & (gamma**2 > _NEARLY_ORTHOGONAL**2 * alpha * beta))
         meet &= gamma != 0
         zeta = (beta - alpha) / (2 * jnp.where(meet, gamma, 1))
-        tangent = jnp.where(meet, jnp.where(zeta < 0, -1, 1) / (jnp.abs(zeta) + jnp.sqrt(1 + zeta**2)), 0)[:, None]
+        tangent = jnp.where(
+            meet, jnp.where(zeta < 0, -1, 1) / (jnp.abs(zeta) + jnp.sqrt(1 + zeta**2)), 0
+        )[:, None]
         cosine = 1 / jnp.sqrt(1 + tangent**2)
         x, y = cosine * (x - tangent * y), cosine * (tangent * x + y)
         if half > 1:

@@ -1,9 +1,11 @@
-"""What theory says of a trained network: equilibrium, norm balance, Lemmas 1 and 2, theorem, budget. Pure arrays.
+"""What theory says of a trained network: equilibrium, norm balance, Lemmas 1 and 2, theorem,
+budget. Pure arrays.
 
-Notation: r = y - f the residual (y - softmax(f) with cross-entropy), b the head bias, mean the mean over all examples,
-W (C, p) the head, M^T (C, p) the class means mu_c as rows, mu_G their mean, Mdot the centred means, J all ones, G_k the
-gradient of the fit term with respect to W_k, L the regularized loss. Statements after Rangamani & Banburski (ICASSP
-2022) unless said; derivations in docs/theory.md. Closed forms of whole models are in `closed_forms`.
+Notation: r = y - f the residual (y - softmax(f) with cross-entropy), b the head bias, mean the mean
+over all examples, W (C, p) the head, M^T (C, p) the class means mu_c as rows, mu_G their mean, Mdot
+the centred means, J all ones, G_k the gradient of the fit term with respect to W_k, L the
+regularized loss. Statements after Rangamani & Banburski (ICASSP 2022) unless said; derivations in
+docs/theory.md. Closed forms of whole models are in `closed_forms`.
 """
 
 from typing import NamedTuple
@@ -18,14 +20,20 @@ from ncjax.metrics.linalg import SymmetricPart, symmetric_part
 def equilibrium_residual(
     weight: Float[Array, "..."], fit_gradient: Float[Array, "..."], weight_decay: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """||lambda W_k + G_k||/||lambda W_k||: 0 at every critical point of L. NaN at lambda = 0, where it is undefined."""
+    """||lambda W_k + G_k||/||lambda W_k||: 0 at every critical point of L. NaN at lambda = 0,
+    where it is undefined.
+    """
     decay = weight_decay * weight
     residual = jnp.linalg.norm((decay + fit_gradient).ravel()) / jnp.linalg.norm(decay.ravel())
     return jnp.where(weight_decay > 0, residual, jnp.nan)
 
 
-def norm_target(residual_dot_logit: Float[Array, ""], weight_decay: Float[Array, ""]) -> Float[Array, ""]:
-    """mean<r, f - b>/lambda: what ||W_k||_F^2 is at equilibrium, the same for every k. NaN at lambda = 0."""
+def norm_target(
+    residual_dot_logit: Float[Array, ""], weight_decay: Float[Array, ""]
+) -> Float[Array, ""]:
+    """mean<r, f - b>/lambda: what ||W_k||_F^2 is at equilibrium, the same for every k. NaN at
+    lambda = 0.
+    """
     return jnp.where(weight_decay > 0, residual_dot_logit / weight_decay, jnp.nan)
 
 
@@ -39,9 +47,11 @@ def lemma2_residual(
 ) -> Float[Array, ""]:
     """Largest over layers l of |L - RHS_l|/L, where at every moment of training
 
-    RHS_l = -1/4 d||W_l||^2/dt + lambda/2 sum_{k != l} ||W_k||^2 + 1/2 mean<r, y - b> + lambda_b/2 ||b||^2,
+    RHS_l = -1/4 d||W_l||^2/dt + lambda/2 sum_{k != l} ||W_k||^2 + 1/2 mean<r, y - b> + lambda_b/2
+    ||b||^2,
 
-    and d||W_l||^2/dt = -2 <W_l, G_l + lambda W_l> along gradient flow. An identity for degree-1 homogeneous layers.
+    and d||W_l||^2/dt = -2 <W_l, G_l + lambda W_l> along gradient flow. An identity for degree-1
+    homogeneous layers.
 
     Args:
       weight_norms_sq: ||W_k||_F^2.
@@ -55,16 +65,23 @@ def lemma2_residual(
     return jnp.max(jnp.abs(loss - right)) / loss
 
 
-def norm_imbalance(flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]) -> np.ndarray:
-    """exp(-2 lambda t) = (||W_k||^2 - ||W_l||^2)(t) over its value at t = 0 along gradient flow, for any two layers.
+def norm_imbalance(
+    flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]
+) -> np.ndarray:
+    """exp(-2 lambda t) = (||W_k||^2 - ||W_l||^2)(t) over its value at t = 0 along gradient flow,
+    for any two layers.
 
-    <W_k, G_k> is the same for all layers of a network of degree 1 in each, so only decay acts on the difference.
+    <W_k, G_k> is the same for all layers of a network of degree 1 in each, so only decay acts on
+    the difference.
     """
     return np.exp(-2 * np.asarray(weight_decay) * np.asarray(flow_time))
 
 
-def relaxation_time(flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]) -> np.ndarray:
-    """2 lambda t: the number of e-folds by which squared layer norms have drawn together along gradient flow.
+def relaxation_time(
+    flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]
+) -> np.ndarray:
+    """2 lambda t: the number of e-folds by which squared layer norms have drawn together along
+    gradient flow.
 
     d/dt (||W_k||^2 - ||W_l||^2) = -2 lambda (||W_k||^2 - ||W_l||^2). NaN at lambda = 0.
     """
@@ -72,10 +89,12 @@ def relaxation_time(flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.
 
 
 def collapsed_loss(alpha: Float[np.ndarray, "..."], num_classes: int) -> np.ndarray:
-    """Lemma 1: fit term of a collapsed solution without bias whose outputs are W M = alpha C/(C-1) (I - J/C).
+    """Lemma 1: fit term of a collapsed solution without bias whose outputs are W M = alpha C/(C-1)
+    (I - J/C).
 
-    1/2 ((1 - alpha)^2 + alpha^2/(C-1)): least at alpha = (C-1)/C, where it is 1/(2C) > 0. Such a solution never
-    interpolates one-hot targets; at that alpha, with a bias of 1/C or centred targets, it does.
+    1/2 ((1 - alpha)^2 + alpha^2/(C-1)): least at alpha = (C-1)/C, where it is 1/(2C) > 0. Such a
+    solution never interpolates one-hot targets; at that alpha, with a bias of 1/C or centred
+    targets, it does.
     """
     alpha = np.asarray(alpha)
     return 0.5 * ((1 - alpha) ** 2 + alpha**2 / (num_classes - 1))
@@ -87,12 +106,15 @@ def theorem_residual(
     centred_means: Float[Array, "C p"],
     weight_decay: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """||W - W_theorem||/||W||, where W_theorem^c = epsilon/(lambda (C-1)) (mu_c - mu_G); NaN at lambda = 0.
+    """||W - W_theorem||/||W||, where W_theorem^c = epsilon/(lambda (C-1)) (mu_c - mu_G); NaN at
+    lambda = 0.
 
     The theorem as stated, exact under symmetric quasi-interpolation at equilibrium.
     """
     predicted = epsilon / (weight_decay * (len(head) - 1)) * centred_means
-    return jnp.where(weight_decay > 0, jnp.linalg.norm(head - predicted) / jnp.linalg.norm(head), jnp.nan)
+    return jnp.where(
+        weight_decay > 0, jnp.linalg.norm(head - predicted) / jnp.linalg.norm(head), jnp.nan
+    )
 
 
 class SymmetricSolution(NamedTuple):
@@ -101,8 +123,9 @@ class SymmetricSolution(NamedTuple):
     Attributes:
       head_norm_sq: ||W||_F^2.
       head_cosine: cos(W^c, W^c') of every pair.
-      nc3: NC3, 0 only where the sum of the outputs is met by a bias or not asked for. No bound: where classes are not
-        alike, NC3 may be less; the floor at any weights is `collapse.nc3_floor`.
+      nc3: NC3, 0 only where the sum of the outputs is met by a bias or not asked for. No bound:
+        where classes are not alike, NC3 may be less; the floor at any weights is
+        `collapse.nc3_floor`.
     """
 
     head_norm_sq: Float[Array, ""]
@@ -111,25 +134,30 @@ class SymmetricSolution(NamedTuple):
 
 
 def symmetric_solution(
-    logits: SymmetricPart, residuals: SymmetricPart, num_classes: int, weight_decay: Float[Array, ""]
+    logits: SymmetricPart,
+    residuals: SymmetricPart,
+    num_classes: int,
+    weight_decay: Float[Array, ""],
 ) -> SymmetricSolution:
     """The theorem without its assumption that residuals sum to zero.
 
-    With W M = a (I - J/C) + s_W J/C and Rbar = t (I - J/C) + q J/C, equilibrium lambda W = Rbar M^T/C gives
+    With W M = a (I - J/C) + s_W J/C and Rbar = t (I - J/C) + q J/C, equilibrium lambda W = Rbar
+    M^T/C gives
 
         W W^T = (w_p (I - J/C) + w_1 J/C)/(lambda C),   w_p = a t,   w_1 = s_W q,
 
-    hence ||W||_F^2, the cosines and NC3 = 2 - 2 sqrt((C-1) w_p/(w_1 + (C-1) w_p)). Square loss: a = 1 - t, and without
-    bias s_W = 1 - q (one-hot targets). w_1 = 0 (the theorem: cosines -1/(C-1), NC3 = 0) with a free bias or centred
-    targets; w_1 = w_p (orthogonal frame) without bias where delta = 0.
+    hence ||W||_F^2, the cosines and NC3 = 2 - 2 sqrt((C-1) w_p/(w_1 + (C-1) w_p)). Square loss: a =
+    1 - t, and without bias s_W = 1 - q (one-hot targets). w_1 = 0 (the theorem: cosines -1/(C-1),
+    NC3 = 0) with a free bias or centred targets; w_1 = w_p (orthogonal frame) without bias where
+    delta = 0.
 
     Args:
       logits: symmetric part of W M, the class-mean outputs less the bias.
       residuals: symmetric part of Rbar, the class-mean residuals.
 
     Returns:
-      NaN where there is no such solution: lambda = 0, w_p <= 0 or w_1 < 0 (by more than 1% of (C-1) w_p: rounding and
-      the rest of training leave a w_1 that should vanish on either side of 0).
+      NaN where there is no such solution: lambda = 0, w_p <= 0 or w_1 < 0 (by more than 1% of (C-1)
+      w_p: rounding and the rest of training leave a w_1 that should vanish on either side of 0).
     """
     differences, total = (num_classes - 1) * logits.u * residuals.u, logits.v * residuals.v
     exists = (weight_decay > 0) & (differences > 0) & (total > -0.01 * differences)
@@ -163,9 +191,11 @@ def budget(
     covariance: Float[Array, "C p"],
     gradient: Float[Array, "C p"],
 ) -> Budget:
-    """Where a head deviates from the theorem, and why: an identity at every moment of training, without assumption.
+    """Where a head deviates from the theorem, and why: an identity at every moment of training,
+    without assumption.
 
-    lambda W = (t/C) Mdot^T + (q/C) 1 mu_G^T + (1/C) E M^T + K + G with Rbar = t (I - J/C) + q J/C + E.
+    lambda W = (t/C) Mdot^T + (q/C) 1 mu_G^T + (1/C) E M^T + K + G with Rbar = t (I - J/C) + q J/C +
+    E.
 
     Args:
       mean_residuals: row c is the mean residual of class c (Rbar has it as column c).
@@ -185,13 +215,18 @@ def budget(
     )
 
 
-def budget_account(terms: Budget, head: Float[Array, "C p"], weight_decay: Float[Array, ""]) -> dict[str, Array]:
-    """Each term's share of lambda W by projection (they sum to 1; NaN at lambda = 0), its Frobenius norm, and
-    `budget_residual`, the norm of what the five leave of lambda W over that of the largest."""
+def budget_account(
+    terms: Budget, head: Float[Array, "C p"], weight_decay: Float[Array, ""]
+) -> dict[str, Array]:
+    """Each term's share of lambda W by projection (they sum to 1; NaN at lambda = 0), its Frobenius
+    norm, and `budget_residual`, the norm of what the five leave of lambda W over that of the
+    largest."""
     whole = weight_decay * head
     norms = {name: jnp.linalg.norm(term) for name, term in terms._asdict().items()}
     account = {
-        f"budget_{name}": jnp.where(weight_decay > 0, jnp.sum(term * whole) / jnp.sum(whole**2), jnp.nan)
+        f"budget_{name}": jnp.where(
+            weight_decay > 0, jnp.sum(term * whole) / jnp.sum(whole**2), jnp.nan
+        )
         for name, term in terms._asdict().items()
     }
     account |= {f"budget_{name}_norm": norm for name, norm in norms.items()}
@@ -199,16 +234,21 @@ def budget_account(terms: Budget, head: Float[Array, "C p"], weight_decay: Float
     return account | {"budget_residual": jnp.linalg.norm(whole - sum(terms)) / largest}
 
 
-def normalized_margin(logits: SymmetricPart, weight_norms_sq: Float[Array, " L"]) -> Float[Array, ""]:
-    """gamma = a/prod_k ||W_k||_F: the margin a, of W M = a (I - J/C) + ..., of the network with all norms one."""
+def normalized_margin(
+    logits: SymmetricPart, weight_norms_sq: Float[Array, " L"]
+) -> Float[Array, ""]:
+    """gamma = a/prod_k ||W_k||_F: the margin a, of W M = a (I - J/C) + ..., of the network with
+    all norms one.
+    """
     return logits.u / jnp.sqrt(jnp.prod(weight_norms_sq))
 
 
 def mode_eigenvalues(logits: Float[np.ndarray, "... C C"]) -> np.ndarray:
-    """Descending eigenvalues of the symmetric part (B + B^T)/2 of B = W M; NaN where B is not finite.
+    """Descending eigenvalues of the symmetric part (B + B^T)/2 of B = W M; NaN where B is not
+    finite.
 
-    At the symmetric solutions they are the margin a (C - 1 times) and the sum of outputs s_W; past the critical lambda
-    they reach 0 one after the other.
+    At the symmetric solutions they are the margin a (C - 1 times) and the sum of outputs s_W; past
+    the critical lambda they reach 0 one after the other.
     """
     finite = np.asarray(np.isfinite(logits).all((-1, -2)))[..., None]
     symmetric = np.where(finite[..., None], logits + np.swapaxes(logits, -1, -2), 0) / 2

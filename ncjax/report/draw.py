@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@np.errstate(over="ignore")  # where weight decay spans 300 decades, ends of curves and axes leave float64
+@np.errstate(
+    over="ignore"
+)  # where weight decay spans 300 decades, ends of curves and axes leave float64
 def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = None) -> list[Path]:
-    """Writes the figures of one run, one set per setting of the axes other than weight_decay and seed.
+    """Writes the figures of one run, one set per setting of the axes other than weight_decay and
+    seed.
 
     weight_decay: whose equilibrium budget is drawn; by default the one that collapses most.
     """
@@ -34,11 +37,15 @@ def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = Non
             drawn |= {
                 "equilibrium_against_epoch": theory_figures.equilibrium_against_epoch(one),
                 "theory_against_lambda": theory_figures.theory_against_lambda({words: one}),
-                "budget_against_epoch": theory_figures.budget_against_epoch(one, _budget_decay(one, weight_decay)),
+                "budget_against_epoch": theory_figures.budget_against_epoch(
+                    one, _budget_decay(one, weight_decay)
+                ),
             }
             if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
                 drawn["collapse_against_clock"] = theory_figures.collapse_against_clock(one)
-        written += [_write(figure, folder / f"{name}{suffix}.png") for name, figure in drawn.items()]
+        written += [
+            _write(figure, folder / f"{name}{suffix}.png") for name, figure in drawn.items()
+        ]
     if (history["weight_decay"] > 0).any():
         phases = theory_figures.modes_against_lambda(list(figures.settings(history)))
         written.append(_write(phases, folder / "modes_against_lambda.png"))
@@ -59,8 +66,12 @@ def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
 
 @np.errstate(over="ignore")
 def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path]:
-    """Writes the figures that lay several runs over one another, every setting of each as one of them."""
-    named = [(name, one) for name, history in histories.items() for one in figures.settings(history)]
+    """Writes the figures that lay several runs over one another, every setting of each as one of
+    them.
+    """
+    named = [
+        (name, one) for name, history in histories.items() for one in figures.settings(history)
+    ]
     shown = {", ".join([name, *figures.setting_words(one)]): one for name, one in named}
     drawn = {
         "collapse_against_lambda": figures.collapse_against_lambda(shown),

@@ -20,7 +20,9 @@ _BLUE, _RED = panels.COLOURS[:2]
 
 
 def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
-    """Draws what was found, of one layer or of several in forward order, into a folder that exists; the files."""
+    """Draws what was found, of one layer or of several in forward order, into a folder that
+    exists; the files.
+    """
     import io
 
     last = list(found.values())[-1]
@@ -39,7 +41,10 @@ def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
 def _caption(found: "Measurement") -> str:
     present = found.examples[found.examples > 0]
     unit = "" if found.unit == 1 else f" in units of {panels.number(found.unit)}"
-    return f"{present.sum():,} examples of {len(present):,} classes, {found.centred.shape[1]:,} features{unit}"
+    return (
+        f"{present.sum():,} examples of {len(present):,} classes, {found.centred.shape[1]:,} "
+        f"features{unit}"
+    )
 
 
 def _words(axes: "Axes", title: str, x: str, y: str) -> None:
@@ -49,7 +54,9 @@ def _words(axes: "Axes", title: str, x: str, y: str) -> None:
 
 
 def spectrum(found: "Measurement") -> "Figure":
-    """Eigenvalues of Sigma_B, Sigma_W along the same directions, and the ratio of the two, whose sum/C is nc1."""
+    """Eigenvalues of Sigma_B, Sigma_W along the same directions, and the ratio of the two, whose
+    sum/C is nc1.
+    """
     figure, (left, right) = panels.frame(2, "direction", _caption(found))
     kept = found.spectrum > 0
     places = np.flatnonzero(kept) + 1
@@ -62,7 +69,9 @@ def spectrum(found: "Measurement") -> "Figure":
     right.plot(places, within / between, color="black", **look)
     value = found.metrics["nc1"]
     panels.finish(
-        right, panels.Panel(f"Ratio: its sum over C is nc1 = {value:.3g}", "within / means", ()), within / between
+        right,
+        panels.Panel(f"Ratio: its sum over C is nc1 = {value:.3g}", "within / means", ()),
+        within / between,
     )
     for axes in (left, right):
         if len(places) > 50:
@@ -74,21 +83,31 @@ def spectrum(found: "Measurement") -> "Figure":
 
 
 def angles(found: "Measurement") -> "Figure":
-    """Cosines between centred class means: all of them, or their histogram where classes are many."""
+    """Cosines between centred class means: all of them, or their histogram where classes are
+    many.
+    """
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
 
     num_classes, caption = len(found.centred), _caption(found)
-    shown = np.unique(np.linspace(0, num_classes - 1, min(num_classes, _MOST_IN_HISTOGRAM)).astype(int))
+    shown = np.unique(
+        np.linspace(0, num_classes - 1, min(num_classes, _MOST_IN_HISTOGRAM)).astype(int)
+    )
     with np.errstate(invalid="ignore"):  # a class mean at the global mean has no direction
         unit = found.centred[shown] / np.linalg.norm(found.centred[shown], axis=1, keepdims=True)
     cosines, etf = unit @ unit.T, -1 / (num_classes - 1)
     if num_classes > _MOST_IN_HEAT_MAP:
         off = cosines[np.triu_indices(len(shown), 1)]
-        caption += "" if len(shown) == num_classes else f"\nangles of {len(shown):,} classes, evenly chosen"
+        caption += (
+            ""
+            if len(shown) == num_classes
+            else f"\nangles of {len(shown):,} classes, evenly chosen"
+        )
         figure, (axes,) = panels.frame(1, "", caption)
         axes.hist(off[np.isfinite(off)], bins=100, color=_BLUE)
-        line = axes.axvline(etf, color="black", linewidth=1, label=rf"simplex ETF: {panels.number(etf)}")
+        line = axes.axvline(
+            etf, color="black", linewidth=1, label=rf"simplex ETF: {panels.number(etf)}"
+        )
         panels.legend(figure, [line], "")
         axes.set_yscale("log")
         _words(axes, "Angles between centred class means", "cosine", "pairs of classes")
@@ -96,7 +115,9 @@ def angles(found: "Measurement") -> "Figure":
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = np.where(np.eye(num_classes), np.nan, cosines)
     reach = float(np.nan_to_num(np.abs(off - etf)).max(initial=0.01))
-    figure = Figure(figsize=(panels.WIDTH + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained")
+    figure = Figure(
+        figsize=(panels.WIDTH + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained"
+    )
     figure.suptitle(caption, size=panels.SIZE)
     axes = figure.add_subplot()
     axes.imshow(off, cmap="PuOr", norm=CenteredNorm(etf, reach))
@@ -109,7 +130,9 @@ def angles(found: "Measurement") -> "Figure":
 
 
 def classes(found: "Measurement") -> "Figure":
-    """Every class: its spread against the distance of its mean from the global mean, coloured by its size."""
+    """Every class: its spread against the distance of its mean from the global mean, coloured by
+    its size.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = panels.frame(1, "", _caption(found))
@@ -140,13 +163,17 @@ _LAYER_PANELS = (
     panels.Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",)),
     panels.Panel("CDNV", r"$\overline{(v_c+v_{c'})/(2\Vert\mu_c-\mu_{c'}\Vert^2)}$", ("cdnv",)),
     panels.Panel("NC2: angles", r"$\overline{|\cos+1/(C-1)|}$", ("nc2_equiangular_means",)),
-    panels.Panel("NC2: distance to a simplex ETF", r"$\Vert\hat K-(I-J/C)/\sqrt{C-1}\Vert_F$", ("etf_error",)),
+    panels.Panel(
+        "NC2: distance to a simplex ETF", r"$\Vert\hat K-(I-J/C)/\sqrt{C-1}\Vert_F$", ("etf_error",)
+    ),
 )
 
 
 def layers(found: dict[str, "Measurement"]) -> "Figure":
     """Collapse layer by layer, in forward order."""
-    figure, all_axes = panels.frame(len(_LAYER_PANELS), "layer", _caption(list(found.values())[-1]).rsplit(",", 1)[0])
+    figure, all_axes = panels.frame(
+        len(_LAYER_PANELS), "layer", _caption(list(found.values())[-1]).rsplit(",", 1)[0]
+    )
     places = np.arange(len(found))
     for axes, panel in zip(all_axes, _LAYER_PANELS, strict=True):
         values = np.array([one.metrics[panel.drawn[0]] for one in found.values()])
@@ -155,6 +182,10 @@ def layers(found: dict[str, "Measurement"]) -> "Figure":
         turned = max(map(len, found)) * len(found) > 40
         words = [panels.literal(name) if axes in all_axes[-2:] else "" for name in found]
         axes.set_xticks(
-            places, words, size=panels.SMALL, rotation=45 if turned else 0, ha="right" if turned else "center"
+            places,
+            words,
+            size=panels.SMALL,
+            rotation=45 if turned else 0,
+            ha="right" if turned else "center",
         )
     return figure

@@ -1,6 +1,7 @@
 """Collapse as figures: histories -> matplotlib figures, as pure functions.
 
-A history given to a figure has one setting of every axis but weight_decay and seed: `settings` takes others apart.
+A history given to a figure has one setting of every axis but weight_decay and seed: `settings`
+takes others apart.
 """
 
 import itertools
@@ -35,7 +36,12 @@ PANELS = (
         _ANGLES,
         "predicted_equiangular_head",
     ),
-    Panel("NC3: self-duality (dotted: head centred)", panels.NC3.label, ("nc3", "nc3_centered"), "nc3_floor"),
+    Panel(
+        "NC3: self-duality (dotted: head centred)",
+        panels.NC3.label,
+        ("nc3", "nc3_centered"),
+        "nc3_floor",
+    ),
     Panel("NC4: nearest class mean", "share that disagrees", ("nc4",)),
     Panel("Error (solid: train, dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
 )
@@ -47,11 +53,18 @@ def collapse_against_epoch(history: xr.Dataset) -> "Figure":
 
 
 def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
-    """NC1 to NC4 and the error while training, each history at the weight decay where it collapses most."""
+    """NC1 to NC4 and the error while training, each history at the weight decay where it
+    collapses most.
+    """
     curves = []
-    for colour, (name, history) in zip(itertools.cycle(panels.COLOURS), histories.items(), strict=False):
+    for colour, (name, history) in zip(
+        itertools.cycle(panels.COLOURS), histories.items(), strict=False
+    ):
         run = panels.training(history).isel(weight_decay=most_collapsed(history))
-        label = rf"{panels.literal(name)}, $\lambda$ = {number(run['weight_decay'].item())}{panels.diverged(run)}"
+        label = (
+            rf"{panels.literal(name)}, $\lambda$ = "
+            rf"{number(run['weight_decay'].item())}{panels.diverged(run)}"
+        )
         curves.append(Curve(label, colour, "-", run))
     return panels.against(curves, PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
 
@@ -62,23 +75,33 @@ def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
 
 
 def class_mean_cosines(history: xr.Dataset) -> "Figure":
-    """Cosines between centred class means of the first seed: least weight decay beside the most collapsed one."""
+    """Cosines between centred class means of the first seed: least weight decay beside the most
+    collapsed one.
+    """
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
 
     least = int(history["weight_decay"].values.argmin())
-    shown = [history.isel(weight_decay=i, seed=[0]) for i in dict.fromkeys((least, most_collapsed(history)))]
+    shown = [
+        history.isel(weight_decay=i, seed=[0])
+        for i in dict.fromkeys((least, most_collapsed(history)))
+    ]
     names = [str(name) for name in history["label"].values]
     etf = -1 / (len(names) - 1)
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = [np.where(np.eye(len(names)), np.nan, run[COSINES].squeeze("seed")) for run in shown]
     reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
-    figure = Figure(figsize=(panels.WIDTH * len(off) + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained")
+    figure = Figure(
+        figsize=(panels.WIDTH * len(off) + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained"
+    )
     figure.suptitle(", ".join(setting_words(history)), size=panels.SIZE)
     all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)
     for axes, run, matrix in zip(all_axes, shown, off, strict=True):
         axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
-        title = rf"$\lambda$ = {number(run['weight_decay'].item())}, seed {run['seed'].item()}{panels.diverged(run)}"
+        title = (
+            rf"$\lambda$ = {number(run['weight_decay'].item())}, seed "
+            rf"{run['seed'].item()}{panels.diverged(run)}"
+        )
         axes.set_title(title, size=panels.SIZE)
         axes.set_facecolor("0.85")
         axes.tick_params(length=0, labelsize=panels.SMALL)
@@ -98,11 +121,19 @@ def most_collapsed(history: xr.Dataset) -> int:
 
 
 def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
-    """One history per setting of the swept axes other than weight_decay and seed, which become scalar coordinates."""
-    extra = [name for name in SWEPT if name in history.dims and name not in ("weight_decay", "seed")]
+    """One history per setting of the swept axes other than weight_decay and seed, which become
+    scalar coordinates.
+    """
+    extra = [
+        name for name in SWEPT if name in history.dims and name not in ("weight_decay", "seed")
+    ]
     for at in itertools.product(*(range(history.sizes[name]) for name in extra)):
         yield history.isel(dict(zip(extra, at, strict=True)))
 
 
 def setting_words(history: xr.Dataset) -> list[str]:
-    return [f"{name}={history[name].item():g}" for name in SWEPT if name in history.coords and not history[name].ndim]
+    return [
+        f"{name}={history[name].item():g}"
+        for name in SWEPT
+        if name in history.coords and not history[name].ndim
+    ]

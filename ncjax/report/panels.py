@@ -1,8 +1,9 @@
-"""How figures are drawn: panels of curves against a clock or weight decay, their scales, legends and captions.
+"""How figures are drawn: panels of curves against a clock or weight decay, their scales, legends
+and captions.
 
-Lines are means over seeds and bands reach from the least to the greatest of them: unlike a standard deviation, that
-stays positive on a log axis. Matplotlib is imported late, and pyplot never, so that `--help` and bad input answer at
-once and no global state changes.
+Lines are means over seeds and bands reach from the least to the greatest of them: unlike a standard
+deviation, that stays positive on a log axis. Matplotlib is imported late, and pyplot never, so that
+`--help` and bad input answer at once and no global state changes.
 """
 
 import itertools
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-WIDTH, HEIGHT, DPI = 3.4, 2.1, 200  # a panel, in inches: two fill the text width of a two-column page
+WIDTH, HEIGHT, DPI = (
+    3.4,
+    2.1,
+    200,
+)  # a panel, in inches: two fill the text width of a two-column page
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 60  # characters: a longer one leaves no room for panels
 _MOST_DECADES = 9  # with a label each on one axis
-# Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only after 42 runs.
+# Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
+# after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
 CLOCKS = {"epoch": "epoch", "relaxation_time": r"relaxation clock $2\lambda t$"}
@@ -39,13 +45,17 @@ class Panel(NamedTuple):
     title: str
     label: str
     drawn: tuple[str, ...]  # variables of `training`: solid, then dotted
-    predicted: str = ""  # a variable to draw dashed, without bars, where the figure is one against weight decay
+    predicted: str = (
+        ""  # a variable to draw dashed, without bars, where the figure is one against weight decay
+    )
 
 
 NC1 = Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",))
 NC3 = Panel("NC3: self-duality", r"$\Vert\hat W_L-\hat M^{\top}\Vert_F^2$", ("nc3",))
 HEAD_EQUILIBRIUM = Panel(
-    "Equilibrium of the head", r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$", ("head",)
+    "Equilibrium of the head",
+    r"$\Vert\lambda W_L+\nabla\mathrm{fit}\Vert\,/\,\Vert\lambda W_L\Vert$",
+    ("head",),
 )
 
 
@@ -59,7 +69,9 @@ class Curve(NamedTuple):
 def over_seeds(values: xr.DataArray) -> np.ndarray:
     """Mean, least and greatest over the seeds that are finite, stacked; NaN where none is."""
     masked = np.ma.masked_invalid(values.transpose("seed", ...).values.astype(np.float64))
-    return np.stack([np.ma.filled(part, np.nan) for part in (masked.mean(0), masked.min(0), masked.max(0))])
+    return np.stack(
+        [np.ma.filled(part, np.nan) for part in (masked.mean(0), masked.min(0), masked.max(0))]
+    )
 
 
 def one_per_lambda(history: xr.Dataset) -> list[Curve]:
@@ -68,7 +80,8 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
 
     history = training(history).sortby("weight_decay")
     values = history["weight_decay"].values
-    # Neither end of viridis: one is nearly the black of weight decay 0, the other too light for a thin line.
+    # Neither end of viridis: one is nearly the black of weight decay 0, the other too light for a
+    # thin line.
     colours = iter(matplotlib.colormaps["viridis"](np.linspace(0.12, 0.9, int((values > 0).sum()))))
     curves = []
     for i, value in enumerate(values):
@@ -79,9 +92,12 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
 
 
 def training(history: xr.Dataset) -> xr.Dataset:
-    """What panels draw: the training split, both errors, the residual of every layer under the layer's name, and what
-    is a short sum away from what was measured."""
-    drawn = {f"error_{split}": 1 - history["accuracy"].sel(split=split, drop=True) for split in ("train", "test")}
+    """What panels draw: the training split, both errors, the residual of every layer under the
+    layer's name, and what is a short sum away from what was measured."""
+    drawn = {
+        f"error_{split}": 1 - history["accuracy"].sel(split=split, drop=True)
+        for split in ("train", "test")
+    }
     for layer in history["layer"].values:
         drawn[str(layer)] = history["equilibrium_residual"].sel(layer=layer, drop=True)
     norms_sq = history["weight_norm_sq"]
@@ -94,7 +110,9 @@ def training(history: xr.Dataset) -> xr.Dataset:
 
 
 def terminal_epoch(accuracy: xr.DataArray) -> xr.DataArray:
-    """First measured epoch at which every seed that is still finite is right everywhere; NaN if there is none."""
+    """First measured epoch at which every seed that is still finite is right everywhere; NaN if
+    there is none.
+    """
     reached = ((accuracy == 1) | accuracy.isnull()).all("seed") & accuracy.notnull().any("seed")
     return accuracy["epoch"].where(reached).min("epoch")
 
@@ -104,7 +122,11 @@ def clock_of(run: xr.Dataset, clock: str) -> np.ndarray:
 
 
 def against(
-    curves: Sequence[Curve], panels: Sequence[Panel], title: str, clock: str = "epoch", compared: bool = False
+    curves: Sequence[Curve],
+    panels: Sequence[Panel],
+    title: str,
+    clock: str = "epoch",
+    compared: bool = False,
 ) -> "Figure":
     """Panels of curves against `epoch` or `relaxation_time`."""
     from matplotlib.lines import Line2D
@@ -114,22 +136,36 @@ def against(
     times = np.concatenate([clock_of(curve.run, clock) for curve in curves])
     for axes, panel in zip(all_axes, panels, strict=True):
         scale_x(axes, times)
-        finish(axes, panel, np.concatenate([_draw_curve(axes, curve, panel, clock) for curve in curves]))
+        finish(
+            axes,
+            panel,
+            np.concatenate([_draw_curve(axes, curve, panel, clock) for curve in curves]),
+        )
     runs = [curve.run for curve in curves]
-    caption = f"training split; {caption_of(runs)}, band around solid and dashed lines: least to greatest"
+    caption = (
+        f"training split; {caption_of(runs)}, band around solid and dashed lines: least to greatest"
+    )
     if any(terminal_epoch(run["accuracy"]).notnull() for run in runs):
         caption += "\n\N{WHITE DIAMOND}: training error first 0 in every seed"
     # A run compared with others has one weight decay, and a name that no scale can show.
     if len(curves) > _MOST_IN_LEGEND and not compared:
         _lambda_bar(figure, all_axes, curves)
         curves = []
-    legend(figure, [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves], caption)
+    legend(
+        figure,
+        [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves],
+        caption,
+    )
     return figure
 
 
 def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[Panel]:
-    """Those with something to draw: below batch normalization a layer has no equilibrium. All, if none has."""
-    return [p for p in panels if any(run[name].notnull().any() for run in runs for name in p.drawn)] or panels
+    """Those with something to draw: below batch normalization a layer has no equilibrium. All,
+    if none has.
+    """
+    return [
+        p for p in panels if any(run[name].notnull().any() for run in runs for name in p.drawn)
+    ] or panels
 
 
 def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndarray:
@@ -149,8 +185,12 @@ def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndar
     return np.concatenate([values.ravel(), *dotted])
 
 
-def _draw_lambdas(axes: "Axes", final: xr.Dataset, name: str, style: dict[str, Any], shift: float) -> np.ndarray:
-    """Draws one line, moved by `shift` points so that bars do not cover each other, and returns all its values."""
+def _draw_lambdas(
+    axes: "Axes", final: xr.Dataset, name: str, style: dict[str, Any], shift: float
+) -> np.ndarray:
+    """Draws one line, moved by `shift` points so that bars do not cover each other, and returns
+    all its values.
+    """
     from matplotlib.transforms import ScaledTranslation
 
     weight_decay, values = final["weight_decay"].values, over_seeds(final[name])
@@ -158,18 +198,39 @@ def _draw_lambdas(axes: "Axes", final: xr.Dataset, name: str, style: dict[str, A
     face = "white" if style["linestyle"] == ":" else style["color"]
     # No line leads to weight decay 0: a log axis does not reach it.
     for part in (weight_decay == 0, weight_decay > 0):
-        look = style | {"markersize": 3.5, "markerfacecolor": face, "linewidth": 1, "transform": moved}
+        look = style | {
+            "markersize": 3.5,
+            "markerfacecolor": face,
+            "linewidth": 1,
+            "transform": moved,
+        }
         axes.plot(weight_decay[part], values[0][part], **look)
-    axes.vlines(weight_decay, values[1], values[2], color=style["color"], linewidth=1, zorder=1, transform=moved)
+    axes.vlines(
+        weight_decay,
+        values[1],
+        values[2],
+        color=style["color"],
+        linewidth=1,
+        zorder=1,
+        transform=moved,
+    )
     return values.ravel()
 
 
-def _draw_finals(axes: "Axes", panel: Panel, finals: Sequence[xr.Dataset], styles: Sequence[dict]) -> np.ndarray:
-    """Draws a panel's variables of every history, and its prediction, and returns what must fit in the panel."""
-    pairs = list(itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False)))
+def _draw_finals(
+    axes: "Axes", panel: Panel, finals: Sequence[xr.Dataset], styles: Sequence[dict]
+) -> np.ndarray:
+    """Draws a panel's variables of every history, and its prediction, and returns what must fit
+    in the panel.
+    """
+    pairs = list(
+        itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False))
+    )
     step = min(3, 8 / len(pairs))
     drawn = [
-        _draw_lambdas(axes, final, name, style | {"linestyle": line}, shift=step * (i - (len(pairs) - 1) / 2))
+        _draw_lambdas(
+            axes, final, name, style | {"linestyle": line}, shift=step * (i - (len(pairs) - 1) / 2)
+        )
         for i, ((final, style), (name, line)) in enumerate(pairs)
     ]
     for final, style in zip(finals, styles, strict=True) if panel.predicted else ():
@@ -184,18 +245,23 @@ def _draw_finals(axes: "Axes", panel: Panel, finals: Sequence[xr.Dataset], style
 def against_lambda(
     histories: dict[str, xr.Dataset], drawn_panels: Sequence[Panel], remark: str = ""
 ) -> tuple["Figure", list["Axes"]]:
-    """Panels of the last epoch against weight decay, a colour and marker per history; one alone gives the title."""
+    """Panels of the last epoch against weight decay, a colour and marker per history; one alone
+    gives the title.
+    """
     from matplotlib.lines import Line2D
 
     title = literal("".join(histories)) if len(histories) == 1 else ""
     drawn_panels = _measured(drawn_panels, [training(history) for history in histories.values()])
     figure, all_axes = frame(len(drawn_panels), r"weight decay $\lambda$", title)
     looks = zip(histories, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    styles: list[dict[str, Any]] = [{"color": colour, "marker": marker} for _, colour, marker in looks]
+    styles: list[dict[str, Any]] = [
+        {"color": colour, "marker": marker} for _, colour, marker in looks
+    ]
     sorted_histories = [history.sortby("weight_decay") for history in histories.values()]
     put_out = [extinct(history.isel(epoch=-1)) for history in sorted_histories]
     finals = [
-        training(history).isel(epoch=-1).where(~out) for history, out in zip(sorted_histories, put_out, strict=True)
+        training(history).isel(epoch=-1).where(~out)
+        for history, out in zip(sorted_histories, put_out, strict=True)
     ]
     weight_decay = np.concatenate([final["weight_decay"].values for final in finals])
     for axes, panel in zip(all_axes, drawn_panels, strict=True):
@@ -232,15 +298,22 @@ def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]
 
 
 def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
-    """A log axis with a place for 0; ticks at powers of ten, else at 1, 2, 5 times them, else at the ends."""
+    """A log axis with a place for 0; ticks at powers of ten, else at 1, 2, 5 times them, else at
+    the ends.
+    """
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ticks, positive = [0.0] if (values == 0).any() else [], values[(values > 0) & np.isfinite(values)]
+    ticks, positive = (
+        [0.0] if (values == 0).any() else [],
+        values[(values > 0) & np.isfinite(values)],
+    )
     if positive.size:
         # Nearer to the ends of float64 neither a scale nor its ticks can be computed.
         low, high = np.clip([positive.min(), positive.max()], 1e-300, 1e300)
         # The rounding keeps 1e-3, whose logarithm is -2.9999999999999996.
-        decades = np.arange(np.floor(round(np.log10(low), 9)), np.ceil(round(np.log10(high), 9)) + 1)
+        decades = np.arange(
+            np.floor(round(np.log10(low), 9)), np.ceil(round(np.log10(high), 9)) + 1
+        )
         minor = list(range(2, 10)) if len(decades) <= _MOST_DECADES else None
         decades = decades[:: -(-len(decades) // _MOST_DECADES)]
         axes.set_xscale("symlog", linthresh=low, linscale=0.6, subs=minor)
@@ -264,11 +337,15 @@ def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
 
 
 def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
-    """Words, and a log scale with room for 0 where there are zeros (linear where nothing is positive)."""
+    """Words, and a log scale with room for 0 where there are zeros (linear where nothing is
+    positive).
+    """
     axes.set_title(panel.title, size=SIZE)
     axes.set_ylabel(panel.label, size=SIZE)
     positive = values[(values > 0) & np.isfinite(values)]
-    axes.set_autoscaley_on(False)  # it sees lines moved by points elsewhere than where they are drawn
+    axes.set_autoscaley_on(
+        False
+    )  # it sees lines moved by points elsewhere than where they are drawn
     # Twelve decades hold what means anything; what lies below is drawn with the zeros.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
     if positive.size and values[np.isfinite(values)].min() < least:
@@ -280,12 +357,15 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
 
 
 def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
-    """Matplotlib's own limits are wrong for a scale set after drawing and for lines moved by points."""
+    """Matplotlib's own limits are wrong for a scale set after drawing and for lines moved by
+    points.
+    """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
     ends = axis.get_transform().transform(np.array([finite.min(), finite.max()], float))
-    # Decades, of which values equal up to rounding must not fill the panel; a symlog scale counts in its threshold.
+    # Decades, of which values equal up to rounding must not fill the panel; a symlog scale counts
+    # in its threshold.
     least = 0.02 if axis.get_scale() == "log" else 0.0
     pad = max(0.05 * float(ends[1] - ends[0]), least) or 0.1 * float(abs(ends[0])) or 0.1
     with np.errstate(over="ignore"):
@@ -295,7 +375,9 @@ def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
 
 
 def literal(text: str) -> str:
-    r"""Returns a name of the user's such that matplotlib shows its characters: `$\frac$` is no mathematics."""
+    r"""Returns a name of the user's such that matplotlib shows its characters: `$\frac$` is no
+    mathematics.
+    """
     text = printable(text)
     if len(text) > _MOST_IN_NAME:
         text = f"{text[: _MOST_IN_NAME // 3]}...{text[-_MOST_IN_NAME // 2 :]}"
@@ -324,20 +406,31 @@ def diverged(*histories: xr.Dataset) -> str:
 
 def caption_of(histories: Sequence[xr.Dataset]) -> str:
     seeds = [history.sizes["seed"] for history in histories]
-    return f"means over n = {_span(seeds)} seed{'s' if max(seeds) > 1 else ''} per run{diverged(*histories)}"
+    return (
+        f"means over n = {_span(seeds)} seed{'s' if max(seeds) > 1 else ''} per "
+        f"run{diverged(*histories)}"
+    )
 
 
 def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
     # Mathematics takes less room than its source; seven characters are the line and the gaps.
-    lengths = [len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles]
+    lengths = [
+        len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles
+    ]
     columns = max(1, min(len(handles), int(figure.get_figwidth() * 16 / max(lengths, default=1))))
-    caption = "\n".join(part for line in caption.splitlines() for part in _wrapped(line, figure.get_figwidth()))
+    caption = "\n".join(
+        part for line in caption.splitlines() for part in _wrapped(line, figure.get_figwidth())
+    )
     words: dict[str, Any] = {"fontsize": SMALL, "title": caption, "title_fontsize": SMALL}
-    legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words)
+    legend = figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words
+    )
     legend.get_title().set_multialignment("center")
 
 
-def cosine_bar(figure: "Figure", panels: Sequence["Axes"], etf: float, reach: float, label: str) -> "Colorbar":
+def cosine_bar(
+    figure: "Figure", panels: Sequence["Axes"], etf: float, reach: float, label: str
+) -> "Colorbar":
     """Beside images of cosines: a scale around that of a simplex ETF, to `reach` on either side."""
     bar = figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.85, aspect=25)
     bar.set_label(label, size=SIZE)
@@ -350,7 +443,10 @@ def cosine_bar(figure: "Figure", panels: Sequence["Axes"], etf: float, reach: fl
 def _wrapped(line: str, inches: float) -> list[str]:
     """A line of a caption as lines that fit; mathematics stays whole."""
     whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), line)
-    return [part.replace("\0", " ") for part in textwrap.wrap(whole, int(19 * inches), break_long_words=False)]
+    return [
+        part.replace("\0", " ")
+        for part in textwrap.wrap(whole, int(19 * inches), break_long_words=False)
+    ]
 
 
 def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[Curve]) -> None:
@@ -358,7 +454,9 @@ def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[Cur
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     count = len(curves)
-    colours = ScalarMappable(BoundaryNorm(np.arange(count + 1), count), ListedColormap([c.colour for c in curves]))
+    colours = ScalarMappable(
+        BoundaryNorm(np.arange(count + 1), count), ListedColormap([c.colour for c in curves])
+    )
     bar = figure.colorbar(colours, ax=list(panels), aspect=60, pad=0.02)
     shown = range(0, count, -(-count // 12))
     bar.set_ticks([i + 0.5 for i in shown], labels=[curves[i].label for i in shown], size=SMALL)

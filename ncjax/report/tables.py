@@ -16,7 +16,8 @@ from rich.text import Text
 from ncjax.errors import printable
 from ncjax.storage.history import RELAXED, VOCABULARY, extinct
 
-# Columns of the final tables: heading, variable, what selects one number of it. Empty columns are left out.
+# Columns of the final tables: heading, variable, what selects one number of it. Empty columns are
+# left out.
 _TRAIN, _TEST, _HEAD = {"split": "train"}, {"split": "test"}, {"layer": "head"}
 _Columns = tuple[tuple[str, str, dict[str, str]], ...]
 _COLLAPSE: _Columns = (
@@ -51,11 +52,16 @@ _THEORY: _Columns = (
 )
 _MET = 1e-6  # relative: a closed form is met, or another solution was
 # What outputs that are 0 up to rounding seem to say: all are right, and collapsed.
-_OF_OUTPUTS = {"accuracy", *(name for name in VOCABULARY if name.startswith(("nc1", "nc2", "nc3", "nc4")))}
+_OF_OUTPUTS = {
+    "accuracy",
+    *(name for name in VOCABULARY if name.startswith(("nc1", "nc2", "nc3", "nc4"))),
+}
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line per measurement. `quiet`: nothing at all."""
+    """One live line on a terminal; elsewhere a plain line per measurement. `quiet`: nothing at
+    all.
+    """
 
     def __init__(self, epochs: int, samples_per_epoch: int, quiet: bool = False):
         self._epochs, self._samples = epochs, samples_per_epoch
@@ -83,7 +89,11 @@ class Progress:
 
     def measured(self, epoch: int, nc1: np.ndarray) -> None:
         finite = nc1[np.isfinite(nc1)]
-        self._nc1 = f"NC1 {finite.min():.2g} to {finite.max():.2g}" if finite.size else "NC1 undefined in every run"
+        self._nc1 = (
+            f"NC1 {finite.min():.2g} to {finite.max():.2g}"
+            if finite.size
+            else "NC1 undefined in every run"
+        )
         if not self._console.is_terminal:
             self.say(self._line(epoch))
 
@@ -93,20 +103,25 @@ class Progress:
         rate = 1 / self._seconds_per_epoch
         left = (self._epochs - epoch) * self._seconds_per_epoch
         return (
-            f"epoch {epoch}/{self._epochs}  {rate:.3g} epochs/s  {rate * self._samples:,.0f} samples/s  "
+            f"epoch {epoch}/{self._epochs}  {rate:.3g} epochs/s  {rate * self._samples:,.0f} "
+            f"samples/s  "
             f"{duration(left)} left  {self._nc1}"
         )
 
 
 def make_console(quiet: bool = False, stderr: bool = False) -> Console:
-    """Returns standard output, or `stderr`; wide where nobody looks at it, so that a log holds whole tables.
+    """Returns standard output, or `stderr`; wide where nobody looks at it, so that a log holds
+    whole tables.
 
-    It prints text as it stands: names of files, folders and data sets may hold `[/b]` or `:cat:`. `quiet`: nothing.
+    It prints text as it stands: names of files, folders and data sets may hold `[/b]` or `:cat:`.
+    `quiet`: nothing.
     """
     if quiet:
         return Console(quiet=True, force_terminal=False)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a locale that has no "±" it gets "\xb1"
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # of a locale that has no "±" it gets "\xb1"
     console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.is_terminal:
         console.width = 220
@@ -128,7 +143,8 @@ def duration(seconds: float) -> str:
 def mean_and_sd(values: np.ndarray) -> str:
     """Formats mean±sd of the finite values.
 
-    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after four digits.
+    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after
+    four digits.
     """
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
@@ -143,7 +159,9 @@ def mean_and_sd(values: np.ndarray) -> str:
     if 0 < abs(mean) < 1e-3:
         shown = f"{mean:.{max(_exponent(mean) - kept, 0)}e}±{sd:.{more}e}"
     else:
-        spread = f"{round(sd, -place):.{max(-place, 0)}f}" if kept == place else f"{sd:.{more + 1}g}"
+        spread = (
+            f"{round(sd, -place):.{max(-place, 0)}f}" if kept == place else f"{sd:.{more + 1}g}"
+        )
         shown = f"{round(mean, -kept):.{max(-kept, 0)}f}±{spread}"
     return short_exponent(shown)
 
@@ -159,17 +177,24 @@ def short_exponent(number: str) -> str:
 
 
 def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
-    """The swept axes but for the seeds, and every combination of their values, in the order of the grid."""
+    """The swept axes but for the seeds, and every combination of their values, in the order of
+    the grid.
+    """
     names = [str(d) for d in history["finite"].dims if d not in ("seed", "epoch")]
     shape = [history.sizes[name] for name in names]
     return names, list(np.ndindex(*shape))
 
 
 def show_results(history: xr.Dataset, console: Console) -> None:
-    """Measured collapse, then theory beside it, at the last epoch measured; then what stands out."""
+    """Measured collapse, then theory beside it, at the last epoch measured; then what stands
+    out.
+    """
     show_collapse(history, console)
     _show(
-        history, console, _THEORY, "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L"
+        history,
+        console,
+        _THEORY,
+        "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L",
     )
     for line in (*_least(history), *_short(history), *_closed_form(history)):
         say(console, line)
@@ -179,7 +204,9 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
     """The table of measured collapse at the last epoch of a history."""
     seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
     spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
-    _show(history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}")
+    _show(
+        history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}"
+    )
     for line in _degenerate(history):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -189,7 +216,10 @@ def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -
     names, settings = _settings(history)
     final, seeds = history.isel(epoch=-1), history.sizes["seed"]
     out = extinct(final)
-    keys = [[f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)] for index in settings]
+    keys = [
+        [f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)]
+        for index in settings
+    ]
     columns = []
     for heading, variable, select in chosen:
         values = final[variable].sel(select)
@@ -206,7 +236,9 @@ def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -
     for i, part in enumerate(_fit(columns, console.width - 14 * len(names))):
         table = Table(title=title if i == 0 else None)
         for name in names:
-            table.add_column("lambda" if name == "weight_decay" else name, justify="right", no_wrap=True)
+            table.add_column(
+                "lambda" if name == "weight_decay" else name, justify="right", no_wrap=True
+            )
         for heading, _ in part:
             table.add_column(heading, justify="right", no_wrap=True)
         for row, key in enumerate(keys):
@@ -240,7 +272,10 @@ def _least(history: xr.Dataset) -> list[str]:
             continue
         best = min(finite, key=lambda index: np.nanmean(values[index]))
         where = ", ".join(f"{n}={history[n].values[i]:g}" for n, i in zip(names, best, strict=True))
-        line = f"{variable} is least at {where.replace('weight_decay', 'lambda')}: {mean_and_sd(values[best])}"
+        line = (
+            f"{variable} is least at {where.replace('weight_decay', 'lambda')}: "
+            f"{mean_and_sd(values[best])}"
+        )
         undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
         if undecayed and undecayed[0] != best:
             zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
@@ -255,14 +290,25 @@ def _degenerate(history: xr.Dataset) -> list[str]:
     final = history.isel(epoch=-1)
     out, lines = extinct(final), []
     if out.any():
-        lines.append("put out: outputs are the same for every input; accuracy and nc1 to nc4 are of the other runs")
-    rank = min(history.sizes["label"] - 1, json.loads(history.attrs["config"])["model"]["widths"][-1])
+        lines.append(
+            "put out: outputs are the same for every input; accuracy and nc1 to nc4 are of the "
+            "other runs"
+        )
+    rank = min(
+        history.sizes["label"] - 1, json.loads(history.attrs["config"])["model"]["widths"][-1]
+    )
     lost = (final["nc1_rank"].sel(split="train", drop=True) < rank) & ~out
     if lost.any():
         where = f"{int(lost.sum())} runs at lambda = {_decays_where(lost)}"
-        lines.append(f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class means are one")
+        lines.append(
+            f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class "
+            f"means are one"
+        )
     if history.attrs["per_class"] == "1":
-        lines.append("one example in each class: nc1 and cdnv of the training split are 0 whatever is learned")
+        lines.append(
+            "one example in each class: nc1 and cdnv of the training split are 0 whatever is "
+            "learned"
+        )
     return lines
 
 
@@ -273,7 +319,9 @@ def _decays_where(condition: xr.DataArray) -> str:
 
 
 def _short(history: xr.Dataset) -> list[str]:
-    """Which lambdas the run is too short for, and the epochs that would do (the clock is proportional to them)."""
+    """Which lambdas the run is too short for, and the epochs that would do (the clock is
+    proportional to them).
+    """
     final = history["relaxation_time"].isel(epoch=-1)
     epochs = int(history["epoch"][-1])
     elapsed = final.min([dim for dim in final.dims if dim != "weight_decay"])
@@ -287,7 +335,9 @@ def _short(history: xr.Dataset) -> list[str]:
 
 
 def _closed_form(history: xr.Dataset) -> list[str]:
-    """How many runs of an unconstrained-feature model met its closed form, how closely, and where others did not."""
+    """How many runs of an unconstrained-feature model met its closed form, how closely, and
+    where others did not.
+    """
     final = history.isel(epoch=-1).sel(split="train")
     error = abs(final["epsilon"] / final["closed_form_epsilon"] - 1)
     exists, met = error.notnull(), error < _MET
@@ -295,15 +345,23 @@ def _closed_form(history: xr.Dataset) -> list[str]:
         return []
     errors = {
         "epsilon": error,
-        "||W_L||^2": abs(final["weight_norm_sq"].sel(layer="head") / final["closed_form_norm_sq"] - 1),
+        "||W_L||^2": abs(
+            final["weight_norm_sq"].sel(layer="head") / final["closed_form_norm_sq"] - 1
+        ),
         "nc3 (absolute)": abs(final["nc3"] - final["closed_form_nc3"]),
     }
-    line = f"closed form: epsilon met to {_MET:g} by {int(met.sum())} of {int(exists.sum())} finite runs that have one"
+    line = (
+        f"closed form: epsilon met to {_MET:g} by {int(met.sum())} of {int(exists.sum())} finite "
+        f"runs that have one"
+    )
     if met.any():
         line += "; largest error of those: " + ", ".join(
             f"{name} {float(e.where(met).max()):.1g}" for name, e in errors.items()
         )
     elsewhere = exists & ~met
     if elsewhere.any():
-        line += f"; not by all at lambda = {_decays_where(elsewhere)}, where modes died or the run is short"
+        line += (
+            f"; not by all at lambda = {_decays_where(elsewhere)}, where modes died or the run is "
+            f"short"
+        )
     return [line]

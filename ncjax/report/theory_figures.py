@@ -1,7 +1,7 @@
 """Theory over measurement: histories -> matplotlib figures, as pure functions.
 
-Every prediction is drawn with the condition it holds under. A history given to a figure has one setting of every axis
-but weight_decay and seed.
+Every prediction is drawn with the condition it holds under. A history given to a figure has one
+setting of every axis but weight_decay and seed.
 """
 
 import itertools
@@ -32,11 +32,15 @@ _TERM_WORDS = (
 
 
 def equilibrium_against_epoch(history: xr.Dataset) -> "Figure":
-    """How far every layer is from a critical point; weight decay 0, where this has no meaning, is left out."""
+    """How far every layer is from a critical point; weight decay 0, where this has no meaning,
+    is left out.
+    """
     label = r"$\Vert\lambda W_k+\nabla_{W_k}\mathrm{fit}\Vert\,/\,\Vert\lambda W_k\Vert$"
     layers = [str(layer) for layer in history["layer"].values]
     drawn = [Panel(layer.replace("_", " "), label, (layer,)) for layer in layers]
-    return panels.against(panels.one_per_lambda(_decayed(history)), drawn, ", ".join(setting_words(history)))
+    return panels.against(
+        panels.one_per_lambda(_decayed(history)), drawn, ", ".join(setting_words(history))
+    )
 
 
 _CLOCK_PANELS = (
@@ -52,15 +56,24 @@ _CLOCK_PANELS = (
 
 
 def collapse_against_clock(history: xr.Dataset) -> "Figure":
-    """Do curves of different lambda fall together against 2 lambda t? Along gradient flow the norm balance must."""
+    """Do curves of different lambda fall together against 2 lambda t? Along gradient flow the
+    norm balance must.
+    """
     curves = panels.one_per_lambda(_decayed(history))
-    title = ", ".join(["What falls together is on the relaxation clock, what does not is not", *setting_words(history)])
+    title = ", ".join(
+        [
+            "What falls together is on the relaxation clock, what does not is not",
+            *setting_words(history),
+        ]
+    )
     figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time")
     times = np.concatenate([panels.clock_of(curve.run, "relaxation_time") for curve in curves])
     axes = figure.axes[0]
     low = axes.get_ylim()
     grid = np.geomspace(times[times > 0].min(), times.max(), 300)
-    axes.plot(grid, np.exp(-grid), color="0.4", linestyle="--", linewidth=1)  # `theory.norm_imbalance`
+    axes.plot(
+        grid, np.exp(-grid), color="0.4", linestyle="--", linewidth=1
+    )  # `theory.norm_imbalance`
     axes.set_ylim(*low)
     return figure
 
@@ -74,34 +87,50 @@ _THEORY_PANELS = (
         "predicted_head_norm_sq",
     ),
     panels.NC3._replace(predicted="nc3_floor"),
-    Panel("Angles of the head", r"mean of $|\cos+1/(C-1)|$", ("nc2_equiangular_head",), "predicted_equiangular_head"),
     Panel(
-        "Error of the theorem as stated", r"$\Vert W_L-W_{\rm theorem}\Vert\,/\,\Vert W_L\Vert$", ("theorem_residual",)
+        "Angles of the head",
+        r"mean of $|\cos+1/(C-1)|$",
+        ("nc2_equiangular_head",),
+        "predicted_equiangular_head",
     ),
-    Panel("Margin of the network with norms one", r"$\gamma=a\,/\,\prod_k\Vert W_k\Vert_F$", ("normalized_margin",)),
+    Panel(
+        "Error of the theorem as stated",
+        r"$\Vert W_L-W_{\rm theorem}\Vert\,/\,\Vert W_L\Vert$",
+        ("theorem_residual",),
+    ),
+    Panel(
+        "Margin of the network with norms one",
+        r"$\gamma=a\,/\,\prod_k\Vert W_k\Vert_F$",
+        ("normalized_margin",),
+    ),
 )
 
 
 _SYMMETRIC = (
-    "dashed: symmetric solution with the same mean outputs, valid at equilibrium once K is small beside $\\lambda W_L$"
+    "dashed: symmetric solution with the same mean outputs, valid at equilibrium once K is small "
+    "beside $\\lambda W_L$"
     "\n(of NC3: the least that any class means leave the head, always valid)"
 )
 
 
 def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
-    """Measured against predicted at the last epoch: epsilon, norm, NC3 and angles of the head, theorem, gamma."""
+    """Measured against predicted at the last epoch: epsilon, norm, NC3 and angles of the head,
+    theorem, gamma.
+    """
     decayed = {name: _decayed(history) for name, history in histories.items()}
     laws = {name: fitted_law(history) for name, history in decayed.items()}
     remark = (
         f"{_SYMMETRIC}\n"
-        r"dashed $\epsilon$: homogeneous law, valid at equilibrium and collapse while every mode lives; "
-        + "; ".join(dict.fromkeys(law.source for law in laws.values() if law))
+        r"dashed $\epsilon$: homogeneous law, valid at equilibrium and collapse while every mode "
+        r"lives; " + "; ".join(dict.fromkeys(law.source for law in laws.values() if law))
         if any(laws.values())
         else _SYMMETRIC
     )
     figure, all_axes = panels.against_lambda(decayed, _THEORY_PANELS, remark)
     low, high = all_axes[0].get_xlim()
-    for law, history, colour in zip(laws.values(), decayed.values(), itertools.cycle(panels.COLOURS), strict=False):
+    for law, history, colour in zip(
+        laws.values(), decayed.values(), itertools.cycle(panels.COLOURS), strict=False
+    ):
         if law:
             weight_decay = np.geomspace(max(low, high / 1e6), high, 400)
             effective = float((history["effective_decay"] / history["weight_decay"]).mean())
@@ -127,13 +156,16 @@ class Law(NamedTuple):
 
 
 def fitted_law(history: xr.Dataset) -> Law | None:
-    """gamma in closed form for the unconstrained-feature model; else as measured at the least lambda that is relaxed.
+    """gamma in closed form for the unconstrained-feature model; else as measured at the least
+    lambda that is relaxed.
 
     None with cross-entropy, and where no run is relaxed (always so with Adam, which has no clock).
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
-    setting = closed_forms.Setting(history.sizes["label"], config["model"]["head_bias"], config["targets"])
+    setting = closed_forms.Setting(
+        history.sizes["label"], config["model"]["head_bias"], config["targets"]
+    )
     depth = history.sizes["layer"]
     if config["loss"] != "square":
         return None
@@ -145,13 +177,22 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     if not usable.size:
         return None
     reference = number(final["weight_decay"].values[usable[0]])
-    return Law(float(margin.values[usable[0]]), depth, setting, rf"$\gamma$ measured at $\lambda$ = {reference}")
+    return Law(
+        float(margin.values[usable[0]]),
+        depth,
+        setting,
+        rf"$\gamma$ measured at $\lambda$ = {reference}",
+    )
 
 
 def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
-    """The equilibrium budget of one lambda: shares of lambda W_L by projection, stacked, and the norms of the terms."""
+    """The equilibrium budget of one lambda: shares of lambda W_L by projection, stacked, and the
+    norms of the terms.
+    """
     run = history.sel(weight_decay=weight_decay)
-    title = ", ".join([rf"Equilibrium budget at $\lambda$ = {number(weight_decay)}", *setting_words(history)])
+    title = ", ".join(
+        [rf"Equilibrium budget at $\lambda$ = {number(weight_decay)}", *setting_words(history)]
+    )
     figure, (shares, norms) = panels.frame(2, "epoch", title)
     epochs = run["epoch"].values
     colours = (panels.COLOURS[0], panels.COLOURS[1], panels.COLOURS[2], panels.COLOURS[3], "0.7")
@@ -163,25 +204,42 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     handles = []
     for term, words, colour in zip(BUDGET_TERMS, _TERM_WORDS, colours, strict=True):
         mean, least, greatest = panels.over_seeds(run[f"budget_{term}_norm"])
-        handles += norms.plot(epochs, mean, color=colour, marker="o", markersize=1.5, linewidth=1, label=words)
+        handles += norms.plot(
+            epochs, mean, color=colour, marker="o", markersize=1.5, linewidth=1, label=words
+        )
         norms.fill_between(epochs, least, greatest, color=colour, alpha=0.15, linewidth=0)
-    whole = panels.over_seeds(run["weight_norm_sq"].isel(layer=-1) ** 0.5 * run["effective_decay"])[0]
-    handles += norms.plot(epochs, whole, color="black", linestyle="--", linewidth=1, label=r"whole $\lambda W_L$")
+    whole = panels.over_seeds(run["weight_norm_sq"].isel(layer=-1) ** 0.5 * run["effective_decay"])[
+        0
+    ]
+    handles += norms.plot(
+        epochs, whole, color="black", linestyle="--", linewidth=1, label=r"whole $\lambda W_L$"
+    )
     drawn = np.concatenate([line.get_ydata() for line in handles])
     panels.scale_x(shares, epochs)
     panels.scale_x(norms, epochs)
-    panels.finish(shares, Panel("Share by projection (they sum to 1)", r"share of $\lambda W_L$", ()), np.array([]))
+    panels.finish(
+        shares,
+        Panel("Share by projection (they sum to 1)", r"share of $\lambda W_L$", ()),
+        np.array([]),
+    )
     panels.finish(norms, Panel("Frobenius norm of each term", "norm", ()), drawn)
     low, high = np.minimum(values, 0).sum(0), np.maximum(values, 0).sum(0)
-    shares.set_ylim(max(-2.0, 1.1 * np.nanmin(low, initial=0)), min(3.0, 1.1 * np.nanmax(high, initial=1)))
-    remark = "an identity at every epoch, no assumption (docs/theory.md); shares are cut at \N{MINUS SIGN}2 and 3; "
+    shares.set_ylim(
+        max(-2.0, 1.1 * np.nanmin(low, initial=0)), min(3.0, 1.1 * np.nanmax(high, initial=1))
+    )
+    remark = (
+        "an identity at every epoch, no assumption (docs/theory.md); shares are cut at "
+        "\N{MINUS SIGN}2 and 3; "
+    )
     remark += f"training split, {panels.caption_of([history])}"
     panels.legend(figure, handles, remark)
     return figure
 
 
 def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
-    """Phase diagram: mode eigenvalues of every run at its last epoch against lambda, a panel per setting."""
+    """Phase diagram: mode eigenvalues of every run at its last epoch against lambda, a panel per
+    setting.
+    """
     figure, all_axes = panels.frame(len(settings), r"weight decay $\lambda$", "")
     from matplotlib.lines import Line2D
 
@@ -190,11 +248,23 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
         final = _decayed(history).isel(epoch=-1).transpose("weight_decay", "seed", "mode", ...)
         decay, modes = final["effective_decay"].values, final["mode_eigenvalues"].values
         for mode in range(modes.shape[-1]):
-            axes.plot(decay.ravel(), modes[..., mode].ravel(), "o", color=panels.COLOURS[0], markersize=2, alpha=0.4)
+            axes.plot(
+                decay.ravel(),
+                modes[..., mode].ravel(),
+                "o",
+                color=panels.COLOURS[0],
+                markersize=2,
+                alpha=0.4,
+            )
         law = fitted_law(_decayed(history))
         panels.scale_x(axes, np.append(decay, 1.2 * law.greatest if law else []))
-        panels.finish(axes, Panel(", ".join(setting_words(history)), "eigenvalue", ()), np.array([]))
-        axes.set_ylim(min(-0.05, 1.1 * np.nanmin(modes, initial=0)), max(1.05, 1.1 * np.nanmax(modes, initial=0)))
+        panels.finish(
+            axes, Panel(", ".join(setting_words(history)), "eigenvalue", ()), np.array([])
+        )
+        axes.set_ylim(
+            min(-0.05, 1.1 * np.nanmin(modes, initial=0)),
+            max(1.05, 1.1 * np.nanmax(modes, initial=0)),
+        )
         if law:
             _draw_branches(axes, law)
             sources.append(law.source)
@@ -202,8 +272,19 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
         ("-", r"stable branch"),
         (":", "unstable branch and $\\lambda$ of equal loss"),
     )
-    handles = [Line2D([], [], color="black", linewidth=1, linestyle=style, label=words) for style, words in looks]
-    point = Line2D([], [], color=panels.COLOURS[0], linestyle="none", marker="o", markersize=2, label="measured mode")
+    handles = [
+        Line2D([], [], color="black", linewidth=1, linestyle=style, label=words)
+        for style, words in looks
+    ]
+    point = Line2D(
+        [],
+        [],
+        color=panels.COLOURS[0],
+        linestyle="none",
+        marker="o",
+        markersize=2,
+        label="measured mode",
+    )
     law_words = "; ".join(dict.fromkeys(sources))
     remark = f"all modes of all runs, {panels.caption_of(settings).removeprefix('means over ')}"
     remark += f"\nlaw: equilibrium, norms in balance; {law_words}" if sources else ""
@@ -213,8 +294,14 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
 
 def _draw_branches(axes: "Axes", law: Law) -> None:
     low, high = axes.get_xlim()
-    scale, least = closed_forms.scale(law.gamma, law.depth, law.setting), closed_forms.spinodal_margin(law.depth)
-    for margin, style in ((np.linspace(least, 1 - 1e-6, 400), "-"), (np.linspace(0, least, 400), ":")):
+    scale, least = (
+        closed_forms.scale(law.gamma, law.depth, law.setting),
+        closed_forms.spinodal_margin(law.depth),
+    )
+    for margin, style in (
+        (np.linspace(least, 1 - 1e-6, 400), "-"),
+        (np.linspace(0, least, 400), ":"),
+    ):
         weight_decay = scale * closed_forms.relative_decay(margin, law.depth)
         axes.plot(weight_decay, margin, color="black", linestyle=style, linewidth=1)
     if law.depth > 2:

@@ -24,7 +24,8 @@ from ncjax.storage.checkpoint import Damaged, Facts
 from ncjax.storage.files import write_atomically
 from ncjax.training import evaluate, mesh, models, program, sweep
 
-# Largest deviation of a number measured again, relative to what was recorded. Another program rounds otherwise.
+# Largest deviation of a number measured again, relative to what was recorded. Another program
+# rounds otherwise.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
 # Added to what a deviation is relative to: numbers near 0 have fewer digits in common.
 FLOOR = 1e-2
@@ -47,7 +48,9 @@ class Parameter(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A checkpoint: its bytes on disk, what is wrong with it (None: nothing), its parameters where they can be read."""
+    """A checkpoint: its bytes on disk, what is wrong with it (None: nothing), its parameters
+    where they can be read.
+    """
 
     epoch: int
     bytes: int
@@ -62,7 +65,8 @@ class Holdings(NamedTuple):
       config: config.json, or what stands in for it.
       axes: values of every axis of the grid, in the order of its runs.
       place: the one run asked for; None: all of them.
-      history: measurements, of that run if one was asked for; None: there are none, or they cannot be trusted.
+      history: measurements, of that run if one was asked for; None: there are none, or they cannot
+        be trusted.
       history_problem: why they cannot; None: they can, or there are none.
       history_is_sealed: whether a checksum lies beside history.nc.
       checkpoints: all of them, checked, oldest first; of one run alone if one was asked for.
@@ -100,7 +104,8 @@ class Verification(NamedTuple):
 
     Attributes:
       epoch, runs, variables: of which checkpoint, how many.
-      deviation, variable, coordinates: the largest relative deviation from the history, and where it is.
+      deviation, variable, coordinates: the largest relative deviation from the history, and where
+        it is.
       tolerance: what it may be.
     """
 
@@ -118,13 +123,16 @@ class Verification(NamedTuple):
 
 
 def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
-    """All there is to say without computing; reads every checkpoint once, of one run (if given) its own part alone.
+    """All there is to say without computing; reads every checkpoint once, of one run (if given) its
+    own part alone.
 
     Raises:
       InputError: there is nothing of ncjax's, or no such run.
     """
     if not workdir.is_dir():
-        raise InputError("WORKDIR", str(workdir), "no such folder; name one that `ncjax train` has left")
+        raise InputError(
+            "WORKDIR", str(workdir), "no such folder; name one that `ncjax train` has left"
+        )
     plan.check_path("WORKDIR", workdir)
     folder, notes = workdir / "checkpoints", []
     history, history_problem = _read_history(workdir / "history.nc")
@@ -166,8 +174,12 @@ def _newest_facts(folder: Path) -> Facts | None:
     return None
 
 
-def _config(workdir: Path, facts: Facts | None, history: xr.Dataset | None, notes: list[str]) -> dict[str, Any]:
-    """config.json, else that of the newest checkpoint, else that of the history; what is amiss goes into `notes`."""
+def _config(
+    workdir: Path, facts: Facts | None, history: xr.Dataset | None, notes: list[str]
+) -> dict[str, Any]:
+    """config.json, else that of the newest checkpoint, else that of the history; what is amiss
+    goes into `notes`.
+    """
     config = runs.read_config(workdir)
     if config is not None:
         if facts and runs.changes(config, facts):
@@ -180,20 +192,28 @@ def _config(workdir: Path, facts: Facts | None, history: xr.Dataset | None, note
         source = "history.nc"
     else:
         raise InputError(
-            "WORKDIR", str(workdir), "it holds neither a config.json nor a checkpoint nor a history to read"
+            "WORKDIR",
+            str(workdir),
+            "it holds neither a config.json nor a checkpoint nor a history to read",
         )
     state = "damaged" if (workdir / "config.json").exists() else "missing"
     notes.append(f"config.json is {state}; the config is that of {source}")
     return config
 
 
-def _axes(config: dict[str, Any], facts: Facts | None, history: xr.Dataset | None) -> dict[str, list]:
-    """Of the grid, in the project's units (as given, where nothing says how many classes there are)."""
+def _axes(
+    config: dict[str, Any], facts: Facts | None, history: xr.Dataset | None
+) -> dict[str, list]:
+    """Of the grid, in the project's units (as given, where nothing says how many classes there
+    are).
+    """
     if facts:
         return facts.axes
     if history is None:
         return {name: list(config["sweep"][name]) for name in configuration.SWEPT}
-    grid = configuration.make_grid(configuration.from_json(json.dumps(config)), history.sizes["label"])
+    grid = configuration.make_grid(
+        configuration.from_json(json.dumps(config)), history.sizes["label"]
+    )
     return {name: list(values) for name, values in grid.axes.items()}
 
 
@@ -202,7 +222,11 @@ def _provenance(facts: Facts | None, history: xr.Dataset | None) -> dict[str, An
     versions = facts.versions if facts else {}
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         versions = json.loads(attrs["versions"]) if "versions" in attrs else versions
-    return {"versions": versions, "device": attrs.get("device"), "git_revision": attrs.get("git_revision")}
+    return {
+        "versions": versions,
+        "device": attrs.get("device"),
+        "git_revision": attrs.get("git_revision"),
+    }
 
 
 def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
@@ -215,15 +239,21 @@ def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
         for name in facts.crc32:
             leaf = checkpoint.read_leaf(folder, facts, name, wanted)
             if name.startswith("params."):
-                parameters.append(Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype)))
+                parameters.append(
+                    Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype))
+                )
     except Damaged as damage:
         return Saved(epoch, size, str(damage), parameters)
     order = models.part_names(dict.fromkeys(p.name.partition(".")[0] for p in parameters))
-    return Saved(epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0])))
+    return Saved(
+        epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0]))
+    )
 
 
 def _size(folder: Path) -> int:
-    """Returns the bytes in a folder's files. Those that a training run removes meanwhile do not count."""
+    """Returns the bytes in a folder's files. Those that a training run removes meanwhile do not
+    count.
+    """
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -233,7 +263,8 @@ def _size(folder: Path) -> int:
 
 
 def verify(holdings: Holdings, epoch: int) -> Verification:
-    """Measures the checkpoint of an epoch again, run by run, and compares all that depends on weights with the history.
+    """Measures the checkpoint of an epoch again, run by run, and compares all that depends on
+    weights with the history.
 
     Raises:
       Removed: it was, by a run that trains.
@@ -245,12 +276,18 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
         facts = checkpoint.read_facts(holdings.folder, epoch)
         measure = _make_measure(facts)
         for place in holdings.places:
-            values = measure(checkpoint.read_run(holdings.folder, epoch, place.number), place.coordinates)
+            values = measure(
+                checkpoint.read_run(holdings.folder, epoch, place.number), place.coordinates
+            )
             recorded = runs.slice_of(holdings.history, place.coordinates)
             if epoch != holdings.measured[-1]:
                 del values[histories.COSINES]  # only the newest are kept
             for name, value in values.items():
-                one = recorded[name].sel(epoch=epoch) if "epoch" in recorded[name].dims else recorded[name]
+                one = (
+                    recorded[name].sel(epoch=epoch)
+                    if "epoch" in recorded[name].dims
+                    else recorded[name]
+                )
                 deviations[name, place.number] = deviation(value, one.values)
     except Damaged as damage:
         runs.check_present(holdings.folder, epoch)
@@ -278,7 +315,10 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 
 def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
-    settings, dataset = configuration.from_json(json.dumps(facts.config)), runs.load_data(facts.config, facts.data)
+    settings, dataset = (
+        configuration.from_json(json.dumps(facts.config)),
+        runs.load_data(facts.config, facts.data),
+    )
     recipe = sweep.make_recipe(settings, dataset)
     data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)
 
@@ -290,30 +330,38 @@ def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str,
     def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with jax.enable_x64(True):
             hyper = program.Hyper(
-                *(jnp.asarray(coordinates[name], data.center.dtype) for name in program.Hyper._fields)
+                *(
+                    jnp.asarray(coordinates[name], data.center.dtype)
+                    for name in program.Hyper._fields
+                )
             )
             values = jax.device_get(compiled(variables, hyper, data))
-        return values | {"mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))}
+        return values | {
+            "mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))
+        }
 
     return measure
 
 
 def export(run: runs.Run, path: Path) -> None:
-    """Writes the weights of a run under flat names, `layer_1.kernel` (in, out); what they are of goes with them.
+    """Writes the weights of a run under flat names, `layer_1.kernel` (in, out); what they are of
+    goes with them.
 
-    `path` ends in .safetensors (strings in its metadata) or .npz (one JSON string, `__metadata__`). Config and
-    coordinates are JSON in either.
+    `path` ends in .safetensors (strings in its metadata) or .npz (one JSON string, `__metadata__`).
+    Config and coordinates are JSON in either.
     """
     tensors = {
         checkpoint.leaf_name(at): np.ascontiguousarray(leaf)
-        for collection in run.variables.values()  # of batch normalization: its scale, bias, mean and var
+        # Of batch normalization: its scale, bias, mean and var.
+        for collection in run.variables.values()
         for at, leaf in jax.tree_util.tree_leaves_with_path(collection)
     }
     metadata = {
         "config": json.dumps(run.config),
         "coordinates": json.dumps(run.coordinates),
         "epoch": str(run.epoch),
-        "layout": "kernels are (in, out) or (3, 3, in, out); normalize inputs by the statistics of the training split",
+        "layout": "kernels are (in, out) or (3, 3, in, out); normalize inputs by the statistics "
+        "of the training split",
     }
     if path.suffix == ".safetensors":
         import safetensors.numpy

@@ -1,4 +1,6 @@
-"""One trained run of a WORKDIR, for use in Python: `ncjax.load_run`. Of a checkpoint, only that run's part is read."""
+"""One trained run of a WORKDIR, for use in Python: `ncjax.load_run`. Of a checkpoint, only that
+run's part is read.
+"""
 
 import functools
 import json
@@ -35,7 +37,8 @@ Images = Shaped[np.ndarray | jax.Array, "B *image"]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A network of a sweep as it was at one epoch. What needs more than its weights is read when it is first asked for.
+    """A network of a sweep as it was at one epoch. What needs more than its weights is read when it
+    is first asked for.
 
     Attributes:
       workdir: where it is from.
@@ -43,8 +46,10 @@ class Run:
       coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
       config: of the whole sweep, as in config.json; the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
-      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch normalization.
-      checksums: of the data that it was trained on, see `dataset.checksums`; empty where its checkpoint does not say.
+      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch
+        normalization.
+      checksums: of the data that it was trained on, see `dataset.checksums`; empty where its
+        checkpoint does not say.
     """
 
     workdir: Path
@@ -62,7 +67,9 @@ class Run:
 
     @functools.cached_property
     def dataset(self) -> datasets.Dataset:
-        """The data it was trained on, or InputError where they are no longer found, or are others."""
+        """The data it was trained on, or InputError where they are no longer found, or are
+        others.
+        """
         return load_data(self.config, self.checksums)
 
     @functools.cached_property
@@ -71,16 +78,23 @@ class Run:
         return slice_of(histories.load(self.workdir / "history.nc"), self.coordinates)
 
     def normalize(self, images: Images) -> Float[np.ndarray, "B *image"]:
-        """The network's inputs: (images - center) * scale by the statistics of ITS training split, in its precision.
+        """The network's inputs: (images - center) * scale by the statistics of ITS training split,
+        in its precision.
 
-        images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8, 0 to 255).
+        images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8, 0
+          to 255).
         """
         center, scale = (
-            np.asarray(a, self.config["train"]["precision"]) for a in (self.dataset.center, self.dataset.scale)
+            np.asarray(a, self.config["train"]["precision"])
+            for a in (self.dataset.center, self.dataset.scale)
         )
         if images.shape[1:] != center.shape or not images.shape[0]:
             name, shape = self.config["data"]["name"], ", ".join(map(str, center.shape))
-            raise InputError("images", images.shape, f"{name} has images ({shape}); give (B, {shape}) with B >= 1")
+            raise InputError(
+                "images",
+                images.shape,
+                f"{name} has images ({shape}); give (B, {shape}) with B >= 1",
+            )
         return (np.asarray(images).astype(center.dtype) - center) * scale
 
     def features(self, images: Images) -> Float[np.ndarray, "B p"]:
@@ -95,7 +109,9 @@ class Run:
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
         # As it was measured; and a float64 network stays one.
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-            outputs = [_apply(self.model, method, self.variables, self.normalize(part)) for part in parts]
+            outputs = [
+                _apply(self.model, method, self.variables, self.normalize(part)) for part in parts
+            ]
             return np.concatenate([np.asarray(output) for output in outputs])
 
 
@@ -105,19 +121,23 @@ def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) ->
 
 
 def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
-    """The run of a WORKDIR at these coordinates, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
+    """The run of a WORKDIR at these coordinates, as in `load_run("runs/digits", weight_decay=1e-3,
+    seed=0)`.
 
     Args:
-      epoch: of a checkpoint; None: the newest one that is sound (one that is not is named in a warning).
-      coordinates: numbers, of the run on the axes of the grid, in the project's units, as in history.nc. An axis of
-        one value may be left out.
+      epoch: of a checkpoint; None: the newest one that is sound (one that is not is named in a
+        warning).
+      coordinates: numbers, of the run on the axes of the grid, in the project's units, as in
+        history.nc. An axis of one value may be left out.
 
     Raises:
       InputError: no such checkpoint or run, or it is damaged.
     """
     workdir = expanded("workdir", workdir)
     if not workdir.is_dir():
-        raise InputError("workdir", str(workdir), "no such folder; name one that `ncjax train` has left")
+        raise InputError(
+            "workdir", str(workdir), "no such folder; name one that `ncjax train` has left"
+        )
     plan.check_path("workdir", workdir)
     for _ in range(ATTEMPTS - 1):
         try:
@@ -134,9 +154,13 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
     if not found:
         raise InputError("workdir", str(workdir), "it holds no checkpoint yet")
     if epoch is not None and epoch not in found:
-        raise InputError("epoch", epoch, f"there are checkpoints of epochs {', '.join(map(str, found))}")
+        raise InputError(
+            "epoch", epoch, f"there are checkpoints of epochs {', '.join(map(str, found))}"
+        )
     if epoch is None and (newer := [e for e in checkpoint.unfinished_in(folder) if e > found[-1]]):
-        warnings.warn(f"checkpoint {newer[-1]} in {workdir} is not used: it is not finished", stacklevel=3)
+        warnings.warn(
+            f"checkpoint {newer[-1]} in {workdir} is not used: it is not finished", stacklevel=3
+        )
     for candidate in reversed(found) if epoch is None else [epoch]:
         try:
             facts = checkpoint.read_facts(folder, candidate)
@@ -145,27 +169,42 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
         except checkpoint.Damaged as damage:
             check_present(folder, candidate)
             if epoch is not None:
-                raise InputError("epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
-            warnings.warn(f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=3)
+                raise InputError(
+                    "epoch", epoch, f"this checkpoint is damaged: {damage}"
+                ) from damage
+            warnings.warn(
+                f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=3
+            )
             continue
         changed = changes(read_config(workdir), facts)
         if changed:
-            line = f"config.json in {workdir} is not used, the checkpoint has another: {'; '.join(changed)}"
+            line = (
+                f"config.json in {workdir} is not used, the checkpoint has another: "
+                f"{'; '.join(changed)}"
+            )
             warnings.warn(line, stacklevel=3)
         model = make_model(facts.config, variables["params"])
-        return Run(workdir, candidate, place.coordinates, facts.config, model, variables, facts.data)
+        return Run(
+            workdir, candidate, place.coordinates, facts.config, model, variables, facts.data
+        )
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
 
 
 class Removed(InputError):
-    """A checkpoint was removed while it was read, by a process that trains there and keeps only the newest."""
+    """A checkpoint was removed while it was read, by a process that trains there and keeps only
+    the newest.
+    """
 
     def __init__(self, epoch: int):
-        super().__init__("epoch", epoch, "a training process has removed this checkpoint; name a newer one")
+        super().__init__(
+            "epoch", epoch, "a training process has removed this checkpoint; name a newer one"
+        )
 
 
 def check_present(folder: Path, epoch: int) -> None:
-    """Raises `Removed` where a checkpoint that cannot be read is not damaged but no longer there."""
+    """Raises `Removed` where a checkpoint that cannot be read is not damaged but no longer
+    there.
+    """
     if epoch != max(checkpoint.epochs_in(folder), default=None):
         time.sleep(0.2)  # its mark of success may go last
     if epoch not in checkpoint.epochs_in(folder):
@@ -173,7 +212,9 @@ def check_present(folder: Path, epoch: int) -> None:
 
 
 class Place(NamedTuple):
-    """Of a run in its grid: its number in the order of the checkpoint, and its value on every axis."""
+    """Of a run in its grid: its number in the order of the checkpoint, and its value on every
+    axis.
+    """
 
     number: int
     coordinates: dict[str, float | int]
@@ -201,8 +242,14 @@ def find(axes: Mapping[str, Sequence], coordinates: Mapping[str, Any]) -> Place:
     }
     for name, values in chosen.items():
         if len(values) > 1:
-            raise InputError("run", dict(coordinates), f"{name} is missing; name one of {listed(axes[name])}")
-    return next(place for place in places(axes) if all(v in chosen[name] for name, v in place.coordinates.items()))
+            raise InputError(
+                "run", dict(coordinates), f"{name} is missing; name one of {listed(axes[name])}"
+            )
+    return next(
+        place
+        for place in places(axes)
+        if all(v in chosen[name] for name, v in place.coordinates.items())
+    )
 
 
 def _nearest(name: str, values: Sequence, value: Any) -> float | int:
@@ -215,13 +262,21 @@ def _nearest(name: str, values: Sequence, value: Any) -> float | int:
     return min(same, key=lambda v: abs(v - float(value)))
 
 
-def slice_of(history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False) -> xr.Dataset:
+def slice_of(
+    history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False
+) -> xr.Dataset:
     """One run of a history; `keep_axes`: with its axes, of length 1."""
-    at = {name: [value] if keep_axes else value for name, value in coordinates.items() if name in history.dims}
+    at = {
+        name: [value] if keep_axes else value
+        for name, value in coordinates.items()
+        if name in history.dims
+    }
     try:
         return history.sel(at)
     except KeyError as error:
-        raise InputError("history", at, "history.nc has no such run; is it of this WORKDIR?") from error
+        raise InputError(
+            "history", at, "history.nc has no such run; is it of this WORKDIR?"
+        ) from error
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -242,11 +297,18 @@ def parse_config(text: Any) -> dict[str, Any] | None:
 
 
 def _is_config(config: Any) -> bool:
-    """Whether it has the sections of one and what its grid is made of; an older one may lack other fields."""
+    """Whether it has the sections of one and what its grid is made of; an older one may lack
+    other fields.
+    """
     sections = ("data", "model", "train", "sweep", "checkpoint", "log")
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in sections):
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name), dict) for name in sections
+    ):
         return False
-    if not all(config["sweep"].get(name) for name in configuration.SWEPT) or "epochs" not in config["train"]:
+    if (
+        not all(config["sweep"].get(name) for name in configuration.SWEPT)
+        or "epochs" not in config["train"]
+    ):
         return False
     return configuration.is_sound(configuration.from_json(json.dumps(config)))
 
@@ -259,18 +321,23 @@ def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]
 
 
 def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
-    """Returns the data set of a parsed config.json, or raises InputError where it is not that of the checksums."""
+    """Returns the data set of a parsed config.json, or raises InputError where it is not that of
+    the checksums.
+    """
     dataset = plan.load_data(config["data"])
     check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
     return dataset
 
 
 def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Raises InputError where a data set is not that of a checkpoint; one that is too old to say takes any."""
+    """Raises InputError where a data set is not that of a checkpoint; one that is too old to say
+    takes any.
+    """
     changed = [part for part, crc in expected.items() if found.get(part) != crc]
     if changed:
         way_out = (
-            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore the data set "
+            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore "
+            f"the data set "
             "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
         )
         raise InputError("config.data.name", name, way_out)

@@ -1,4 +1,6 @@
-"""The host loop: advance, record, checkpoint, report; resume. All files of a WORKDIR are written from here."""
+"""The host loop: advance, record, checkpoint, report; resume. All files of a WORKDIR are written
+from here.
+"""
 
 import contextlib
 import json
@@ -23,7 +25,8 @@ from ncjax.storage.files import remove_leftovers, write_atomically
 from ncjax.training import compilation, mesh, models, program
 from ncjax.training.sweep import Sweep, make_program
 
-# A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live progress line.
+# A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live
+# progress line.
 _CHUNK_SECONDS = 2.0
 
 
@@ -46,12 +49,14 @@ def preview(plan: Plan) -> None:
 def record(plan: Plan) -> xr.Dataset:
     """Trains and measures what is left of a plan and returns the history.
 
-    WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement, checkpoints/ at
-    `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A WORKDIR that holds part of the run
-    is continued. Of several processes each returns the history, and the first writes it.
+    WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement,
+    checkpoints/ at `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A
+    WORKDIR that holds part of the run is continued. Of several processes each returns the history,
+    and the first writes it.
 
     Raises:
-      InputError: WORKDIR is another process's, or nothing in it can be trusted, or its data or PRNG were others.
+      InputError: WORKDIR is another process's, or nothing in it can be trusted, or its data or PRNG
+        were others.
       Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
@@ -62,7 +67,9 @@ def record(plan: Plan) -> xr.Dataset:
         processes.check_shared(workdir)
         if processes.is_leader():
             remove_leftovers(workdir)
-        saved = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.marked)
+        saved = checkpoint.Checkpoints(
+            workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.marked
+        )
         try:
             sweep = Sweep(plan)
             facts = _facts(sweep)
@@ -74,7 +81,8 @@ def record(plan: Plan) -> xr.Dataset:
             else:
                 recorded = _train(sweep, recorded, saved, facts, check_owner, requests)
         except signals.Interrupted:
-            saved.close()  # it promises that all is on disk; where that is not so, this is the error to report
+            # It promises that all is on disk; where that is not so, this is the error to report.
+            saved.close()
             raise
         except BaseException:
             if jax.process_count() == 1:  # several would wait for each other
@@ -92,11 +100,14 @@ def _start_jax(plan: Plan) -> None:
     processes.check_same(plan)
 
 
-def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts) -> xr.Dataset | None:
-    """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None: there are none.
+def _resume(
+    sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts
+) -> xr.Dataset | None:
+    """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None:
+    there are none.
 
-    A checkpoint counts if its bits are those that were saved and all it had seen measured is in the history. One that
-    does not is named and removed; its epochs are computed again.
+    A checkpoint counts if its bits are those that were saved and all it had seen measured is in the
+    history. One that does not is named and removed; its epochs are computed again.
     """
     workdir, epochs = sweep.plan.workdir, saved.epochs()
     recorded = _load_history(workdir / "history.nc")
@@ -106,16 +117,23 @@ def _resume(sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts)
         _check_grid(recorded, sweep.plan.grid, workdir / "history.nc")
     if facts is None:
         if epochs:
-            way_out = "no checkpoint in it can be trusted; remove its checkpoints and history.nc to train anew"
+            way_out = (
+                "no checkpoint in it can be trusted; remove its checkpoints and history.nc to "
+                "train anew"
+            )
             raise InputError("--workdir", str(workdir), way_out)
         if processes.is_leader():
             journal.mend(workdir / "metrics.jsonl", None)
         return None
-    recorded = history.up_to(recorded, facts.epoch) if facts.measured and recorded is not None else None
+    recorded = (
+        history.up_to(recorded, facts.epoch) if facts.measured and recorded is not None else None
+    )
     for later in (e for e in epochs if e > facts.epoch):
         saved.delete(later)
     text = configuration.to_json(sweep.plan.config)
-    grown = recorded is not None and recorded.attrs.get("config") != text  # more epochs, or another mesh
+    grown = (
+        recorded is not None and recorded.attrs.get("config") != text
+    )  # more epochs, or another mesh
     if recorded is not None and grown:
         recorded = recorded.assign_attrs(config=text)
     if processes.is_leader():
@@ -131,7 +149,10 @@ def _load_history(path: Path) -> xr.Dataset | None:
         return None
     recorded = history.load(path)
     if missing := history.missing(recorded):
-        way_out = f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with that one"
+        way_out = (
+            f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with "
+            f"that one"
+        )
         raise InputError("history", str(path), f"{way_out}, or choose another WORKDIR")
     return recorded
 
@@ -141,14 +162,19 @@ def _check_grid(recorded: xr.Dataset, grid: configuration.Grid, path: Path) -> N
     for name in grid.dims:
         found = recorded[name].values.tolist() if name in recorded.indexes else []
         if found != list(grid.axes[name]):
-            way_out = f"its {name} is {listed(found)} and not {listed(grid.axes[name])}: it is damaged; remove it"
+            way_out = (
+                f"its {name} is {listed(found)} and not {listed(grid.axes[name])}: it is damaged; "
+                f"remove it"
+            )
             raise InputError("history", str(path), f"{way_out}, and the same command trains anew")
 
 
 def _restore_newest(
     sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.Facts, recorded: xr.Dataset | None
 ) -> checkpoint.Facts | None:
-    """Puts the sweep at the newest sound checkpoint and returns what that says of itself; None: there is none."""
+    """Puts the sweep at the newest sound checkpoint and returns what that says of itself; None:
+    there is none.
+    """
     workdir = sweep.plan.workdir
     known = set() if recorded is None else set(recorded["epoch"].values.tolist())
     for epoch in reversed(saved.epochs()):
@@ -177,10 +203,16 @@ def _check_facts(plan: Plan, mine: checkpoint.Facts, theirs: checkpoint.Facts) -
     config.json may be gone or changed: the checkpoint itself says what it is of.
     """
     if differences := configuration.differences(plan.config, theirs.config):
-        way_out = f"its checkpoints are of another config: {'; '.join(differences)}; choose another WORKDIR"
+        way_out = (
+            f"its checkpoints are of another config: {'; '.join(differences)}; choose another "
+            f"WORKDIR"
+        )
         raise InputError("--workdir", str(plan.workdir), way_out)
     if differences := provenance.differences(mine.random_bits, theirs.random_bits):
-        way_out = f"its checkpoints are of other random bits: {'; '.join(differences)}; set them back (as environment "
+        way_out = (
+            f"its checkpoints are of other random bits: {'; '.join(differences)}; set them back "
+            f"(as environment "
+        )
         way_out += "variables, in capitals), or choose another WORKDIR"
         raise InputError("--workdir", str(plan.workdir), way_out)
     load.check_data(plan.config.data.name, mine.data, theirs.data)
@@ -204,9 +236,15 @@ def _train(
     check_owner: Callable[[], None],
     requests: signals.Requests,
 ) -> xr.Dataset:
-    """The loop from where the sweep stands to its last epoch. `check_owner` before anything is written."""
+    """The loop from where the sweep stands to its last epoch. `check_owner` before anything is
+    written.
+    """
     config, workdir, leads = sweep.plan.config, sweep.plan.workdir, processes.is_leader()
-    last, every, due = config.train.epochs, config.checkpoint.every, set(summary.measured_epochs(config))
+    last, every, due = (
+        config.train.epochs,
+        config.checkpoint.every,
+        set(summary.measured_epochs(config)),
+    )
     kept = {last, *config.checkpoint.marked, *(range(every, last, every) if every else ())}
     stops = sorted(due | kept)
     attrs = _attrs(sweep, facts)
@@ -234,7 +272,9 @@ def _train(
                 progress.measured(epoch, values["nc1"][:, 0])
             is_new = epoch > first or epoch == 0
             pace = trained / (epoch - first) if epoch > first else float("inf")
-            tracing = profile.is_wanted and (epoch > first or epoch + 1 == last)  # the first epoch warms up
+            tracing = profile.is_wanted and (
+                epoch > first or epoch + 1 == last
+            )  # the first epoch warms up
             most = 1 if tracing else max(1, int(_CHUNK_SECONDS * len(sweep.program.slices) / pace))
             stop = min((stop for stop in stops if stop > epoch), default=last)
             # Asked once: what stops here is also saved here. All processes stop, and go on, alike.
@@ -261,14 +301,22 @@ def _train(
 def _cost(trained: float, epochs: int, costs: list[float]) -> str:
     """Seconds of training and of each measurement -> what measuring cost."""
     share = sum(costs) / (sum(costs) + trained)
-    line = f"trained {trained:.1f} s; {len(costs)} measurements took {sum(costs):.1f} s, {share:.0%} of both"
+    line = (
+        f"trained {trained:.1f} s; {len(costs)} measurements took {sum(costs):.1f} s, {share:.0%} "
+        f"of both"
+    )
     if costs and epochs:
-        line += f"; the median one costs {statistics.median(costs) / (trained / epochs):.2f} training epochs"
+        line += (
+            f"; the median one costs {statistics.median(costs) / (trained / epochs):.2f} training "
+            f"epochs"
+        )
     return line
 
 
 def _facts(sweep: Sweep) -> checkpoint.Facts:
-    """Returns what every checkpoint of a sweep says of itself, but for its epoch and what was measured up to it."""
+    """Returns what every checkpoint of a sweep says of itself, but for its epoch and what was
+    measured up to it.
+    """
     return checkpoint.Facts(
         epoch=0,
         config=json.loads(configuration.to_json(sweep.plan.config)),
@@ -283,10 +331,14 @@ def _facts(sweep: Sweep) -> checkpoint.Facts:
 
 
 def _derived(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np.ndarray]:
-    """What no device needs to measure: the clocks, the modes, and the closed form where the network has one."""
+    """What no device needs to measure: the clocks, the modes, and the closed form where the
+    network has one.
+    """
     columns, recipe, config = sweep.columns, sweep.recipe, sweep.plan.config
     weight_decay = recipe.effective_decay(columns["weight_decay"], columns["momentum"])
-    flow_time = program.flow_time(recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch]))[:, 0]
+    flow_time = program.flow_time(
+        recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch])
+    )[:, 0]
     num_classes, depth = sweep.plan.dataset.num_classes, len(config.model.widths) + 1
     per_class = recipe.train_size // num_classes
     setting = closed_forms.Setting(num_classes, recipe.head_bias, config.targets)
@@ -305,7 +357,9 @@ def _derived(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np.ndarra
 
 
 def _is_unconstrained(config: configuration.Config) -> bool:
-    """Whether a config is the unconstrained-feature model, wide enough for all its modes, and seeks critical points."""
+    """Whether a config is the unconstrained-feature model, wide enough for all its modes, and
+    seeks critical points.
+    """
     return (
         (config.data.name, config.model.activation, config.loss) == ("identity", "linear", "square")
         and config.train.optimizer != "adamw"
@@ -324,7 +378,9 @@ def _label(sweep: Sweep, values: dict[str, np.ndarray], attrs: dict[str, str]) -
         attrs=attrs,
     )
     if sweep.plan.config.units == "torch":
-        newest["weight_decay"].attrs["torch_weight_decay"] = list(sweep.plan.config.sweep.weight_decay)
+        newest["weight_decay"].attrs["torch_weight_decay"] = list(
+            sweep.plan.config.sweep.weight_decay
+        )
     return newest
 
 

@@ -1,8 +1,8 @@
 """Several processes, one run: JAX's own distributed runtime, and what the host loops must agree on.
 
-Every process runs the same host loop on its own devices; process 0 alone writes history, figures and what is printed.
-When one is lost, JAX's runtime ends the others: by an error of the collective they wait in, or by abort from C++, as
-when heartbeats fail to come or process 0 is gone.
+Every process runs the same host loop on its own devices; process 0 alone writes history, figures
+and what is printed. When one is lost, JAX's runtime ends the others: by an error of the collective
+they wait in, or by abort from C++, as when heartbeats fail to come or process 0 is gone.
 """
 
 import contextlib
@@ -40,7 +40,9 @@ def is_leader() -> bool:
 
 
 def agree(signum: int, epochs: int) -> tuple[int, int]:
-    """(the signal that some process was sent, or 0; the epochs that process 0 would train next), in every process."""
+    """(the signal that some process was sent, or 0; the epochs that process 0 would train next),
+    in every process.
+    """
     if jax.process_count() == 1:
         return signum, epochs
     from jax.experimental import multihost_utils  # of several processes alone
@@ -64,7 +66,9 @@ def check_same(plan: Plan) -> None:
     }
     if found := _first_difference(content):
         process, what = found
-        raise InputError("--process", process, f"it has another {what} than process 0; start all by one command")
+        raise InputError(
+            "--process", process, f"it has another {what} than process 0; start all by one command"
+        )
 
 
 def check_shared(workdir: Path) -> None:
@@ -74,9 +78,12 @@ def check_shared(workdir: Path) -> None:
     """
     _wait_for_all("locked")
     path = workdir / ".lock"
-    if found := _first_difference({"lock": path.read_text(errors="replace") if path.exists() else ""}):
+    if found := _first_difference(
+        {"lock": path.read_text(errors="replace") if path.exists() else ""}
+    ):
         way_out = (
-            f"process {found[0]} does not see the same folder; give all one --workdir, on a file system they share"
+            f"process {found[0]} does not see the same folder; give all one --workdir, on a file "
+            f"system they share"
         )
         raise InputError("--workdir", str(workdir), way_out)
 
@@ -90,16 +97,21 @@ def _wait_for_all(name: str) -> None:
 
 
 def check_read(workdir: Path, epoch: int | None) -> None:
-    """Returns once every process has read the checkpoint of `epoch`, or found none; or raises InputError."""
+    """Returns once every process has read the checkpoint of `epoch`, or found none; or raises
+    InputError.
+    """
     if found := _first_difference({"epoch": epoch}):
         way_out = (
-            f"process {found[0]} cannot read the checkpoint that process 0 can, or the other way round; look there"
+            f"process {found[0]} cannot read the checkpoint that process 0 can, or the other way "
+            f"round; look there"
         )
         raise InputError("--workdir", str(workdir), way_out)
 
 
 def _first_difference(content: Mapping[str, Any]) -> tuple[int, str] | None:
-    """Returns the first process that has not what process 0 has (as JSON), and the name of it; None: all have."""
+    """Returns the first process that has not what process 0 has (as JSON), and the name of it;
+    None: all have.
+    """
     if jax.process_count() == 1:
         return None
     from jax.experimental import multihost_utils
@@ -115,7 +127,8 @@ def _first_difference(content: Mapping[str, Any]) -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def joined(where: Processes | None, command: str) -> Iterator[None]:
-    """Within it, this process is one of several (`where`), or alone (None). `command` continues what is lost.
+    """Within it, this process is one of several (`where`), or alone (None). `command` continues
+    what is lost.
 
     Raises:
       InputError: the environment does not say where the others are.
@@ -123,9 +136,14 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
     if where is None:
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from `interrupts`
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # its handler would take SIGTERM from `interrupts`
     if where.coordinator:
-        others = f"process {where.process} of {where.processes} waits for the others at {where.coordinator}"
+        others = (
+            f"process {where.process} of {where.processes} waits for the others at "
+            f"{where.coordinator}"
+        )
         print(others, file=sys.stderr, flush=True)
     with _last_word(command):
         try:
@@ -153,11 +171,18 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _last_word(command: str) -> Iterator[None]:
-    """Within it, a process beside this one waits to say how to go on, should this one be killed or aborted."""
-    text = "this or another process was lost or never came; started again in all processes, this continues:"
+    """Within it, a process beside this one waits to say how to go on, should this one be killed
+    or aborted.
+    """
+    text = (
+        "this or another process was lost or never came; started again in all processes, this "
+        "continues:"
+    )
     script = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
     beside = subprocess.Popen(
-        [sys.executable, "-c", script, f"{text}\n    {command}"], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script, f"{text}\n    {command}"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         yield
@@ -174,5 +199,7 @@ def leave(code: int) -> None:
 
 
 def _is_of_runtime(error: Exception) -> bool:
-    """Whether JAX's runtime raised it, as of a collective whose other end is gone; on CPUs that is a ValueError."""
+    """Whether JAX's runtime raised it, as of a collective whose other end is gone; on CPUs that
+    is a ValueError.
+    """
     return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)

@@ -1,4 +1,6 @@
-"""Where numbers come from: versions, the revision of the source, and what decides their bits beside config and data."""
+"""Where numbers come from: versions, the revision of the source, and what decides their bits
+beside config and data.
+"""
 
 import os
 import platform
@@ -15,18 +17,32 @@ from ncjax.training import mesh as parallel
 _PACKAGES = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Initial weights and the order of batches are functions of these.
 _RANDOM_BITS = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset")
-_SETTINGS = ("jax_default_matmul_precision", "jax_disable_most_optimizations", "jax_optimization_level")
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_disable_most_optimizations",
+    "jax_optimization_level",
+)
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that matter."""
-    return {"python": platform.python_version()} | {package: metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | {
+        package: metadata.version(package) for package in _PACKAGES
+    }
 
 
 def git_revision() -> str:
     """Returns what git says of the source, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -34,24 +50,34 @@ def git_revision() -> str:
 
 
 def random_bits() -> dict[str, str]:
-    """Returns JAX's settings that a run's random numbers depend on. With others it is another run."""
+    """Returns JAX's settings that a run's random numbers depend on. With others it is another
+    run.
+    """
     return {name: _setting(name) for name in _RANDOM_BITS}
 
 
 def software() -> dict[str, str]:
     """Returns the versions, settings and flags that decide how XLA rounds."""
-    rounding = {name: version for name, version in versions().items() if name not in ("python", "orbax-checkpoint")}
+    rounding = {
+        name: version
+        for name, version in versions().items()
+        if name not in ("python", "orbax-checkpoint")
+    }
     settings = {name: _setting(name) for name in _SETTINGS}
     return rounding | settings | {name: os.environ.get(name, "") for name in _VARIABLES}
 
 
 def _setting(name: str) -> str:
-    """Returns JAX's value of a setting; JAX shows as attributes only those that a context may change."""
+    """Returns JAX's value of a setting; JAX shows as attributes only those that a context may
+    change.
+    """
     return str(getattr(jax.config, name, jax.config.values.get(name)))
 
 
 def arithmetic(mesh: Mesh, runs: int) -> dict[str, str]:
-    """Returns what decides how a program rounds: `software`, the devices, and how its `runs` lie on them."""
+    """Returns what decides how a program rounds: `software`, the devices, and how its `runs` lie
+    on them.
+    """
     first = jax.devices()[0]
     return software() | {
         "platform": " ".join(f"{first.platform} {first.client.platform_version}".split()),
@@ -71,12 +97,16 @@ def processor() -> str:
     # Of the last core, as of all.
     known = {name.strip(): value.strip() for name, _, value in lines}
     features = known.get("flags", known.get("Features", "")).split()
-    vectors = sorted(word for word in features if word.startswith(("avx", "fma", "amx", "sve", "asimd")))
+    vectors = sorted(
+        word for word in features if word.startswith(("avx", "fma", "amx", "sve", "asimd"))
+    )
     return " ".join([platform.machine(), known.get("model name", ""), *vectors]).strip()
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Returns a line per difference, with both values. What is younger than a checkpoint is not known of it."""
+    """Returns a line per difference, with both values. What is younger than a checkpoint is not
+    known of it.
+    """
     return [
         f"{name} is {mine[name]!r} here and {theirs[name]!r} there"
         for name in mine

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: a request that a training run honours where nothing can be lost; the end of anything else."""
+"""Ctrl-C and SIGTERM: a request that a training run honours where nothing can be lost; the end
+of anything else.
+"""
 
 import contextlib
 import os
@@ -21,7 +23,9 @@ class Interrupted(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came, and the command ends where it was. Files are replaced atomically: they are the old ones or new."""
+    """A signal came, and the command ends where it was. Files are replaced atomically: they are
+    the old ones or new.
+    """
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -29,15 +33,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class Requests:
-    """Within it, the first SIGINT or SIGTERM is noted and training goes on to the end of its chunk; a second one exits
-    at once (files are replaced atomically, so that too leaves a WORKDIR that continues)."""
+    """Within it, the first SIGINT or SIGTERM is noted and training goes on to the end of its chunk;
+    a second one exits at once (files are replaced atomically, so that too leaves a WORKDIR that
+    continues)."""
 
     def __init__(self):
         self._noted = 0
         self._previous: dict = {}
 
     def __enter__(self) -> "Requests":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows handlers nowhere else
             self._previous = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
         return self
 
@@ -49,7 +56,10 @@ class Requests:
         if self._noted:
             os._exit(128 + signum)
         self._noted = signum
-        _say(f"{signal.Signals(signum).name}: stopping after this chunk and a checkpoint; again: at once")
+        _say(
+            f"{signal.Signals(signum).name}: stopping after this chunk and a checkpoint; again: "
+            f"at once"
+        )
 
     @property
     def signum(self) -> int:
@@ -58,11 +68,12 @@ class Requests:
 
 
 class Stops:
-    """From `begin` on, SIGINT and SIGTERM raise Stopped; `end` has the process end with a code that is decided.
+    """From `begin` on, SIGINT and SIGTERM raise Stopped; `end` has the process end with a code that
+    is decided.
 
-    Where no exception gets through, they end the process themselves: while a module is imported, since libraries
-    swallow what is raised then, turn it into ImportError, or abort; in a destructor; where a library in C++ does not
-    return to Python; and the second time.
+    Where no exception gets through, they end the process themselves: while a module is imported,
+    since libraries swallow what is raised then, turn it into ImportError, or abort; in a
+    destructor; where a library in C++ does not return to Python; and the second time.
     """
 
     # What a library in C++ may take to return.
@@ -102,7 +113,9 @@ class Stops:
         sys.__unraisablehook__(lost)
 
     def _watch(self, arrivals: int) -> None:
-        """Ends the process where its main thread does not come to handle a signal; runs in a thread of its own."""
+        """Ends the process where its main thread does not come to handle a signal; runs in a
+        thread of its own.
+        """
         came = 0
         while True:
             signum = os.read(arrivals, 1)[0]
@@ -128,6 +141,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _say(line: str) -> None:
-    """Says it on standard error by the system call: of Python's stream this may be an interruption."""
+    """Says it on standard error by the system call: of Python's stream this may be an
+    interruption.
+    """
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

@@ -35,7 +35,9 @@ def summary(program: Program) -> str:
 def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
     """After the first chunk: what is left to train, measuring not counted."""
     rate = program.flops_per_epoch / seconds_per_epoch
-    return f"about {tables.duration(seconds_per_epoch * epochs)} of training left, at {_flops(rate)}/s"
+    return (
+        f"about {tables.duration(seconds_per_epoch * epochs)} of training left, at {_flops(rate)}/s"
+    )
 
 
 def show(plan: Plan, program: Program, console: Console) -> None:
@@ -51,15 +53,18 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         for leaf, shape in params[name].items():
             table.add_row(f"{name}.{leaf}", " x ".join(map(str, shape.shape[1:])))
     rows = {
-        "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in all",
+        "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in "
+        f"all",
         "epochs": f"{config.train.epochs:,} of {recipe.steps_per_epoch:,} steps",
         "measured at": listed(measured_epochs(config)),
         "mesh": _mesh(program),
         "programs": _programs(program),
-        "memory": f"{_bytes(program.bytes_per_run)} a run, {_bytes(program.bytes_of_data)} of data and so "
+        "memory": f"{_bytes(program.bytes_per_run)} a run, {_bytes(program.bytes_of_data)} of "
+        f"data and so "
         f"{_bytes(program.bytes_per_device)} on each device, {_room(program)}",
         "FLOPs": f"{_flops(program.flops_per_epoch)} an epoch, "
-        f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from shapes)",
+        f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
+        f"shapes)",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -87,13 +92,19 @@ def _network(plan: Plan) -> str:
 def _mesh(program: Program) -> str:
     run, data = (program.mesh.shape[axis] for axis in (mesh.RUN, mesh.DATA))
     processes = jax.process_count()
-    return f"{run} x {data} devices (run x data)" + (f" of {processes} processes" if processes > 1 else "")
+    return f"{run} x {data} devices (run x data)" + (
+        f" of {processes} processes" if processes > 1 else ""
+    )
 
 
 def _programs(program: Program) -> str:
     count, runs = len(program.slices), program.slices[0].stop
     filling = program.runs * count - program.slices[-1].stop
-    words = f"{runs} runs at once" if count == 1 else f"{count} programs of {runs} runs, one after another"
+    words = (
+        f"{runs} runs at once"
+        if count == 1
+        else f"{count} programs of {runs} runs, one after another"
+    )
     return words + (f" (and {filling} repeated, to fill the mesh)" if filling else "")
 
 

@@ -1,9 +1,9 @@
 """Checkpoints of a whole sweep: Orbax v1 behind one thin module.
 
-A checkpoint holds the stacked `RunState` of all runs, unpadded, so that it does not depend on the devices it was
-trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of the grid, stored run by run. Its
-custom metadata are `Facts`: what the states are, and a CRC of every run of every leaf, for neither Orbax nor a file
-system notices a flipped bit.
+A checkpoint holds the stacked `RunState` of all runs, unpadded, so that it does not depend on the
+devices it was trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of
+the grid, stored run by run. Its custom metadata are `Facts`: what the states are, and a CRC of
+every run of every leaf, for neither Orbax nor a file system notices a flipped bit.
 """
 
 import functools
@@ -30,7 +30,9 @@ class Damaged(Exception):
 
 
 class _Folder(PosixGPath):
-    """A folder of Orbax's, which merges by a glob what it has written: `[`, `*` and `?` in its name are no pattern."""
+    """A folder of Orbax's, which merges by a glob what it has written: `[`, `*` and `?` in its
+    name are no pattern.
+    """
 
     def glob(self, pattern: str) -> Iterator["_Folder"]:
         return map(self._new, Path(self).glob(pattern))
@@ -47,7 +49,8 @@ class Facts(NamedTuple):
       versions: of Python and of the packages that matter.
       crc32: leaf -> one number per run.
       data: checksums of what was trained on, `dataset.checksums`.
-      random_bits, arithmetic: what else decides bits, see `provenance`. Like `data` empty in older checkpoints.
+      random_bits, arithmetic: what else decides bits, see `provenance`. Like `data` empty in older
+        checkpoints.
     """
 
     epoch: int
@@ -80,8 +83,8 @@ class Checkpoints:
         saving.scoped_storage_options_creator = _one_chunk_per_run
         # By renaming alone, a checkpoint whose deletion was cut short would be listed as whole.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-        # A folder that could not be made in the background is waited for by Orbax's threads for twenty minutes, and
-        # the process cannot end before them.
+        # A folder that could not be made in the background is waited for by Orbax's threads for
+        # twenty minutes, and the process cannot end before them.
         context.async_options.create_directories_asynchronously = False
         self._folder = folder.resolve()
         self._checkpointer = ocp.training.Checkpointer(
@@ -89,14 +92,16 @@ class Checkpoints:
             context=context,
             preservation_policy=_kept(keep, marked),
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # else damaged metadata of one checkpoint keep all from being read
+            # Else damaged metadata of one checkpoint keep all from being read.
+            lightweight_initialize=True,
         )
 
     def epochs(self) -> list[int]:
         return epochs_in(self._folder)
 
     def save(self, states: Any, facts: Facts) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. `facts.crc32` is filled in here.
+        """Starts writing; the arrays may be donated as soon as this returns. `facts.crc32` is
+        filled in here.
 
         Raises:
           OSError: the folder is gone, or this or the checkpoint before could not be written.
@@ -107,12 +112,16 @@ class Checkpoints:
         sealed = {"facts": content, "seal": _seal(content)}
         try:
             # Unforced, Orbax skips a save while another one runs.
-            self._checkpointer.save_async(facts.epoch, states, force=True, overwrite=True, custom_metadata=sealed)
+            self._checkpointer.save_async(
+                facts.epoch, states, force=True, overwrite=True, custom_metadata=sealed
+            )
         except Exception as error:
             raise _cannot_write(self._folder, error) from error
 
     def load(self, epoch: int, like: T) -> tuple[T, Facts]:
-        """The states of an epoch, NumPy arrays with the structure, shapes and types of `like`, verified; or Damaged."""
+        """The states of an epoch, NumPy arrays with the structure, shapes and types of `like`,
+        verified; or Damaged.
+        """
         facts = read_facts(self._folder, epoch)
         leaves = {name: read_leaf(self._folder, facts, name) for name in facts.crc32}
         found = []
@@ -135,7 +144,9 @@ class Checkpoints:
 
 
 def checksums(states: Any) -> dict[str, list[int]]:
-    """CRC-32 of every run (leading axis) of every leaf; where processes share the runs, each does its own."""
+    """CRC-32 of every run (leading axis) of every leaf; where processes share the runs, each
+    does its own.
+    """
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
     with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
         if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
@@ -146,17 +157,23 @@ def checksums(states: Any) -> dict[str, list[int]]:
         for name, leaf in leaves.items():
             for shard in leaf.addressable_shards:
                 mine[name][shard.index[0]] = list(pool.map(_crc32, np.asarray(shard.data)))
-    return {name: crcs.max(0).tolist() for name, crcs in multihost_utils.process_allgather(mine).items()}
+    return {
+        name: crcs.max(0).tolist() for name, crcs in multihost_utils.process_allgather(mine).items()
+    }
 
 
-def verify(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], first_run: int = 0) -> None:
+def verify(
+    found: Mapping[str, list[int]], expected: Mapping[str, list[int]], first_run: int = 0
+) -> None:
     """Raises Damaged naming the first leaf and run whose bits are not those that were saved."""
     for name, expected_crcs in expected.items():
         if name not in found:
             raise Damaged(f"{name} is missing")
         if len(found[name]) != len(expected_crcs):
             raise Damaged(f"{name} has not as many runs as were saved")
-        wrong = [run for run, (a, b) in enumerate(zip(found[name], expected_crcs, strict=True)) if a != b]
+        wrong = [
+            run for run, (a, b) in enumerate(zip(found[name], expected_crcs, strict=True)) if a != b
+        ]
         if wrong:
             raise Damaged(f"the checksum of {name} does not match in run {first_run + wrong[0]}")
 
@@ -164,7 +181,9 @@ def verify(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], fi
 def read_facts(folder: Path, epoch: int) -> Facts:
     """What the checkpoint of an epoch says of itself, or Damaged."""
     try:
-        sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+        sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())[
+            "custom_metadata"
+        ]
         facts = Facts(**{"data": {}, "random_bits": {}, "arithmetic": {}} | sealed["facts"])
         is_whole = sealed["seal"] == _seal(sealed["facts"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -178,22 +197,31 @@ def read_facts(folder: Path, epoch: int) -> Facts:
 
 def epochs_in(folder: Path) -> list[int]:
     """Epochs with a finished checkpoint, without opening any."""
-    return sorted(epoch for path in folder.glob("*/commit_success.txt") for epoch in _epoch_of(path.parent))
+    return sorted(
+        epoch for path in folder.glob("*/commit_success.txt") for epoch in _epoch_of(path.parent)
+    )
 
 
 def unfinished_in(folder: Path) -> list[int]:
-    """Epochs whose checkpoint is being written, or was when its process was killed, or has lost its mark of success."""
-    return sorted({epoch for path in folder.glob("*") for epoch in _epoch_of(path)} - set(epochs_in(folder)))
+    """Epochs whose checkpoint is being written, or was when its process was killed, or has lost
+    its mark of success.
+    """
+    return sorted(
+        {epoch for path in folder.glob("*") for epoch in _epoch_of(path)} - set(epochs_in(folder))
+    )
 
 
 def _epoch_of(path: Path) -> list[int]:
-    """Returns the epoch of a checkpoint's folder, or nothing of one that Orbax has not named (a copy beside it)."""
+    """Returns the epoch of a checkpoint's folder, or nothing of one that Orbax has not named (a
+    copy beside it).
+    """
     name = path.name
     return [int(name)] if name.isascii() and name.isdecimal() and str(int(name)) == name else []
 
 
 def read_run(folder: Path, epoch: int, run: int) -> dict:
-    """The variables of one run's network, nested dicts of NumPy arrays: `params`, and other collections it has.
+    """The variables of one run's network, nested dicts of NumPy arrays: `params`, and other
+    collections it has.
 
     Verified; reads no large leaf of the other runs.
     """
@@ -229,22 +257,27 @@ def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) 
 
 def leaf_name(path: tuple) -> str:
     """A leaf as Orbax names it on disk: params.layer_1.kernel."""
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return ".".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 @functools.cache
 def _silence_abandoned_writes() -> None:
     """Keeps a save that failed from printing a traceback for each of its writes that ends after it.
 
-    TensorStore tells the event loop of the save, which Orbax has closed by then; the error itself has been raised.
-    What failed besides it, or was never begun, asyncio and Python would print as well.
+    TensorStore tells the event loop of the save, which Orbax has closed by then; the error itself
+    has been raised. What failed besides it, or was never begun, asyncio and Python would print as
+    well.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
-        is_closed = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        is_closed = (
+            unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        )
         never_opened = getattr(unraisable.object, "__qualname__", "") == "BaseEventLoop.__del__"
         if not is_closed and not never_opened:
             report(unraisable)
@@ -257,9 +290,13 @@ def _one_chunk_per_run(_: Any, leaf: Any) -> Any:
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=(0,))
 
 
-def _kept(keep: int, marked: tuple[int, ...]) -> Any:  # Orbax's own policies do not match the type it declares for them
+def _kept(
+    keep: int, marked: tuple[int, ...]
+) -> Any:  # Orbax's own policies do not match the type it declares for them
     policies = ocp.training.preservation_policies
-    return policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(list(marked))])
+    return policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), policies.CustomSteps(list(marked))]
+    )
 
 
 def _crc32(leaf: np.ndarray | np.generic) -> int:
@@ -275,7 +312,9 @@ def _cannot_write(folder: Path, error: Exception) -> OSError:
 
 
 def _last_line(error: BaseException) -> str:
-    """The message of what an error came from: Orbax wraps it, sometimes in one that says something else."""
+    """The message of what an error came from: Orbax wraps it, sometimes in one that says
+    something else.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

@@ -1,4 +1,6 @@
-"""Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch, split and layer."""
+"""Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch,
+split and layer.
+"""
 
 import hashlib
 import io
@@ -15,9 +17,11 @@ from ncjax.storage.files import write_atomically
 
 
 class Variable(NamedTuple):
-    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times have no unit.
+    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times
+    have no unit.
 
-    Every number is of the network in eval mode, which is another one than that in training where there is batch
+    Every number is of the network in eval mode, which is another one than that in training where
+    there is batch
     normalization: outputs and features are then by running statistics.
     """
 
@@ -35,63 +39,110 @@ BUDGET_TERMS = {
 }
 
 VOCABULARY: dict[str, Variable] = {
-    "finite": Variable((), "1 while parameters and training loss are finite; all else is NaN where it is 0"),
+    "finite": Variable(
+        (), "1 while parameters and training loss are finite; all else is NaN where it is 0"
+    ),
     "loss": Variable(_SPLIT, "fit_loss + lambda/2 times the squared norm of what is decayed"),
-    "fit_loss": Variable(_SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode"),
-    "accuracy": Variable(_SPLIT, "share of examples whose largest output, in eval mode, is their class's"),
+    "fit_loss": Variable(
+        _SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode"
+    ),
+    "accuracy": Variable(
+        _SPLIT, "share of examples whose largest output, in eval mode, is their class's"
+    ),
     "effective_decay": Variable((), "lambda of the loss whose critical points the optimizer seeks"),
     "flow_time": Variable((), "t = sum over steps of learning rate/(1 - momentum)"),
-    "relaxation_time": Variable((), "2 lambda t: e-folds by which squared layer norms have drawn together"),
+    "relaxation_time": Variable(
+        (), "2 lambda t: e-folds by which squared layer norms have drawn together"
+    ),
     "nc1": Variable(_SPLIT, "tr(Sigma_W Sigma_B^+)/C"),
     "nc1_rank": Variable(_SPLIT, "rank of the centred class means"),
     "nc1_trace_ratio": Variable(_SPLIT, "tr(Sigma_W)/tr(Sigma_B)"),
-    "nc1_row_space": Variable(_SPLIT, "tr(P_W Sigma_W)/tr(Sigma_W), P_W onto the row space of the head"),
+    "nc1_row_space": Variable(
+        _SPLIT, "tr(P_W Sigma_W)/tr(Sigma_W), P_W onto the row space of the head"
+    ),
     "cdnv": Variable(_SPLIT, "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)"),
     "nc2_equinorm_means": Variable(_SPLIT, "std/mean over classes of ||mu_c - mu_G||"),
     "nc2_equinorm_head": Variable((), "std/mean over classes of ||W_L^c||"),
-    "nc2_equiangular_means": Variable(_SPLIT, "mean over pairs of |cos + 1/(C-1)|, centred class means"),
+    "nc2_equiangular_means": Variable(
+        _SPLIT, "mean over pairs of |cos + 1/(C-1)|, centred class means"
+    ),
     "nc2_equiangular_head": Variable((), "mean over pairs of |cos + 1/(C-1)|, rows of the head"),
     "nc2_cosine_std_means": Variable(_SPLIT, "std over pairs of cos, centred class means"),
     "nc2_cosine_std_head": Variable((), "std over pairs of cos, rows of the head"),
-    "etf_error": Variable(_SPLIT, "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means"),
+    "etf_error": Variable(
+        _SPLIT, "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means"
+    ),
     "nc3": Variable(_SPLIT, "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2"),
     "nc3_centered": Variable(_SPLIT, "nc3 with the rows of W_L centred"),
     "nc3_floor": Variable(
-        (), "2 - 2 ||P W_L||_F/||W_L||_F, P = I - J/C: the least nc3 that any class means leave this head"
+        (),
+        "2 - 2 ||P W_L||_F/||W_L||_F, P = I - J/C: the least nc3 that any class means leave this "
+        "head",
     ),
-    "nc4": Variable(_SPLIT, "share of examples whose largest output is not that of the nearest class mean"),
-    "epsilon": Variable(_SPLIT, "mean residual y - f of an example's own class (f: probabilities with cross-entropy)"),
+    "nc4": Variable(
+        _SPLIT, "share of examples whose largest output is not that of the nearest class mean"
+    ),
+    "epsilon": Variable(
+        _SPLIT,
+        "mean residual y - f of an example's own class (f: probabilities with cross-entropy)",
+    ),
     "delta": Variable(_SPLIT, "minus the mean residual of the other classes"),
     "sqi_gap": Variable(_SPLIT, "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation"),
     "output_spread": Variable(_SPLIT, "sqrt(mean ||r - rbar_c||^2/C)"),
-    "output_asymmetry": Variable(_SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"),
+    "output_asymmetry": Variable(
+        _SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"
+    ),
     "weight_norm_sq": Variable(_LAYER, "||W_k||_F^2"),
     "norm_target": Variable((), "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium"),
-    "equilibrium_residual": Variable(_LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||, Fit in eval mode"),
+    "equilibrium_residual": Variable(
+        _LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||, Fit in eval mode"
+    ),
     "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
-    "theorem_residual": Variable((), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"),
-    "symmetric_nc3": Variable((), "nc3 of a symmetric solution at equilibrium with the same mean outputs"),
+    "theorem_residual": Variable(
+        (), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"
+    ),
+    "symmetric_nc3": Variable(
+        (), "nc3 of a symmetric solution at equilibrium with the same mean outputs"
+    ),
     "predicted_head_norm_sq": Variable(
         (), "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs"
     ),
     "predicted_head_cosine": Variable((), "cos between rows of its head"),
-    "normalized_margin": Variable((), "gamma: margin of the class-mean outputs over the product of all ||W_k||_F"),
-    "mode_eigenvalues": Variable(_MODE, "eigenvalues of the symmetric part of the class-mean outputs less the bias"),
-    "closed_form_epsilon": Variable((), "epsilon of the unconstrained-feature model; NaN for other networks"),
-    "closed_form_nc3": Variable((), "nc3 of the unconstrained-feature model; NaN for other networks"),
-    "closed_form_norm_sq": Variable((), "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks"),
+    "normalized_margin": Variable(
+        (), "gamma: margin of the class-mean outputs over the product of all ||W_k||_F"
+    ),
+    "mode_eigenvalues": Variable(
+        _MODE, "eigenvalues of the symmetric part of the class-mean outputs less the bias"
+    ),
+    "closed_form_epsilon": Variable(
+        (), "epsilon of the unconstrained-feature model; NaN for other networks"
+    ),
+    "closed_form_nc3": Variable(
+        (), "nc3 of the unconstrained-feature model; NaN for other networks"
+    ),
+    "closed_form_norm_sq": Variable(
+        (), "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks"
+    ),
     **{
         f"budget_{name}": Variable((), f"share of lambda W_L by projection: {term}")
         for name, term in BUDGET_TERMS.items()
     },
-    **{f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}") for name, term in BUDGET_TERMS.items()},
-    "budget_residual": Variable((), "||lambda W_L - sum of the budget's terms|| over the largest term's norm"),
+    **{
+        f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}")
+        for name, term in BUDGET_TERMS.items()
+    },
+    "budget_residual": Variable(
+        (), "||lambda W_L - sum of the budget's terms|| over the largest term's norm"
+    ),
 }
 # Measured with the others, but only the newest is kept: C^2 numbers a run.
 COSINES = "class_mean_cosine"
-_COSINES_DEFINITION = "cos between centred class means of the training split, at the last epoch measured"
+_COSINES_DEFINITION = (
+    "cos between centred class means of the training split, at the last epoch measured"
+)
 
-# A run whose 2 lambda t is shorter is not near equilibrium: layer norms still differ by 5% of what they did.
+# A run whose 2 lambda t is shorter is not near equilibrium: layer norms still differ by 5% of what
+# they did.
 RELAXED = 3.0
 
 # Every history has them.
@@ -123,12 +174,18 @@ def one_epoch(
     for name, (dims, definition) in VOCABULARY.items():
         values = metrics[name].reshape(*grid.shape, 1, *metrics[name].shape[1:])
         unit = _TIME_UNIT.get(name, "1")
-        variables[name] = ((*grid.dims, "epoch", *dims), values, {"definition": definition, "units": unit})
+        variables[name] = (
+            (*grid.dims, "epoch", *dims),
+            values,
+            {"definition": definition, "units": unit},
+        )
     cosines = metrics[COSINES].reshape(*grid.shape, *metrics[COSINES].shape[1:])
     cosine_attrs = {"definition": _COSINES_DEFINITION, "units": "1"}
     variables[COSINES] = ((*grid.dims, "label", "other_label"), cosines, cosine_attrs)
     history = xr.Dataset(variables, coords, attrs)
-    history["weight_decay"].attrs["definition"] = "lambda given to the optimizer, in the project's units"
+    history["weight_decay"].attrs["definition"] = (
+        "lambda given to the optimizer, in the project's units"
+    )
     return history
 
 
@@ -137,7 +194,9 @@ def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
     if history is None:
         return newest
     by_epoch = [part.drop_vars(COSINES) for part in (history, newest)]
-    joined = xr.concat(by_epoch, "epoch", data_vars="minimal", coords="minimal", compat="override", join="exact")
+    joined = xr.concat(
+        by_epoch, "epoch", data_vars="minimal", coords="minimal", compat="override", join="exact"
+    )
     return joined.assign({COSINES: newest[COSINES]})
 
 
@@ -147,15 +206,19 @@ def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
 
 
 def missing(history: xr.Dataset) -> str:
-    """The first few variables that a history of ours has and this one lacks; empty if it has all."""
+    """The first few variables that a history of ours has and this one lacks; empty if it has
+    all.
+    """
     return ", ".join(sorted({*VOCABULARY, COSINES} - set(map(str, history.variables)))[:3])
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
-    """Where weight decay has put a network out: outputs are the same for every input, and there is nothing to collapse.
+    """Where weight decay has put a network out: outputs are the same for every input, and there is
+    nothing to collapse.
 
-    1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with cross-entropy), whatever meets
-    their sum: epsilon alone stops at (C-1)/C where a bias does, or where targets are centred.
+    1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with
+    cross-entropy), whatever meets their sum: epsilon alone stops at (C-1)/C where a bias does, or
+    where targets are centred.
     """
     train = history[["epsilon", "delta"]].sel(split="train", drop=True)
     return abs(1 - train["epsilon"] - train["delta"]) < 1e-3
@@ -164,9 +227,11 @@ def extinct(history: xr.Dataset) -> xr.DataArray:
 def save(history: xr.Dataset, path: Path) -> None:
     """Writes a history, and beside it `path`.sha256 in the format of sha256sum.
 
-    The sum is written first, beside that of the file it replaces: whenever a crash comes, one of them is the file's.
+    The sum is written first, beside that of the file it replaces: whenever a crash comes, one of
+    them is the file's.
     """
-    # In a fixed order, so that the same numbers are the same bytes however the history was put together.
+    # In a fixed order, so that the same numbers are the same bytes however the history was put
+    # together.
     coords = {name: history.variables[name] for name in sorted(map(str, history.coords))}
     variables = {name: history.variables[name] for name in sorted(map(str, history.data_vars))}
     content = bytes(xr.Dataset(variables, coords, history.attrs).to_netcdf(engine="scipy"))
@@ -186,29 +251,46 @@ def _sha256(content: bytes) -> str:
 
 
 def load(path: Path) -> xr.Dataset:
-    """Reads a history into memory, verified where its checksum lies beside it, or raises InputError naming the file."""
+    """Reads a history into memory, verified where its checksum lies beside it, or raises
+    InputError naming the file.
+    """
     try:
         content = _read_verified(path)
     except FileNotFoundError as error:
-        raise InputError("history", str(path), "no such file; train first, or name a WORKDIR that holds one") from error
+        raise InputError(
+            "history", str(path), "no such file; train first, or name a WORKDIR that holds one"
+        ) from error
     try:
         # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
         history = xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
-            "history", str(path), "not readable as netCDF; remove it, and the same command trains anew"
+            "history",
+            str(path),
+            "not readable as netCDF; remove it, and the same command trains anew",
         ) from error
-    if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {"train", "test"}:
-        raise InputError("history", str(path), "its coordinates are not those of a history; it is damaged, or none")
+    if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {
+        "train",
+        "test",
+    }:
+        raise InputError(
+            "history",
+            str(path),
+            "its coordinates are not those of a history; it is damaged, or none",
+        )
     try:
         config.from_json(history.attrs["config"])
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError("history", str(path), "its attribute config is no config; it is damaged, or none") from error
+        raise InputError(
+            "history", str(path), "its attribute config is no config; it is damaged, or none"
+        ) from error
     return _renewed(history)
 
 
 def _read_verified(path: Path) -> bytes:
-    """Returns the content of a file that its checksum, if there is one, is of; or raises InputError."""
+    """Returns the content of a file that its checksum, if there is one, is of; or raises
+    InputError.
+    """
     while True:
         content = path.read_bytes()
         sums = _sums(path).read_bytes() if _sums(path).exists() else None
@@ -216,7 +298,8 @@ def _read_verified(path: Path) -> bytes:
             return content
         if path.read_bytes() == content:  # not replaced, with its checksum, by a run in between
             way_out = (
-                f"does not match {_sums(path).name}: one of them was changed or damaged; restore it, or train anew"
+                f"does not match {_sums(path).name}: one of them was changed or damaged; restore "
+                f"it, or train anew"
             )
             raise InputError("history", str(path), f"{way_out} in another WORKDIR")
 
@@ -224,16 +307,22 @@ def _read_verified(path: Path) -> bytes:
 def _renewed(history: xr.Dataset) -> xr.Dataset:
     """Gives a history of an older version today's names and variables.
 
-    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition kept with every variable says. The true
-    floor follows from what such a history holds: 1 - nc3/2 = (1 - nc3_centered/2) ||P W_L||_F/||W_L||_F.
+    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition kept with every
+    variable says. The true floor follows from what such a history holds: 1 - nc3/2 = (1 -
+    nc3_centered/2) ||P W_L||_F/||W_L||_F.
     """
     floor, symmetric = VOCABULARY["nc3_floor"], VOCABULARY["symmetric_nc3"]
-    if "nc3_floor" not in history or history["nc3_floor"].attrs.get("definition") != symmetric.definition:
+    if (
+        "nc3_floor" not in history
+        or history["nc3_floor"].attrs.get("definition") != symmetric.definition
+    ):
         return history
     history = history.rename(nc3_floor="symmetric_nc3")
     if not {"nc3", "nc3_centered"} <= set(history):
         return history
-    duality, centred = (history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered"))
+    duality, centred = (
+        history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered")
+    )
     share = ((2 - duality.astype(np.float64)) / (2 - centred.astype(np.float64))).clip(max=1)
     attrs = {"definition": floor.definition, "units": "1"}
     return history.assign(nc3_floor=(2 - 2 * share).astype(duality.dtype).assign_attrs(attrs))

@@ -1,4 +1,6 @@
-"""metrics.jsonl: one line of strict JSON per measured epoch, with the wall times that history.nc leaves out."""
+"""metrics.jsonl: one line of strict JSON per measured epoch, with the wall times that history.nc
+leaves out.
+"""
 
 import contextlib
 import json
@@ -15,7 +17,9 @@ from ncjax.storage.files import write_atomically
 from ncjax.storage.history import VOCABULARY
 
 
-def append(path: Path, epoch: int, times: dict[str, float | None], metrics: dict[str, np.ndarray]) -> None:
+def append(
+    path: Path, epoch: int, times: dict[str, float | None], metrics: dict[str, np.ndarray]
+) -> None:
     with open(path, "a") as file:
         file.write(_line(epoch, times, metrics))
         file.flush()
@@ -23,14 +27,18 @@ def append(path: Path, epoch: int, times: dict[str, float | None], metrics: dict
 
 
 def mend(path: Path, recorded: xr.Dataset | None) -> None:
-    """Makes the file hold each epoch of a history once; a lost or damaged line comes back without its times."""
+    """Makes the file hold each epoch of a history once; a lost or damaged line comes back
+    without its times.
+    """
     lines = _lines(path)
     whole = []
     for i in range(0 if recorded is None else recorded.sizes["epoch"]):
         assert recorded is not None
         one = recorded.isel(epoch=i)
         epoch = one["epoch"].item()
-        metrics = {name: _by_run(one[name], len(variable.dims)) for name, variable in VOCABULARY.items()}
+        metrics = {
+            name: _by_run(one[name], len(variable.dims)) for name, variable in VOCABULARY.items()
+        }
         anew = _line(epoch, {"train_seconds": None, "measure_seconds": None}, metrics)
         whole.append(lines[epoch] if epoch in lines and _same_metrics(lines[epoch], anew) else anew)
     write_atomically(path, "".join(whole).encode())

@@ -17,10 +17,11 @@ from ncjax.errors import InputError
 def owned(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds WORKDIR/.lock, or raises InputError naming the process that does.
 
-    Gives a function that raises OSError once the file has been removed or replaced: the lock then keeps no one out.
+    Gives a function that raises OSError once the file has been removed or replaced: the lock then
+    keeps no one out.
 
-    The kernel lets go of the lock when its process dies, however it dies, so there are no stale ones. The file stays:
-    removing it would let two processes lock two files of one name.
+    The kernel lets go of the lock when its process dies, however it dies, so there are no stale
+    ones. The file stays: removing it would let two processes lock two files of one name.
     """
     path = workdir / ".lock"
     with open(path, "a+") as file:
@@ -33,7 +34,11 @@ def owned(workdir: Path) -> Iterator[Callable[[], None]]:
             way_out = f"cannot be locked ({error.strerror}); choose another"
             raise InputError("--workdir", str(workdir), way_out) from error
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+        file.write(
+            json.dumps(
+                {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            )
+        )
         file.flush()
         os.fsync(file.fileno())  # other hosts read it
         yield functools.partial(_check_held, path, os.fstat(file.fileno()))
@@ -46,7 +51,8 @@ def _check_held(path: Path, held: os.stat_result) -> None:
         is_held = False
     if not is_held:
         raise OSError(
-            f"{path} was removed while this process trained there; another may have begun, so this one stopped"
+            f"{path} was removed while this process trained there; another may have begun, so "
+            f"this one stopped"
         )
 
 

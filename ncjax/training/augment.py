@@ -1,4 +1,6 @@
-"""Random views of training images, made inside the step: He et al. (2016), section 4.2, for CIFAR-10."""
+"""Random views of training images, made inside the step: He et al. (2016), section 4.2, for
+CIFAR-10.
+"""
 
 from collections.abc import Callable
 
@@ -17,10 +19,11 @@ def augment(
     size: int | None = None,
     part: Callable[[Array], Array] = lambda drawn: drawn,
 ) -> Shaped[Array, "b *image"]:
-    """`crop`: pad by 4 zeros on each side and cut at a random place; `crop_flip`: mirror every second one as well.
+    """`crop`: pad by 4 zeros on each side and cut at a random place; `crop_flip`: mirror every
+    second one as well.
 
-    Of a batch of `size` that is spread over devices, `images` are the `part` that is this device's: random numbers are
-    drawn for the whole batch, so that they are the same wherever it is computed.
+    Of a batch of `size` that is spread over devices, `images` are the `part` that is this device's:
+    random numbers are drawn for the whole batch, so that they are the same wherever it is computed.
     """
     if name == "none":
         return images
@@ -38,6 +41,8 @@ def _crop(images: Shaped[Array, "b H W c"], corners: Int[Array, "b 2"]) -> Shape
     padded = jnp.pad(images, [(0, 0), *sides, (0, 0)])
 
     def cut(image: Array, corner: Array) -> Array:
-        return lax.dynamic_slice(image, (corner[0], corner[1], jnp.zeros_like(corner[0])), images.shape[1:])
+        return lax.dynamic_slice(
+            image, (corner[0], corner[1], jnp.zeros_like(corner[0])), images.shape[1:]
+        )
 
     return jax.vmap(cut)(padded, corners)

@@ -10,10 +10,11 @@ from ncjax.paths import cache_folder
 
 
 def use_cache(where: str) -> None:
-    """`user`: keeps compiled programs in $XDG_CACHE_HOME/ncjax/jax, unless JAX has been told of a place already.
+    """`user`: keeps compiled programs in $XDG_CACHE_HOME/ncjax/jax, unless JAX has been told of a
+    place already.
 
-    By host, for homes that machines of several kinds share: a program is compiled for the processor it runs on. A user
-    who has no home has no cache.
+    By host, for homes that machines of several kinds share: a program is compiled for the processor
+    it runs on. A user who has no home has no cache.
     """
     if where == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return

@@ -1,8 +1,8 @@
 """Convolution as one matmul over sliced patches.
 
-The same numbers as `lax.conv_general_dilated`. Under `vmap` over runs that becomes a grouped convolution, and its
-gradients inside `scan` run one to two orders of magnitude below the rate of a matmul on a CPU; slices and a batched
-matmul do not (docs/performance.md).
+The same numbers as `lax.conv_general_dilated`. Under `vmap` over runs that becomes a grouped
+convolution, and its gradients inside `scan` run one to two orders of magnitude below the rate of a
+matmul on a CPU; slices and a batched matmul do not (docs/performance.md).
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,22 @@ from jaxtyping import Array, Float
 
 
 def patches(
-    x: Float[Array, "B H W c"], window: tuple[int, int], strides: Sequence[int], pads: Sequence[tuple[int, int]]
+    x: Float[Array, "B H W c"],
+    window: tuple[int, int],
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
 ) -> Float[Array, "B h w klc"]:
-    """Every window of an image padded by zeros, as one row: its pixels in reading order, channels fastest."""
+    """Every window of an image padded by zeros, as one row: its pixels in reading order,
+    channels fastest.
+    """
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     (height, width), (down, across) = window, strides
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    slices = [x[:, i : i + rows : down, j : j + columns : across] for i in range(height) for j in range(width)]
+    slices = [
+        x[:, i : i + rows : down, j : j + columns : across]
+        for i in range(height)
+        for j in range(width)
+    ]
     return jnp.concatenate(slices, axis=-1)
 
 
@@ -35,7 +44,8 @@ def convolve(
     dimension_numbers: lax.ConvDimensionNumbers | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "B h w d"]:
-    """y[b, i, j] = sum over k, l, c of x[b, i s + k, j t + l, c] kernel[k, l, c], of x padded by zeros, strides (s, t).
+    """y[b, i, j] = sum over k, l, c of x[b, i s + k, j t + l, c] kernel[k, l, c], of x padded by
+    zeros, strides (s, t).
 
     For `flax.linen.Conv(conv_general_dilated=convolve)` in two dimensions.
 
@@ -50,7 +60,13 @@ def convolve(
     if {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
         raise NotImplementedError("convolve has no dilations and no groups")
     *window, _, out = kernel.shape
-    pads = lax.padtype_to_pads(x.shape[1:3], window, strides, padding) if isinstance(padding, str) else padding
+    pads = (
+        lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
     rows = patches(x, (window[0], window[1]), strides, pads)
-    outputs = jnp.dot(rows.reshape(-1, rows.shape[-1]), kernel.reshape(-1, out), precision=precision)
+    outputs = jnp.dot(
+        rows.reshape(-1, rows.shape[-1]), kernel.reshape(-1, out), precision=precision
+    )
     return outputs.reshape(*rows.shape[:3], out)

@@ -14,9 +14,11 @@ from ncjax.training import models
 from ncjax.training.mesh import Share
 from ncjax.training.objective import Objective, decay_penalty
 
-# Most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in a core's cache.
+# Most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in a
+# core's cache.
 _ROWS = 256
-# A split of at most so many rows keeps its features for the second pass; a larger one computes them again.
+# A split of at most so many rows keeps its features for the second pass; a larger one computes them
+# again.
 _HELD_ROWS = 2048
 
 T = TypeVar("T")
@@ -30,7 +32,8 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of `center`.
+    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of
+    `center`.
 
     scale: one number, or one per pixel.
     """
@@ -67,15 +70,19 @@ def evaluate(
     """Measures one run on both splits; each split uses its own class means.
 
     Args:
-      variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is then in eval mode.
+      variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is
+        then in eval mode.
       weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
-      share: of the examples, where several devices measure one run: sums are added up, features stay where they are.
+      share: of the examples, where several devices measure one run: sums are added up, features
+        stay where they are.
 
     Returns:
-      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
-      `class_mean_logits` (row c is W mu_c) of the training split. All in the type of the parameters. NaN throughout,
-      but for `finite`, where parameters or training loss are not finite. NaN where batch normalization leaves no
-      meaning: `equilibrium_residual` of all layers but the head, `lemma2_residual`, `normalized_margin`.
+      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C):
+      `class_mean_cosine` and `class_mean_logits` (row c is W mu_c) of the training split. All in
+      the type of the parameters. NaN throughout, but for `finite`, where parameters or training
+      loss are not finite. NaN where batch normalization leaves no
+      meaning: `equilibrium_residual` of all layers but the head, `lemma2_residual`,
+        `normalized_margin`.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -91,19 +98,34 @@ def evaluate(
             return (gradient, sums), held
 
         (gradient_sum, train_sums), train_held = _sum_over_batches(with_gradient, data.train, share)
-        test_sums, test_held = _sum_over_batches(lambda *batch: first_pass(params, *batch)[1], data.test, share)
-        train_means, test_means = (collapse.class_means(sums.classes) for sums in (train_sums, test_sums))
+        test_sums, test_held = _sum_over_batches(
+            lambda *batch: first_pass(params, *batch)[1], data.test, share
+        )
+        train_means, test_means = (
+            collapse.class_means(sums.classes) for sums in (train_sums, test_sums)
+        )
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
 
-        def split_metrics(split, first, means, frame, held) -> tuple[dict[str, Array], collapse.Scatter]:
+        def split_metrics(
+            split, first, means, frame, held
+        ) -> tuple[dict[str, Array], collapse.Scatter]:
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 h, f = held if held else _forward(variables, data.normalize(images), model)
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
-                return collapse.class_scatter(h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head), ()
+                return collapse.class_scatter(
+                    h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head
+                ), ()
 
             scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            fit, penalty = first.fit / len(split.labels), decay_penalty(params, decayed, weight_decay)
-            metrics = {"loss": fit + penalty, "fit_loss": fit, "accuracy": first.correct / len(split.labels)}
+            fit, penalty = (
+                first.fit / len(split.labels),
+                decay_penalty(params, decayed, weight_decay),
+            )
+            metrics = {
+                "loss": fit + penalty,
+                "fit_loss": fit,
+                "accuracy": first.correct / len(split.labels),
+            }
             return metrics | collapse.measure(means, scatter, frame, head), scatter
 
         train, scatter = split_metrics(data.train, train_sums, train_means, frame_train, train_held)
@@ -114,15 +136,25 @@ def evaluate(
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
         norms_sq = jnp.stack([jnp.sum(params[name]["kernel"] ** 2) for name in names])
-        metrics |= collapse.measure_head(head) | {"class_mean_cosine": class_mean_cosine, "weight_norm_sq": norms_sq}
+        metrics |= collapse.measure_head(head) | {
+            "class_mean_cosine": class_mean_cosine,
+            "weight_norm_sq": norms_sq,
+        }
         metrics |= _equilibrium(params, gradients, train_sums, weight_decay, names)
-        metrics |= _predictions(train_means, scatter, gradients["head"]["kernel"].T, head, norms_sq, weight_decay)
-        lemma2 = _lemma2(params, gradients, train_sums, train["loss"], norms_sq, weight_decay, names, decayed)
+        metrics |= _predictions(
+            train_means, scatter, gradients["head"]["kernel"].T, head, norms_sq, weight_decay
+        )
+        lemma2 = _lemma2(
+            params, gradients, train_sums, train["loss"], norms_sq, weight_decay, names, decayed
+        )
         # An identity of the square loss alone.
-        metrics["lemma2_residual"] = lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
+        metrics["lemma2_residual"] = (
+            lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
+        )
         if not model.is_homogeneous:
             metrics |= {
-                name: jnp.full_like(metrics[name], jnp.nan) for name in ("lemma2_residual", "normalized_margin")
+                name: jnp.full_like(metrics[name], jnp.nan)
+                for name in ("lemma2_residual", "normalized_margin")
             }
             metrics["equilibrium_residual"] = metrics["equilibrium_residual"].at[:-1].set(jnp.nan)
         return _masked(metrics, params, train["loss"], head.dtype)
@@ -136,7 +168,9 @@ def _forward(variables: dict, x: Array, model: models.Network) -> tuple[Array, A
 def _first_pass(
     variables: dict, x: Array, labels: Array, *, model: models.Network, objective: Objective
 ) -> tuple[Array, tuple]:
-    """Sum of the fit term over a batch, differentiable; then the sums that need no class means, and (h, f)."""
+    """Sum of the fit term over a batch, differentiable; then the sums that need no class means,
+    and (h, f).
+    """
     features, outputs = _forward(variables, x, model)
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
@@ -155,10 +189,12 @@ def _first_pass(
 def _sum_over_batches(
     f: Callable[..., tuple[T, tuple]], split: Split, share: Share, held: tuple = ()
 ) -> tuple[T, tuple]:
-    """Sum over a split of the first result of f(images, labels, *held), and what it gives to be held, per batch.
+    """Sum over a split of the first result of f(images, labels, *held), and what it gives to be
+    held, per batch.
 
-    Where devices share the split, each goes over its own rows, and their sums are added up at the end. The last batch
-    is filled up with label -1, which `f` must leave out. Only a small split's second results are kept.
+    Where devices share the split, each goes over its own rows, and their sums are added up at the
+    end. The last batch is filled up with label -1, which `f` must leave out. Only a small split's
+    second results are kept.
     """
     size = len(split.labels)
     mine = -(-size // share.devices)
@@ -171,7 +207,9 @@ def _sum_over_batches(
         place = number * rows + jnp.arange(rows)
         index = share.first(mine) + place
         images = split.images.at[index].get(mode="clip")
-        labels = jnp.where((place < mine) & (index < size), split.labels.at[index].get(mode="clip"), -1)
+        labels = jnp.where(
+            (place < mine) & (index < size), split.labels.at[index].get(mode="clip"), -1
+        )
         term, to_hold = f(images, labels, *held)
         return jax.tree.map(jnp.add, total, term), to_hold if keep else ()
 
@@ -187,8 +225,12 @@ def _equilibrium(
     """How far each layer is from a critical point, and the norm they would all have there."""
     pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
     return {
-        "equilibrium_residual": jnp.stack([theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]),
-        "norm_target": theory.norm_target(sums.residual_dot_logit / sums.classes.examples.sum(), weight_decay),
+        "equilibrium_residual": jnp.stack(
+            [theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]
+        ),
+        "norm_target": theory.norm_target(
+            sums.residual_dot_logit / sums.classes.examples.sum(), weight_decay
+        ),
     }
 
 
@@ -200,7 +242,9 @@ def _predictions(
     norms_sq: Array,
     weight_decay: Array,
 ) -> dict[str, Array]:
-    """What theory says of the head, from the class means and mean residuals of the training split. Float64."""
+    """What theory says of the head, from the class means and mean residuals of the training
+    split. Float64.
+    """
     mu, residuals, covariance, gradient, head, norms_sq, weight_decay = (
         a.astype(jnp.float64)
         for a in (
@@ -214,7 +258,9 @@ def _predictions(
     solution = theory.symmetric_solution(logit_part, residual_part, len(head), weight_decay)
     epsilon = collapse.quasi_interpolation(residuals)["epsilon"]
     return {
-        "theorem_residual": theory.theorem_residual(epsilon, head, collapse.centred_means(mu), weight_decay),
+        "theorem_residual": theory.theorem_residual(
+            epsilon, head, collapse.centred_means(mu), weight_decay
+        ),
         "predicted_head_norm_sq": solution.head_norm_sq,
         "predicted_head_cosine": solution.head_cosine,
         "symmetric_nc3": solution.nc3,
@@ -254,5 +300,7 @@ def _masked(metrics: dict[str, Array], params: dict, loss: Array, dtype) -> dict
     finite = jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
         finite &= jnp.isfinite(leaf).all()
-    masked = {name: jnp.where(finite, value.astype(dtype), jnp.nan) for name, value in metrics.items()}
+    masked = {
+        name: jnp.where(finite, value.astype(dtype), jnp.nan) for name, value in metrics.items()
+    }
     return masked | {"finite": finite.astype(dtype)}

@@ -1,4 +1,6 @@
-"""Where runs live: a mesh of devices, `run` x `data`; runs padded to fill it, and each device's share of a batch."""
+"""Where runs live: a mesh of devices, `run` x `data`; runs padded to fill it, and each device's
+share of a batch.
+"""
 
 import contextlib
 import os
@@ -33,7 +35,9 @@ def use_every_core() -> None:
 
 
 def find_devices() -> None:
-    """Starts JAX on the devices there are, or raises InputError: none is of the kind that JAX is told to use."""
+    """Starts JAX on the devices there are, or raises InputError: none is of the kind that JAX is
+    told to use.
+    """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -43,17 +47,20 @@ def find_devices() -> None:
 
 
 def _cores() -> int:
-    """The number of cores that this process may use, or, where the system does not say (macOS), of all."""
+    """The number of cores that this process may use, or, where the system does not say (macOS),
+    of all.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
-    """A mesh of `run` x `data` devices: runs are spread over the first axis, the batch of each over the second.
+    """A mesh of `run` x `data` devices: runs are spread over the first axis, the batch of each over
+    the second.
 
-    `run` = 0 leaves the choice: the fewest devices that still finish first, of which none could be spared without
-    another taking a run more. Several processes use all their devices.
+    `run` = 0 leaves the choice: the fewest devices that still finish first, of which none could be
+    spared without another taking a run more. Several processes use all their devices.
 
     Raises:
       InputError: there are not so many devices.
@@ -66,18 +73,25 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
     most = available // data
     shared = f" with config.mesh.data={data}" if data > 1 else ""
     if run > most:
-        raise InputError("config.mesh.run", run, f"there is no more than {name}, so at most {most}{shared}{hint}")
+        raise InputError(
+            "config.mesh.run", run, f"there is no more than {name}, so at most {most}{shared}{hint}"
+        )
     if not run:
         run = most if several else _ceil(num_runs, _ceil(num_runs, most))
     if several and run * data != available:
-        way_out = f"several processes use all of their {name}: config.mesh.run x config.mesh.data must be {available}"
+        way_out = (
+            f"several processes use all of their {name}: config.mesh.run x config.mesh.data must "
+            f"be {available}"
+        )
         raise InputError("config.mesh", (run, data), way_out)
     devices = jax.devices()[: run * data]
     return jax.make_mesh((run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def by_run(mesh: Mesh) -> NamedSharding:
-    """Of (padded, ...) leaves: runs over the mesh's `run` axis, each the same on all devices of the `data` axis."""
+    """Of (padded, ...) leaves: runs over the mesh's `run` axis, each the same on all devices of
+    the `data` axis.
+    """
     return NamedSharding(mesh, PartitionSpec(RUN))
 
 
@@ -92,7 +106,9 @@ def padded(num_runs: int, mesh: Mesh) -> int:
 
 def pad_runs(tree: T, total: int) -> T:
     """Repeats the last run of every (R, ...) NumPy leaf up to `total`."""
-    return jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], total - len(leaf), axis=0)]), tree)
+    return jax.tree.map(
+        lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], total - len(leaf), axis=0)]), tree
+    )
 
 
 def place(tree: T, sharding: NamedSharding) -> T:
@@ -127,7 +143,8 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 class Share(NamedTuple):
-    """What one device of the `data` axis has of a batch. To be used under shard_map over that axis, unless it is 1.
+    """What one device of the `data` axis has of a batch. To be used under shard_map over that axis,
+    unless it is 1.
 
     Attributes:
       devices: d, on the axis.
@@ -139,8 +156,12 @@ class Share(NamedTuple):
         """Where this device's rows begin, if each has `rows`."""
         return lax.axis_index(DATA) * rows if self.devices > 1 else 0
 
-    def part(self, whole: Shaped[Array, "B ..."]) -> tuple[Shaped[Array, "b ..."], Bool[Array, " b"]]:
-        """This device's b = ceil(B/d) rows, the last ones filled up by repetition; and which are no filling."""
+    def part(
+        self, whole: Shaped[Array, "B ..."]
+    ) -> tuple[Shaped[Array, "b ..."], Bool[Array, " b"]]:
+        """This device's b = ceil(B/d) rows, the last ones filled up by repetition; and which are
+        no filling.
+        """
         if self.devices == 1:
             return whole, jnp.ones(len(whole), bool)
         rows = _ceil(len(whole), self.devices)
@@ -164,9 +185,9 @@ class Share(NamedTuple):
 def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[int, int]:
     """Runs that (train, are measured) side by side on one device; the groups follow one another.
 
-    An accelerator takes all at once. A CPU core trains two to four, which turns a layer into one batched matmul and
-    still keeps the weights in cache, and measures one, whose batches are larger; of convolutional networks it trains
-    one too, whose patches fill the cache (docs/performance.md).
+    An accelerator takes all at once. A CPU core trains two to four, which turns a layer into one
+    batched matmul and still keeps the weights in cache, and measures one, whose batches are larger;
+    of convolutional networks it trains one too, whose patches fill the cache (docs/performance.md).
     """
     if platform != "cpu":
         return runs_per_device, runs_per_device

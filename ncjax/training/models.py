@@ -15,17 +15,19 @@ _he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Network(nn.Module):
-    """f(x) = W_L h(x) + b with h = s(W_{L-1} ... s(W_1 x)); what W_1 to W_{L-1} are, a subclass says.
+    """f(x) = W_L h(x) + b with h = s(W_{L-1} ... s(W_1 x)); what W_1 to W_{L-1} are, a subclass
+    says.
 
-    With a linear head of depth d, the last d - 1 layers below W_L have no activation: h = W_{L-1} ... W_{L-d+1} s(...).
-    Weights are drawn from N(0, 2/fan_in) (He et al. 2015), the head bias starts at 0. Parameters are named `layer_1`,
-    `layer_2`, ... in forward order, then `head`.
+    With a linear head of depth d, the last d - 1 layers below W_L have no activation: h = W_{L-1}
+    ... W_{L-d+1} s(...). Weights are drawn from N(0, 2/fan_in) (He et al. 2015), the head bias
+    starts at 0. Parameters are named `layer_1`, `layer_2`, ... in forward order, then `head`.
 
     Attributes:
       widths: width of each hidden layer; the last is p, the dimension of the features.
       num_classes: C.
       activation: `relu` or `linear`.
-      linear_head_depth: d, layers after the last activation, the head among them (Jacot et al. 2024).
+      linear_head_depth: d, layers after the last activation, the head among them (Jacot et al.
+        2024).
       use_head_bias: whether b exists.
       dtype: float32 or float64, of parameters and arithmetic.
     """
@@ -44,7 +46,12 @@ class Network(nn.Module):
         self.head = nn.Dense(self.num_classes, use_bias=self.use_head_bias, **self._common("head"))
 
     def _common(self, name: str) -> dict[str, Any]:
-        return {"name": name, "kernel_init": _he_normal, "dtype": self.dtype, "param_dtype": self.dtype}
+        return {
+            "name": name,
+            "kernel_init": _he_normal,
+            "dtype": self.dtype,
+            "param_dtype": self.dtype,
+        }
 
     def _layer(self, k: int) -> nn.Module:
         raise NotImplementedError
@@ -57,7 +64,9 @@ class Network(nn.Module):
         return h
 
     def features(self, x: Float[Array, "B *image"], train: bool = False) -> Float[Array, "B p"]:
-        """h(x). `train` matters to batch normalization alone: by the statistics of this batch, which it notes."""
+        """h(x). `train` matters to batch normalization alone: by the statistics of this batch,
+        which it notes.
+        """
         h = self._inputs(x)
         last_activation = len(self.layers) - (self.linear_head_depth - 1)
         for k, layer in enumerate(self.layers, start=1):
@@ -84,7 +93,8 @@ class HomogeneousMLP(Network):
 
 
 class HomogeneousConvNet(Network):
-    """3x3 convolutions of stride 2, zero-padded by 1, below a dense head; no bias below it: degree 1 in every W_k.
+    """3x3 convolutions of stride 2, zero-padded by 1, below a dense head; no bias below it: degree
+    1 in every W_k.
 
     `widths` are channels; each layer halves the sides (rounding up), so a 32x32 image has
     p = 4 widths[-1] features after four. Kernels are (3, 3, in, out), fan_in = 9 in.
@@ -103,15 +113,18 @@ class HomogeneousConvNet(Network):
 
 
 class BatchNormConvNet(HomogeneousConvNet):
-    """Its convolutions with batch normalization (Ioffe & Szegedy 2015) before every activation: no longer homogeneous.
+    """Its convolutions with batch normalization (Ioffe & Szegedy 2015) before every activation: no
+    longer homogeneous.
 
-    Kernels below a normalization act through their directions alone and have no equilibrium of finite norm. Scale and
-    shift are `norm_1`, `norm_2`, ...; running means and variances, the collection `batch_stats`, forget 10% a step.
-    With widths 32, 64, 128, 256 on 32x32 images the network of Rangamani & Banburski (ICASSP 2022) as far as it is
-    known, whose head is a 2x2 convolution, dense over the 1024 features.
+    Kernels below a normalization act through their directions alone and have no equilibrium of
+    finite norm. Scale and shift are `norm_1`, `norm_2`, ...; running means and variances, the
+    collection `batch_stats`, forget 10% a step. With widths 32, 64, 128, 256 on 32x32 images the
+    network of Rangamani & Banburski (ICASSP 2022) as far as it is known, whose head is a 2x2
+    convolution, dense over the 1024 features.
     """
 
-    # Mesh axis over which a batch is spread, so that its statistics are those of the whole; None: it is on one device.
+    # Mesh axis over which a batch is spread, so that its statistics are those of the whole; None:
+    # it is on one device.
     batch_axis: str | None = None
 
     is_homogeneous = False
@@ -169,7 +182,9 @@ def layer_names(params: dict) -> tuple[str, ...]:
 
 
 def is_decayed(params: dict, head_bias: str, norms: str) -> dict:
-    """Marks the leaves that weight decay acts on: all, but for a free head bias and free scales and shifts of norms."""
+    """Marks the leaves that weight decay acts on: all, but for a free head bias and free scales
+    and shifts of norms.
+    """
 
     def mark(path: tuple, _: Any) -> bool:
         layer, leaf = (key.key for key in path)

@@ -1,7 +1,8 @@
-"""What is minimized: L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2, the mean over all NC examples.
+"""What is minimized: L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2, the mean over all NC
+examples.
 
-The square loss is the theory's, 1/2 ||y_n - f_n||^2 with the norm over all C outputs (Rangamani & Banburski 2022).
-Cross-entropy is there for contrast (Papyan, Han & Donoho 2020).
+The square loss is the theory's, 1/2 ||y_n - f_n||^2 with the norm over all C outputs (Rangamani &
+Banburski 2022). Cross-entropy is there for contrast (Papyan, Han & Donoho 2020).
 """
 
 from typing import NamedTuple
@@ -40,5 +41,7 @@ class Objective(NamedTuple):
 
 def decay_penalty(params: dict, decayed: dict, weight_decay: Float[Array, ""]) -> Float[Array, ""]:
     """lambda/2 times the squared norm of every leaf that `decayed` marks."""
-    squares = jax.tree.map(lambda leaf, is_decayed: jnp.sum(leaf**2) if is_decayed else 0.0, params, decayed)
+    squares = jax.tree.map(
+        lambda leaf, is_decayed: jnp.sum(leaf**2) if is_decayed else 0.0, params, decayed
+    )
     return 0.5 * weight_decay * jax.tree.reduce(jnp.add, squares, 0.0)

@@ -14,7 +14,9 @@ Numbers = TypeVar("Numbers", Array, np.ndarray)
 
 
 def schedule_shape(name: str, step: Int[Array, "..."], total_steps: int) -> Float[Array, "..."]:
-    """Learning rate as a share of its initial value: `constant`, `cosine` to 0, or `step` (x0.1 at 1/3 and 2/3)."""
+    """Learning rate as a share of its initial value: `constant`, `cosine` to 0, or `step` (x0.1
+    at 1/3 and 2/3).
+    """
     progress = step.astype(jnp.result_type(float)) / total_steps
     if name == "cosine":
         return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
@@ -35,22 +37,29 @@ def make_optimizer(
     total_steps: int,
     adam_eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """w <- w - lr(step) u, where lambda joins before the optimizer's memory (coupled) or after it (decoupled).
+    """w <- w - lr(step) u, where lambda joins before the optimizer's memory (coupled) or after it
+    (decoupled).
 
-    sgd:    coupled  m <- momentum m + (g + lambda w), u = m;    decoupled  m <- momentum m + g, u = m + lambda w.
-    adam:   coupled; u = mhat/(sqrt(vhat) + eps) with beta_1 = `momentum`, beta_2 = 0.999 (Kingma & Ba 2015).
+    sgd: coupled m <- momentum m + (g + lambda w), u = m; decoupled m <- momentum m + g, u = m +
+      lambda w.
+    adam: coupled; u = mhat/(sqrt(vhat) + eps) with beta_1 = `momentum`, beta_2 = 0.999 (Kingma & Ba
+      2015).
     adamw:  decoupled, u = mhat/(sqrt(vhat) + eps) + lambda w (Loshchilov & Hutter 2019).
 
-    `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the transformation inside the step
-    and carry only its state.
+    `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the
+    transformation inside the step and carry only its state.
     """
 
     def rate(step: ArrayLike) -> Float[Array, ""]:
         # The shape has the widest type that is on; parameters must keep their own.
-        return learning_rate * schedule_shape(schedule, jnp.asarray(step), total_steps).astype(learning_rate.dtype)
+        return learning_rate * schedule_shape(schedule, jnp.asarray(step), total_steps).astype(
+            learning_rate.dtype
+        )
 
     direction = (
-        optax.trace(decay=momentum) if name == "sgd" else optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
+        optax.trace(decay=momentum)
+        if name == "sgd"
+        else optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
     )
     shrink = optax.add_decayed_weights(weight_decay, mask=decayed)
     order = (direction, shrink) if decay == "decoupled" else (shrink, direction)
@@ -60,8 +69,9 @@ def make_optimizer(
 def effective_decay(name: str, decay: str, weight_decay: Numbers, momentum: Numbers) -> Numbers:
     """The lambda of the loss whose critical points an optimizer seeks.
 
-    Decoupled SGD steps by m + lambda w, and momentum has made m = g/(1 - momentum) of a steady gradient: it stands
-    still where g = -(1 - momentum) lambda w. AdamW has no such loss: it stands still where g/(|g| + eps) = -lambda w,
-    entry by entry, with g close to 0 or |w| to 1/lambda; its own lambda is what it is held against.
+    Decoupled SGD steps by m + lambda w, and momentum has made m = g/(1 - momentum) of a steady
+    gradient: it stands still where g = -(1 - momentum) lambda w. AdamW has no such loss: it stands
+    still where g/(|g| + eps) = -lambda w, entry by entry, with g close to 0 or |w| to 1/lambda; its
+    own lambda is what it is held against.
     """
     return weight_decay * (1 - momentum) if name == "sgd" and decay == "decoupled" else weight_decay

@@ -92,12 +92,18 @@ class Recipe(NamedTuple):
     def decayed(self, params: dict) -> dict:
         return models.is_decayed(params, self.head_bias, self.norms)
 
-    def effective_decay(self, weight_decay: optim.Numbers, momentum: optim.Numbers) -> optim.Numbers:
+    def effective_decay(
+        self, weight_decay: optim.Numbers, momentum: optim.Numbers
+    ) -> optim.Numbers:
         return optim.effective_decay(self.optimizer, self.decay, weight_decay, momentum)
 
 
-def init_run(key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Array, "1 *image"]) -> RunState:
-    """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never on lambda."""
+def init_run(
+    key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Array, "1 *image"]
+) -> RunState:
+    """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never
+    on lambda.
+    """
     model_state = dict(recipe.model.init(key, inputs))
     params = model_state.pop("params")
     # Flax begins running statistics in float32 whatever becomes of them.
@@ -105,16 +111,20 @@ def init_run(key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Ar
     for layer in models.layer_names(params):
         kernel = params[layer]["kernel"]
         params[layer] |= {"kernel": kernel * hyper.init_scale.astype(kernel.dtype)}
-    return RunState(params, model_state, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32))
+    return RunState(
+        params, model_state, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32)
+    )
 
 
-def batch_indices(key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe) -> Int[Array, "steps B"]:
+def batch_indices(
+    key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe
+) -> Int[Array, "steps B"]:
     """The batches of an epoch, a function of key and epoch alone: nothing random is carried."""
     size, steps = recipe.train_size, recipe.steps_per_epoch
     if not recipe.batch_size:
         return jnp.arange(size)[None]
-    # One sort of single words, much faster on a CPU than jax.random.permutation's sorts of pairs. The index in
-    # the low half makes the words distinct.
+    # One sort of single words, much faster on a CPU than jax.random.permutation's sorts of pairs.
+    # The index in the low half makes the words distinct.
     bits = jax.random.bits(jax.random.fold_in(key, epoch), (size,), jnp.uint32)
     words = (bits.astype(jnp.uint64) << 32) | jnp.arange(size, dtype=jnp.uint64)
     order = (jnp.sort(words) & 0xFFFFFFFF).astype(jnp.int32)
@@ -132,7 +142,8 @@ def train_step(
 ) -> RunState:
     """One step of the optimizer on the examples `index`; `key` decides how they are augmented.
 
-    Of a batch that is spread over devices each computes its share, and gradients are summed: one all-reduce.
+    Of a batch that is spread over devices each computes its share, and gradients are summed: one
+    all-reduce.
     """
     mine, is_mine = share.part(index)
     images, labels = data.train.images[mine], data.train.labels[mine]
@@ -140,7 +151,9 @@ def train_step(
 
     def fit(params: dict) -> tuple[Float[Array, ""], dict]:
         variables, noted = {"params": params, **state.model_state}, list(state.model_state)
-        outputs, model_state = recipe.model.apply(variables, data.normalize(images), train=True, mutable=noted)
+        outputs, model_state = recipe.model.apply(
+            variables, data.normalize(images), train=True, mutable=noted
+        )
         outputs = jnp.asarray(outputs)
         y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
         losses = jnp.where(is_mine, recipe.objective.fit(outputs, y), 0)
@@ -148,7 +161,9 @@ def train_step(
 
     gradients, model_state = jax.grad(fit, has_aux=True)(state.params)
     gradients = share.sum(gradients)
-    updates, opt_state = recipe.make_tx(hyper, state.params).update(gradients, state.opt_state, state.params)
+    updates, opt_state = recipe.make_tx(hyper, state.params).update(
+        gradients, state.opt_state, state.params
+    )
     params: Any = optax.apply_updates(state.params, updates)
     return RunState(params, model_state, opt_state, state.epoch)
 
@@ -161,7 +176,9 @@ def train_epoch(
 
     def step(state: RunState, batch: tuple[Array, Array]) -> tuple[RunState, None]:
         number, index = batch
-        return train_step(state, index, jax.random.fold_in(views, number), hyper, data, recipe, share), None
+        return train_step(
+            state, index, jax.random.fold_in(views, number), hyper, data, recipe, share
+        ), None
 
     indices = batch_indices(key, state.epoch, recipe)
     state, _ = lax.scan(step, state, (jnp.arange(len(indices), dtype=jnp.uint32), indices))
@@ -188,13 +205,16 @@ def measure(
 
 
 class Advance:
-    """The one program of a sweep: advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics)."""
+    """The one program of a sweep: advance(states, keys, hyper, data, n_epochs, measured) ->
+    (states, metrics).
+    """
 
     def __init__(self, jitted: Any):
         self._jitted = jitted
 
-    # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the precision of
-    # training. The whole trace must stand in the context: vmap batches the bodies of loops after tracing them.
+    # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the
+    # precision of training. The whole trace must stand in the context: vmap batches the bodies of
+    # loops after tracing them.
     def __call__(self, *arguments: Any) -> tuple[RunState, dict[str, Array]]:
         with jax.enable_x64(True):
             return self._jitted(*arguments)
@@ -209,10 +229,10 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
     """Compiles to the one program of a sweep.
 
     Returns:
-      advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys` and `hyper` are
-      stacked over runs and sharded over the mesh; `states` is donated. `n_epochs` and `measured` are traced, so chunks
-      of any length share one trace. Metrics are those of `evaluate`, each with a leading run axis; NaN where not
-      measured.
+      advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys`
+      and `hyper` are stacked over runs and sharded over the mesh; `states` is donated. `n_epochs`
+      and `measured` are traced, so chunks of any length share one trace. Metrics are those of
+      `evaluate`, each with a leading run axis; NaN where not measured.
     """
     share = Share(mesh.shape[DATA])
     model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
@@ -229,22 +249,29 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
             return measure(variables, hyper, data, recipe, share)
 
         convolves = isinstance(recipe.model, models.HomogeneousConvNet)
-        train_group, measure_group = parallel.group_sizes(len(keys), mesh.devices.flat[0].platform, convolves)
+        train_group, measure_group = parallel.group_sizes(
+            len(keys), mesh.devices.flat[0].platform, convolves
+        )
         states = _in_groups(train_run, train_group, states, keys, hyper)
 
         def measure_all(variables: dict) -> dict[str, Array]:
             return _in_groups(measure_run, measure_group, variables, hyper)
 
         def skip(variables: dict) -> dict[str, Array]:
-            return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(measure_all, variables))
+            return jax.tree.map(
+                lambda s: jnp.full(s.shape, jnp.nan, s.dtype),
+                jax.eval_shape(measure_all, variables),
+            )
 
         return states, lax.cond(measured, measure_all, skip, states.variables)
 
     by_run, everywhere = PartitionSpec(RUN), PartitionSpec()
     specs = (by_run, by_run, by_run, everywhere, everywhere, everywhere)
-    # Gradients and sums are added up over `data` where they arise, in one explicit all-reduce each. The replication
-    # checker would add its own to every gradient.
-    sharded = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False)
+    # Gradients and sums are added up over `data` where they arise, in one explicit all-reduce each.
+    # The replication checker would add its own to every gradient.
+    sharded = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False
+    )
     placed = tuple(NamedSharding(mesh, spec) for spec in specs)
     return Advance(jax.jit(sharded, in_shardings=placed, out_shardings=placed[0], donate_argnums=0))
 
@@ -252,8 +279,9 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 def _in_groups(f: Callable, group: int, *runs):
     """f over stacked runs: `group` of them side by side, group after group.
 
-    A group of one is mapped without vmap, which would give every product a batch dimension of 1: on CPUs that costs
-    homogeneous convolutions an eighth of their speed and wide dense layers a third (docs/performance.md).
+    A group of one is mapped without vmap, which would give every product a batch dimension of 1: on
+    CPUs that costs homogeneous convolutions an eighth of their speed and wide dense layers a third
+    (docs/performance.md).
     """
     if group == 1:
         return lax.map(lambda run: f(*run), runs)
@@ -279,21 +307,27 @@ def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
 def start(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple[RunState, Key[Array, " R"], Hyper]:
-    """Fresh states, keys and hyperparameters of a grid's runs (`Grid.columns`), padded and sharded over the mesh."""
+    """Fresh states, keys and hyperparameters of a grid's runs (`Grid.columns`), padded and
+    sharded over the mesh.
+    """
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
         placed = jax.jit(begin, out_shardings=parallel.by_run(mesh))
         return placed(seeds, hyper, data)
 
 
-def start_shapes(recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data) -> tuple:
+def start_shapes(
+    recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
+) -> tuple:
     """What `start` returns, as shapes and types; `data` may be `host_data`."""
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
         return jax.eval_shape(begin, seeds, hyper, data)
 
 
-def _beginning(recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data) -> tuple:
+def _beginning(
+    recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
+) -> tuple:
     """(function of seeds, hyper and data; seeds; hyper), the latter padded NumPy arrays."""
     numbers: Any = [np.asarray(columns[name], data.center.dtype) for name in Hyper._fields]
     hyper = Hyper(*numbers)
@@ -303,13 +337,21 @@ def _beginning(recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.n
     def begin(seeds: Array, hyper: Hyper, data: Data) -> tuple[RunState, Array, Hyper]:
         keys = jax.vmap(jax.random.key)(seeds)
         inputs = data.normalize(data.train.images[:1])
-        return jax.vmap(lambda key, hyper: init_run(key, hyper, recipe, inputs))(keys, hyper), keys, hyper
+        return (
+            jax.vmap(lambda key, hyper: init_run(key, hyper, recipe, inputs))(keys, hyper),
+            keys,
+            hyper,
+        )
 
     return begin, seeds, hyper
 
 
-def flow_time(recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E). Adam has none: NaN."""
+def flow_time(
+    recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray
+) -> np.ndarray:
+    """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E). Adam
+    has none: NaN.
+    """
     steps = np.arange(max(epochs) * recipe.steps_per_epoch)
     with jax.enable_x64(True):
         total = recipe.epochs * recipe.steps_per_epoch

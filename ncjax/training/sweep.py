@@ -42,7 +42,8 @@ def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
 
 
 class Program:
-    """What a plan compiles to: one program, which takes the runs of the grid in equal slices, one after another.
+    """What a plan compiles to: one program, which takes the runs of the grid in equal slices, one
+    after another.
 
     Attributes:
       slices: of the grid, in its order.
@@ -65,12 +66,17 @@ class Program:
 
     def columns_of(self, part: slice) -> dict[str, np.ndarray]:
         """`Grid.columns` of a slice, filled up so that all slices are of one size."""
-        return {name: parallel.pad_runs(values[part], self.runs) for name, values in self.columns.items()}
+        return {
+            name: parallel.pad_runs(values[part], self.runs)
+            for name, values in self.columns.items()
+        }
 
     @functools.cached_property
     def _started(self) -> tuple:
         """Shapes of a slice's states, keys and hyperparameters."""
-        return train.start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)
+        return train.start_shapes(
+            self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data
+        )
 
     @property
     def shapes(self) -> train.RunState:
@@ -80,7 +86,9 @@ class Program:
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
         begin = time.perf_counter()
-        compiled = train.make_advance(self.recipe, self.mesh).compile(*self._started, self._data, 0, False)
+        compiled = train.make_advance(self.recipe, self.mesh).compile(
+            *self._started, self._data, 0, False
+        )
         self.compile_seconds = time.perf_counter() - begin
         return compiled
 
@@ -95,10 +103,17 @@ class Program:
 
     @property
     def bytes_per_device(self) -> int:
-        """Data, states, and what the program needs for itself: XLA's own account of the compiled program."""
+        """Data, states, and what the program needs for itself: XLA's own account of the compiled
+        program.
+        """
         memory: Any = self.compiled.memory_analysis()
         shared = memory.alias_size_in_bytes  # donated states are counted as argument and as output
-        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - shared
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - shared
+        )
 
     @property
     def bytes_of_data(self) -> int:
@@ -126,14 +141,16 @@ class Program:
 
 
 def make_program(plan: Plan) -> Program:
-    """With `sweep.runs_per_program` runs at once; by default with as many as the devices' memory holds.
+    """With `sweep.runs_per_program` runs at once; by default with as many as the devices' memory
+    holds.
 
     Raises:
       InputError: not even one run a device fits, or there are not so many devices.
     """
     program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
     limit = parallel.device_memory(program.mesh)
-    # A CPU says nothing of its memory, and states that wait would lie in it all the same: all runs at once.
+    # A CPU says nothing of its memory, and states that wait would lie in it all the same: all runs
+    # at once.
     if limit is None:
         _check_host_memory(program, tuple(plan.config.model.widths))
     if plan.config.sweep.runs_per_program or limit is None:
@@ -143,24 +160,35 @@ def make_program(plan: Plan) -> Program:
         fewer = min(int(room), program.runs_per_device - 1) * program.mesh.shape[parallel.RUN]
         if fewer < 1:
             needs, has = program.bytes_per_run + program.bytes_of_data, f"{limit:,} bytes of memory"
-            way_out = f"one run needs {needs:,} bytes of a device that has {has}; smaller layers or batches would do"
+            way_out = (
+                f"one run needs {needs:,} bytes of a device that has {has}; smaller layers or "
+                f"batches would do"
+            )
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
         program = Program(plan, fewer)
     return program
 
 
 def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
-    """Refuses states that a CPU's memory cannot hold, by their shapes alone: nothing is compiled to find out."""
-    states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes)) * len(program.slices)
+    """Refuses states that a CPU's memory cannot hold, by their shapes alone: nothing is compiled
+    to find out.
+    """
+    states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes)) * len(
+        program.slices
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if states > memory:
-        way_out = f"weights and momenta of all runs take {states:,} bytes, and there are {memory:,}; shrink layers"
+        way_out = (
+            f"weights and momenta of all runs take {states:,} bytes, and there are {memory:,}; "
+            f"shrink layers"
+        )
         raise InputError("config.model.widths", widths, way_out)
 
 
 def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
-    """Of one example in one step, counted from shapes: 6 a weight and position (where a kernel is applied), 2 of them
-    forward, 2 for the gradient of the weights and 2 for that of the inputs, which the first layer does not need."""
+    """Of one example in one step, counted from shapes: 6 a weight and position (where a kernel is
+    applied), 2 of them forward, 2 for the gradient of the weights and 2 for that of the inputs,
+    which the first layer does not need."""
 
     def outputs(x: jax.Array) -> tuple[Any, Any]:
         variables = model.init(jax.random.key(0), x)
@@ -177,28 +205,44 @@ def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
 
 
 def _check_batch(recipe: train.Recipe, mesh: Mesh) -> None:
-    """Rows that fill up a device's share have no weight in a gradient, but would count in batch statistics."""
+    """Rows that fill up a device's share have no weight in a gradient, but would count in batch
+    statistics.
+    """
     devices, batch = mesh.shape[parallel.DATA], recipe.batch_size or recipe.train_size
     if isinstance(recipe.model, models.BatchNormConvNet) and batch % devices:
-        raise InputError("config.mesh.data", devices, f"batch normalization needs a divisor of the batch of {batch}")
+        raise InputError(
+            "config.mesh.data",
+            devices,
+            f"batch normalization needs a divisor of the batch of {batch}",
+        )
 
 
 class Sweep:
-    """The runs of a plan: their states on the devices, or, but for the slice that is advanced, beside them."""
+    """The runs of a plan: their states on the devices, or, but for the slice that is advanced,
+    beside them.
+    """
 
     def __init__(self, plan: Plan):
         self.plan, self.epoch = plan, 0
         self.program = make_program(plan)
-        self.recipe, self.mesh, self.columns = self.program.recipe, self.program.mesh, self.program.columns
+        self.recipe, self.mesh, self.columns = (
+            self.program.recipe,
+            self.program.mesh,
+            self.program.columns,
+        )
         self.data = train.place_data(plan.dataset, self.mesh, plan.config.train.precision)
         self._states, self._fixed = [], []
         for part in self.program.slices:
-            states, *fixed = train.start(self.recipe, self.mesh, self.program.columns_of(part), self.data)
+            states, *fixed = train.start(
+                self.recipe, self.mesh, self.program.columns_of(part), self.data
+            )
             self._states.append(self._set_aside(states))
             self._fixed.append(fixed)
 
     def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
-        """Trains, then measures; returns (R, ...) measurements ({} if not measured) and the seconds it took."""
+        """Trains, then measures; returns (R, ...) measurements ({} if not measured) and the
+        seconds it took.
+        """
         begin, measurements = time.perf_counter(), []
         for i, (part, fixed) in enumerate(zip(self.program.slices, self._fixed, strict=True)):
             states = jax.device_put(self._states[i], parallel.by_run(self.mesh))
@@ -212,18 +256,24 @@ class Sweep:
 
     @property
     def states(self) -> train.RunState:
-        """Of all runs in the order of the grid: on the devices where they fill one program, else NumPy arrays."""
+        """Of all runs in the order of the grid: on the devices where they fill one program, else
+        NumPy arrays.
+        """
         slices = self.program.slices
         if len(slices) == 1 and slices[0].stop == self.program.runs:
             return self._states[0]
         parts = zip(slices, self._states, strict=True)
-        return _join([_first(parallel.fetch(states), part.stop - part.start) for part, states in parts])
+        return _join(
+            [_first(parallel.fetch(states), part.stop - part.start) for part, states in parts]
+        )
 
     @property
     def shapes(self) -> train.RunState:
         """Of `states`."""
         runs = self.program.slices[-1].stop
-        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((runs, *s.shape[1:]), s.dtype), self.program.shapes)
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((runs, *s.shape[1:]), s.dtype), self.program.shapes
+        )
 
     def restore(self, states: train.RunState, epoch: int) -> None:
         """Takes up `states` (NumPy arrays, of all runs) of an epoch."""
@@ -232,7 +282,9 @@ class Sweep:
             for i, part in enumerate(self.program.slices):
                 mine = jax.tree.map(lambda leaf, part=part: leaf[part], states)
                 padded = parallel.pad_runs(mine, self.program.runs)
-                self._states[i] = self._set_aside(parallel.place(padded, parallel.by_run(self.mesh)))
+                self._states[i] = self._set_aside(
+                    parallel.place(padded, parallel.by_run(self.mesh))
+                )
 
     def _set_aside(self, states: train.RunState) -> train.RunState:
         """To the host's memory, where several slices take turns on devices that have their own."""
@@ -251,4 +303,8 @@ def _first(tree: parallel.T, runs: int) -> parallel.T:
 
 
 def _join(parts: list[parallel.T]) -> parallel.T:
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    )

@@ -1,4 +1,6 @@
-"""Every command: signals, closed and full streams, mistakes and environment variables end in one line at most."""
+"""Every command: signals, closed and full streams, mistakes and environment variables end in one
+line at most.
+"""
 
 import os
 import subprocess
@@ -23,10 +25,17 @@ PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
 
 
 def run(*arguments, **options):
-    return subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, cwd=chaos.ROOT, timeout=120, **options)
+    return subprocess.run(
+        [*PYTHON, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=chaos.ROOT,
+        timeout=120,
+        **options,
+    )
 
 
-# Signals --------------------------------------------------------------------------------------------------------------
+# Signals ------------------------------------------------------------------------------------------
 
 # A signal comes when a module is looked for, and the importer swallows what is raised.
 IMPORTING = """
@@ -67,18 +76,26 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize(("command", "name", "signum"), IMPORTS)
-def test_a_signal_during_an_import_that_swallows_it_ends_the_command_in_one_line(command, name, signum):
+def test_a_signal_during_an_import_that_swallows_it_ends_the_command_in_one_line(
+    command, name, signum
+):
     words = COMMANDS[command]
     done = run("-c", IMPORTING, words[0], name, signum, *words)
-    assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODES[signum], "", f"stopped by {signum}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        EXIT_CODES[signum],
+        "",
+        f"stopped by {signum}\n",
+    )
 
 
 KILL = "os.kill(os.getpid(), signal.SIGINT)"
 PLACES = {
     "in the open": KILL,
     "swallowed": f"try: {KILL}\n    except BaseException: pass",
-    "turned into another": f"try: {KILL}\n    except BaseException: raise ImportError('numpy') from None",
-    "in a destructor": f"class Dying:\n        def __del__(self): {KILL}\n    Dying(); time.sleep(30)",
+    "turned into another": f"try: {KILL}\n    except BaseException: raise ImportError('numpy') "
+    f"from None",
+    "in a destructor": f"class Dying:\n        def __del__(self): {KILL}\n    Dying(); "
+    f"time.sleep(30)",
     "below a library that does not return": f"threading.Timer(0.2, lambda: {KILL}).start()\n"
     "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)",
     "twice": f"try: {KILL}\n    finally: {KILL}",
@@ -87,7 +104,9 @@ PLACES = {
 
 def fake(folder: Path, body: str):
     """A command, run as the others are."""
-    source = f"import atexit, hashlib, os, signal, sys, threading, time\n\ndef main():\n    {body}\n"
+    source = (
+        f"import atexit, hashlib, os, signal, sys, threading, time\n\ndef main():\n    {body}\n"
+    )
     (folder / "fake.py").write_text(source)
     return ["-c", "from ncjax.cli import command; command.run('fake')"], os.environ | {
         "PYTHONPATH": f"{folder}:{chaos.ROOT}"
@@ -109,7 +128,9 @@ def test_a_signal_that_comes_before_the_command_is_looked_for_ends_it_in_one_lin
 
 
 def test_a_signal_while_the_interpreter_shuts_down_leaves_the_exit_code(tmp_path):
-    arguments, variables = fake(tmp_path, f"atexit.register(lambda: {KILL})\n    print('all')\n    return 7")
+    arguments, variables = fake(
+        tmp_path, f"atexit.register(lambda: {KILL})\n    print('all')\n    return 7"
+    )
     done = run(*arguments, env=variables)
     assert (done.returncode, done.stdout, done.stderr) == (7, "all\n", "")
 
@@ -121,7 +142,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError"
 
 
-# Streams --------------------------------------------------------------------------------------------------------------
+# Streams ------------------------------------------------------------------------------------------
 
 TALKING = """for _ in range(1000): print('a line of text' * 9)
     sys.stdout.flush()
@@ -134,7 +155,11 @@ def talk(folder, redirections):
     arguments, variables = fake(folder, TALKING)
     script = f'"$0" "$@" {redirections}'
     done = subprocess.run(
-        ["bash", "-c", script, *PYTHON, *arguments], capture_output=True, text=True, cwd=folder, env=variables
+        ["bash", "-c", script, *PYTHON, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=variables,
     )
     assert (folder / "done").exists()
     return done
@@ -149,7 +174,9 @@ def test_a_full_standard_output_is_one_line_once_all_is_done(tmp_path):
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("redirections", ["| head -1; exit ${PIPESTATUS[0]}", ">&-", "2>&- | tail -1", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "redirections", ["| head -1; exit ${PIPESTATUS[0]}", ">&-", "2>&- | tail -1", "<&- >&- 2>&-"]
+)
 def test_a_reader_that_is_gone_is_no_error(redirections, tmp_path):
     done = talk(tmp_path, redirections)
     assert done.returncode == 0
@@ -158,35 +185,52 @@ def test_a_reader_that_is_gone_is_no_error(redirections, tmp_path):
 
 
 def test_what_was_meant_for_a_closed_stream_reaches_no_file(tmp_path):
-    body = "file = open('data', 'w')\n    os.write(1, b'?')\n    os.write(2, b'?')\n    file.close()\n    return 0"
+    body = (
+        "file = open('data', 'w')\n    os.write(1, b'?')\n    os.write(2, b'?')\n    "
+        "file.close()\n    return 0"
+    )
     arguments, variables = fake(tmp_path, body)
-    subprocess.run(["bash", "-c", '"$0" "$@" >&- 2>&-', *PYTHON, *arguments], cwd=tmp_path, env=variables, check=True)
+    subprocess.run(
+        ["bash", "-c", '"$0" "$@" >&- 2>&-', *PYTHON, *arguments],
+        cwd=tmp_path,
+        env=variables,
+        check=True,
+    )
     assert (tmp_path / "data").read_text() == ""
 
 
 def test_a_file_name_that_is_no_text_is_printed_as_it_is(tmp_path):
     arguments, variables = fake(tmp_path, r"print('b\udcff±')" + "\n    return 0")
-    utf8 = subprocess.run([*PYTHON, *arguments], capture_output=True, env=variables | {"PYTHONIOENCODING": "utf-8"})
-    ascii_ = subprocess.run([*PYTHON, *arguments], capture_output=True, env=variables | {"PYTHONIOENCODING": "ascii"})
+    utf8 = subprocess.run(
+        [*PYTHON, *arguments], capture_output=True, env=variables | {"PYTHONIOENCODING": "utf-8"}
+    )
+    ascii_ = subprocess.run(
+        [*PYTHON, *arguments], capture_output=True, env=variables | {"PYTHONIOENCODING": "ascii"}
+    )
     assert (utf8.stdout, ascii_.stdout) == (b"b\xff\xc2\xb1\n", b"b\\udcff\\xb1\n")
     assert (utf8.returncode, ascii_.returncode) == (0, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("redirections", "code"), [("> /dev/full", 1), ("| head -1; exit ${PIPESTATUS[0]}", 0)])
+@pytest.mark.parametrize(
+    ("redirections", "code"), [("> /dev/full", 1), ("| head -1; exit ${PIPESTATUS[0]}", 0)]
+)
 def test_training_loses_nothing_where_nobody_reads(redirections, code, tmp_path):
     chaos.record(tmp_path / "reference")
     command = [*PYTHON, "-m", "ncjax.main", *chaos.SMALL, f"--workdir={tmp_path / 'run'}"]
     script = f'"$0" "$@" {redirections}'
     done = subprocess.run(
-        ["bash", "-c", script, *command], stderr=subprocess.PIPE, cwd=chaos.ROOT, env=chaos.environment(tmp_path)
+        ["bash", "-c", script, *command],
+        stderr=subprocess.PIPE,
+        cwd=chaos.ROOT,
+        env=chaos.environment(tmp_path),
     )
     assert done.returncode == code, done.stderr
     chaos.Outcome.of(tmp_path / "reference").check(chaos.Outcome.of(tmp_path / "run"))
     assert (tmp_path / "run" / "figures" / "collapse_against_epoch.png").exists()
 
 
-# Mistakes -------------------------------------------------------------------------------------------------------------
+# Mistakes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,7 +254,7 @@ def test_a_mistake_is_one_line_without_the_usage(command, arguments, word, capsy
     assert message.count("\n") == 1
 
 
-# The environment ------------------------------------------------------------------------------------------------------
+# The environment ----------------------------------------------------------------------------------
 
 REFUSED = [
     ("JAX_DEBUG_NANS", "1"),
@@ -255,20 +299,32 @@ def test_a_variable_that_does_no_harm_is_let_be(name, value):
 
 @pytest.mark.parametrize("command", [train, show, measure])
 def test_every_command_that_uses_jax_looks_at_its_variables(command, monkeypatch, capsys):
-    arguments = {train: ["ncjax", *chaos.SMALL, "--dry-run"], show: ["run"], measure: ["tests/data/features.npz"]}
+    arguments = {
+        train: ["ncjax", *chaos.SMALL, "--dry-run"],
+        show: ["run"],
+        measure: ["tests/data/features.npz"],
+    }
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     assert command.main(arguments[command]) == 2
     assert capsys.readouterr().err.startswith("error: JAX_DEBUG_NANS: got '1'; ")
 
 
 def test_a_value_that_jax_does_not_know_is_one_line():
-    done = run("-m", "ncjax", "measure", "tests/data/features.npz", env=os.environ | {"JAX_LOGGING_LEVEL": "loud"})
+    done = run(
+        "-m",
+        "ncjax",
+        "measure",
+        "tests/data/features.npz",
+        env=os.environ | {"JAX_LOGGING_LEVEL": "loud"},
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: JAX_LOGGING_LEVEL: got 'loud'; ")
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'nonsense'"), AssertionError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Unable to initialize backend 'nonsense'"), AssertionError()]
+)
 def test_a_platform_that_is_not_here_is_named(error, monkeypatch):
     def fail():
         raise error
@@ -306,17 +362,25 @@ def test_windows_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
     assert "flock" in message
 
 
-# Another user ---------------------------------------------------------------------------------------------------------
+# Another user -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def another_user(tmp_path):
-    """How to become a user who has no home and can read everything, and write only below /tmp and its like."""
+    """How to become a user who has no home and can read everything, and write only below /tmp
+    and its like.
+    """
     if os.getuid() != 0:
         tmp_path.chmod(0o555)
         return []
     capability = "+dac_read_search"  # the interpreter may lie in the home of root
-    become = ["setpriv", "--reuid=4242", "--regid=4242", "--clear-groups", f"--inh-caps={capability}"]
+    become = [
+        "setpriv",
+        "--reuid=4242",
+        "--regid=4242",
+        "--clear-groups",
+        f"--inh-caps={capability}",
+    ]
     become.append(f"--ambient-caps={capability}")
     try:
         subprocess.run([*become, "true"], check=True, capture_output=True)
@@ -337,7 +401,9 @@ print("sound")
 
 
 def nobody():
-    return {name: value for name, value in os.environ.items() if name != "HOME"} | {"PYTHONPATH": str(chaos.ROOT)}
+    return {name: value for name, value in os.environ.items() if name != "HOME"} | {
+        "PYTHONPATH": str(chaos.ROOT)
+    }
 
 
 def test_a_run_is_not_refused_in_a_current_folder_that_cannot_be_written(another_user, tmp_path):
@@ -361,14 +427,17 @@ def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 NO_TEXT = os.fsdecode(b"b\xff")
 
 
 def test_a_workdir_whose_name_is_no_utf8_is_refused(tmp_path, capsys):
     workdir = tmp_path / NO_TEXT
-    for command, argv in ((train, ["ncjax", *chaos.SMALL, f"--workdir={workdir}"]), (show, [str(workdir)])):
+    for command, argv in (
+        (train, ["ncjax", *chaos.SMALL, f"--workdir={workdir}"]),
+        (show, [str(workdir)]),
+    ):
         assert command.main(argv) == 2
         message = capsys.readouterr().err
         assert "UTF-8" in message
@@ -387,7 +456,9 @@ def test_a_current_folder_whose_name_is_no_utf8_is_seen(tmp_path, monkeypatch):
 def test_names_that_are_no_utf8_are_drawn_and_stay_apart(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(draw, "draw_all", lambda *_: [])
-    monkeypatch.setattr(draw, "draw_comparison", lambda histories, folder: drawn.update(histories) or [])
+    monkeypatch.setattr(
+        draw, "draw_comparison", lambda histories, folder: drawn.update(histories) or []
+    )
     monkeypatch.setattr(plot, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
     names = [os.fsdecode(name) for name in (b"b\xff", b"b\xfe")]
     assert plot.main([str(tmp_path / name) for name in names]) == 0

@@ -1,4 +1,6 @@
-"""`python -m ncjax show`: what it says is what the files hold; what does not hold is said, with the right exit code."""
+"""`python -m ncjax show`: what it says is what the files hold; what does not hold is said, with
+the right exit code.
+"""
 
 import hashlib
 import json
@@ -51,14 +53,22 @@ def test_what_ran_and_what_is_in_it_is_said_and_nothing_is_changed(trained, show
     assert "6 of 6, measured at 0, 1, 2, 3, 4, 5, 6" in out
     assert "its checksum holds" in out
     assert "2 x cpu" in out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line
+    ]
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["layer_1.kernel"] == ["32 x 8", "float32", "256", "1.02 kB"]
     assert by_name["head.bias"] == ["3", "float32", "3", "12 B"]
     assert by_name["total"][2] == f"{32 * 8 + 8 * 8 + 8 * 3 + 3}"
-    assert [row[0] for row in rows].index("layer_2.kernel") < [row[0] for row in rows].index("head.kernel")
+    assert [row[0] for row in rows].index("layer_2.kernel") < [row[0] for row in rows].index(
+        "head.kernel"
+    )
     assert by_name["4"][1] == by_name["6"][1] == "hold"
-    nc1 = xr.load_dataset(trained / "history.nc").nc1.sel(split="train", epoch=6, weight_decay=1e-3).values
+    nc1 = (
+        xr.load_dataset(trained / "history.nc")
+        .nc1.sel(split="train", epoch=6, weight_decay=1e-3)
+        .values
+    )
     assert mean_and_sd(nc1) in by_name["0.001"]
 
 
@@ -70,7 +80,11 @@ def test_json_holds_the_history_at_the_epoch_and_what_the_tables_say(trained, sh
         assert code == 0
         measurements = found["measurements"]
         for name, one in measurements["variables"].items():
-            expected = recorded[name].sel(epoch=epoch) if "epoch" in recorded[name].dims else recorded[name]
+            expected = (
+                recorded[name].sel(epoch=epoch)
+                if "epoch" in recorded[name].dims
+                else recorded[name]
+            )
             assert one["dims"] == list(expected.dims)
             np.testing.assert_array_equal(np.array(one["values"], float), expected.values)
         kept = {*history.VOCABULARY} | ({history.COSINES} if epoch == 6 else set())
@@ -80,7 +94,9 @@ def test_json_holds_the_history_at_the_epoch_and_what_the_tables_say(trained, sh
     assert found["grid"] == {axis: sweep[axis] for axis in SWEPT}
     assert found["parameter_count"] == 347
     assert [(c["epoch"], c["sound"]) for c in found["checkpoints"]] == [(4, True), (6, True)]
-    on_disk = sum(p.stat().st_size for p in (trained / "checkpoints" / "6").rglob("*") if p.is_file())
+    on_disk = sum(
+        p.stat().st_size for p in (trained / "checkpoints" / "6").rglob("*") if p.is_file()
+    )
     assert found["checkpoints"][1]["bytes"] == on_disk
     assert found["versions"] == json.loads(recorded.attrs["versions"])
 
@@ -89,9 +105,15 @@ def test_one_run_is_shown_alone(trained, shown):
     code, out, _ = shown(trained, RUN, "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["run"]["number"], found["run"]["weight_decay"], found["run"]["seed"]) == (2, 1e-3, 0)
+    assert (found["run"]["number"], found["run"]["weight_decay"], found["run"]["seed"]) == (
+        2,
+        1e-3,
+        0,
+    )
     recorded = xr.load_dataset(trained / "history.nc").sel(weight_decay=[1e-3], seed=[0], epoch=6)
-    np.testing.assert_array_equal(found["measurements"]["variables"]["nc3"]["values"], recorded.nc3.values)
+    np.testing.assert_array_equal(
+        found["measurements"]["variables"]["nc3"]["values"], recorded.nc3.values
+    )
     _, out, _ = shown(trained, RUN)
     assert "one seed" in out
     assert "number 2 of the grid" in out
@@ -101,7 +123,9 @@ def test_damage_is_found_in_the_run_that_has_it_and_earlier_checkpoints_stand_in
     flip(copied, 6, whole_checkpoint(copied, 6)["layer_1.kernel"][1])
     code, out, _ = shown(copied)
     assert code == 0
-    assert "params.layer_1.kernel" in next(line for line in out.splitlines() if line.startswith("│ 6"))
+    assert "params.layer_1.kernel" in next(
+        line for line in out.splitlines() if line.startswith("│ 6")
+    )
     assert "hold" in next(line for line in out.splitlines() if line.startswith("│ 4"))
     code, out, _ = shown(copied, RUN, "--json")  # another run
     assert [c["sound"] for c in json.loads(out)["checkpoints"]] == [True, True]
@@ -138,7 +162,10 @@ def test_a_weight_that_was_changed_and_sealed_fails_the_verification(copied, sho
     assert all(c["sound"] for c in found["checkpoints"])
     verification = found["verification"]
     assert not verification["passed"]
-    assert (verification["coordinates"]["weight_decay"], verification["coordinates"]["seed"]) == (0, 1)
+    assert (verification["coordinates"]["weight_decay"], verification["coordinates"]["seed"]) == (
+        0,
+        1,
+    )
     assert 1e-3 < verification["deviation"] < 1
     assert shown(copied, "--verify", RUN)[0] == 0
     assert shown(copied, "--verify", "--epoch=4")[0] == 0
@@ -245,7 +272,10 @@ def test_a_damaged_history_is_named_and_fails_the_verification(copied, shown):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epoch=77"], "--epoch: got 77; measured were 0, 1, 2, 3, 4, 5, 6; there are checkpoints of 4, 6"),
+        (
+            ["--epoch=77"],
+            "--epoch: got 77; measured were 0, 1, 2, 3, 4, 5, 6; there are checkpoints of 4, 6",
+        ),
         (["--run=weight_decay"], "--run: got 'weight_decay'; write NAME=VALUE,..."),
         (["--run=seed=a"], "write NAME=VALUE"),
         (["--run=seed=0,seed=1"], "write NAME=VALUE"),
@@ -253,13 +283,18 @@ def test_a_damaged_history_is_named_and_fails_the_verification(copied, shown):
         (["--run=weight_decay=5,seed=0"], "weight_decay: got 5.0; the grid has 0, 0.001"),
         (["--run=colour=5"], "colour: got 5.0; no such axis"),
         (["--export=w.bin"], "--export: got 'w.bin'; its name must end in .safetensors or .npz"),
-        (["--export=w.npz"], "--run: got ''; --export takes one run: give it one of each weight_decay = 0, 0.001"),
+        (
+            ["--export=w.npz"],
+            "--run: got ''; --export takes one run: give it one of each weight_decay = 0, 0.001",
+        ),
         ([RUN, "--export=w.npz", "--epoch=3"], "there is no checkpoint of epoch 3; there are 4, 6"),
         ([RUN, "--export=no/such/folder/w.npz"], "No such file or directory"),
         (["--verify", "--epoch=3"], "there is no checkpoint of epoch 3; there are 4, 6"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(trained, tmp_path, monkeypatch, shown, arguments, message):
+def test_what_is_not_there_is_said_in_one_line(
+    trained, tmp_path, monkeypatch, shown, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = shown(trained, *arguments)
     assert (code, out) == (2, "")
@@ -280,7 +315,9 @@ def test_folders_that_are_no_workdir_are_refused(tmp_path, shown):
 
 @pytest.fixture
 def removing(copied, monkeypatch):
-    """The WORKDIR `copied`, whose checkpoint 6 a run removes when it is read to be measured or exported."""
+    """The WORKDIR `copied`, whose checkpoint 6 a run removes when it is read to be measured or
+    exported.
+    """
     read = checkpoint.read_run
 
     def reading(folder, epoch, run):
@@ -299,11 +336,16 @@ def test_a_checkpoint_removed_while_it_is_verified_gives_way_to_the_newest(remov
 
 
 @pytest.mark.parametrize("flags", [["--verify"], [RUN, "--export=w.npz"]])
-def test_a_checkpoint_asked_for_and_removed_is_said_in_one_line(removing, shown, tmp_path, monkeypatch, flags):
+def test_a_checkpoint_asked_for_and_removed_is_said_in_one_line(
+    removing, shown, tmp_path, monkeypatch, flags
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = shown(removing, "--epoch=6", *flags)
     assert (code, out) == (2, "")
-    assert err == "error: epoch: got 6; a training process has removed this checkpoint; name a newer one\n"
+    assert (
+        err
+        == "error: epoch: got 6; a training process has removed this checkpoint; name a newer one\n"
+    )
 
 
 def test_a_run_whose_checkpoint_is_removed_is_loaded_from_the_newest(removing):

@@ -1,11 +1,17 @@
-"""The command line: every kind of bad input ends in one line that names the field, exit code 2, and no WORKDIR."""
+"""The command line: every kind of bad input ends in one line that names the field, exit code 2,
+and no WORKDIR.
+"""
 
 import pytest
 
 from ncjax.cli import train
 
 BAD = [
-    (["--config.sweep.weight_decy=1"], "config.sweep.weight_decy", "did you mean config.sweep.weight_decay?"),
+    (
+        ["--config.sweep.weight_decy=1"],
+        "config.sweep.weight_decy",
+        "did you mean config.sweep.weight_decay?",
+    ),
     (["--config.train.epochs=ten"], "config.train.epochs", "'ten'"),
     (["--config.train.epochs=1.5"], "config.train.epochs", "1.5"),
     (["--config.train.epochs=0"], "config.train.epochs", "got 0"),
@@ -21,7 +27,11 @@ BAD = [
     (["--config.model.widths=0"], "config.model.widths", ">= 1"),
     (["--config.model.activation=tanh"], "config.model.activation", "relu, linear"),
     (["--config.loss=hinge"], "config.loss", "square, cross_entropy"),
-    (["--config.train.optimizer=adam", "--config.train.decay=decoupled"], "config.train.decay", "adamw"),
+    (
+        ["--config.train.optimizer=adam", "--config.train.decay=decoupled"],
+        "config.train.decay",
+        "adamw",
+    ),
     (["--config.loss=cross_entropy", "--config.targets=centered"], "config.targets", "one_hot"),
     (["--config.model.linear_head_depth=9"], "config.model.linear_head_depth", "3 hidden layers"),
     (["--config=configs/ufm.py:large"], "'large'", "smoke"),
@@ -52,7 +62,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "field", "hint"), BAD, ids=[" ".join(flags) for flags, _, _ in BAD])
+@pytest.mark.parametrize(
+    ("flags", "field", "hint"), BAD, ids=[" ".join(flags) for flags, _, _ in BAD]
+)
 def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert train.main(["ncjax", f"--workdir={workdir}", *flags]) == 2
@@ -64,8 +76,12 @@ def test_bad_input_is_one_line_that_names_the_field(flags, field, hint, tmp_path
     assert not workdir.exists()
 
 
-def test_weights_beyond_the_memory_of_the_machine_are_refused_before_anything_is_compiled(tmp_path, capsys):
-    assert train.main(["ncjax", f"--workdir={tmp_path}", "--config.model.widths=1000000,1000000"]) == 2
+def test_weights_beyond_the_memory_of_the_machine_are_refused_before_anything_is_compiled(
+    tmp_path, capsys
+):
+    assert (
+        train.main(["ncjax", f"--workdir={tmp_path}", "--config.model.widths=1000000,1000000"]) == 2
+    )
     message = capsys.readouterr().err
     assert message.startswith("error: config.model.widths: got (1000000, 1000000); ")
     assert message.count("\n") == 1
@@ -129,8 +145,12 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "line", "said"), FAULTS, ids=[source for source, _, _ in FAULTS])
-def test_an_error_in_the_users_config_names_the_file_and_its_line(source, line, said, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("source", "line", "said"), FAULTS, ids=[source for source, _, _ in FAULTS]
+)
+def test_an_error_in_the_users_config_names_the_file_and_its_line(
+    source, line, said, tmp_path, capsys
+):
     config = tmp_path / "mine.py"
     config.write_bytes(source.encode("latin-1"))
     assert train.main(["ncjax", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
@@ -151,7 +171,9 @@ def test_a_config_without_variants_says_so_of_a_variant(tmp_path, capsys):
 
 def test_a_config_that_lacks_the_field_of_an_override_is_one_line(tmp_path, capsys):
     config = tmp_path / "mine.py"
-    config.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n")
+    config.write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n"
+    )
     for override in ("--config.mesh.run=2", "--config.loss=square"):
         assert train.main(["ncjax", f"--config={config}", override, "--dry-run"]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -41,7 +41,8 @@ def test_digits_splits_are_disjoint_and_hold_the_scans_of_scikit_learn():
 
     bunch = load_digits()
     all_scans = {
-        (image.astype(np.uint8).tobytes(), label) for image, label in zip(bunch.images, bunch.target, strict=True)
+        (image.astype(np.uint8).tobytes(), label)
+        for image, label in zip(bunch.images, bunch.target, strict=True)
     }
     digits = data.load("digits")
     train, test = (
@@ -62,9 +63,14 @@ def test_checksums_are_those_of_the_bytes_behind_a_header_of_dtype_and_shape():
         "test_images": drawn.test.images,
         "test_labels": drawn.test.labels,
     }
-    expected = {k: zlib.crc32(f"{a.dtype.str}{a.shape}".encode() + a.tobytes()) for k, a in arrays.items()}
+    expected = {
+        k: zlib.crc32(f"{a.dtype.str}{a.shape}".encode() + a.tobytes()) for k, a in arrays.items()
+    }
     assert data.checksums(drawn) == expected
-    assert expected["train_images"] == data.checksums(data.load("digits", per_class=20, pad=10))["train_images"]
+    assert (
+        expected["train_images"]
+        == data.checksums(data.load("digits", per_class=20, pad=10))["train_images"]
+    )
 
 
 def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
@@ -74,7 +80,9 @@ def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
     changed = {"test_images": images, "test_labels": drawn.test.labels.astype(np.int64)}
     changed_shape = drawn.test.images.reshape(-1, 2, 16)
     for part, array in (*changed.items(), ("test_images", changed_shape)):
-        after = data.checksums(drawn._replace(test=drawn.test._replace(**{part.removeprefix("test_"): array})))
+        after = data.checksums(
+            drawn._replace(test=drawn.test._replace(**{part.removeprefix("test_"): array}))
+        )
         assert {name for name in before if after[name] != before[name]} == {part}
 
 
@@ -82,7 +90,9 @@ def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
 def test_loading_twice_gives_the_same_bits(name):
     first, second = data.load(name), data.load(name)
     for a, b in zip(
-        (*first.train, *first.test, first.center), (*second.train, *second.test, second.center), strict=True
+        (*first.train, *first.test, first.center),
+        (*second.train, *second.test, second.center),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -101,7 +111,9 @@ def test_every_class_shrinks_to_the_smallest_keeping_the_order_of_the_set():
     np.testing.assert_array_equal(balanced.labels, np.repeat([0, 1, 2], 4))
     np.testing.assert_array_equal(balanced_test.labels, np.repeat([0, 1, 2], 3))
     for c in range(3):
-        np.testing.assert_array_equal(balanced.images[balanced.labels == c], train.images[train.labels == c][:4])
+        np.testing.assert_array_equal(
+            balanced.images[balanced.labels == c], train.images[train.labels == c][:4]
+        )
 
 
 @pytest.mark.parametrize("per_class", [146, 10**6])
@@ -133,7 +145,9 @@ def test_centred_training_inputs_have_the_mean_norm_asked_for(input_scale):
 
 def test_standardized_channels_have_mean_0_and_variance_1_over_images_and_pixels():
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(np.uint8)  # more than one chunk of the statistics
+    images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(
+        np.uint8
+    )  # more than one chunk of the statistics
     images[..., 1] //= 3
     center, scale = data._statistics(images, 2.0, True)
     x = (images - center) * scale
@@ -173,13 +187,24 @@ def test_a_set_of_one_class_is_refused():
 
 def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_splits():
     drawn = data.load("synthetic", num_classes=4, per_class=500)
-    assert np.bincount(drawn.train.labels).tolist() == np.bincount(drawn.test.labels).tolist() == [500] * 4
+    assert (
+        np.bincount(drawn.train.labels).tolist()
+        == np.bincount(drawn.test.labels).tolist()
+        == [500] * 4
+    )
     for c in range(4):
-        train, test = (s.images[s.labels == c].astype(np.float64) for s in (drawn.train, drawn.test))
+        train, test = (
+            s.images[s.labels == c].astype(np.float64) for s in (drawn.train, drawn.test)
+        )
         # Means of 500 standard normals: standard deviation 0.045, of their difference 0.063.
         np.testing.assert_allclose(train.mean(0), test.mean(0), atol=0.35)
         assert train.var(0).mean() == pytest.approx(1, abs=0.05)
-    assert np.std([drawn.train.images[drawn.train.labels == c].mean(0) for c in range(4)], axis=0).mean() > 0.3
+    assert (
+        np.std(
+            [drawn.train.images[drawn.train.labels == c].mean(0) for c in range(4)], axis=0
+        ).mean()
+        > 0.3
+    )
     assert not rows(drawn.train) & rows(drawn.test)
 
 
@@ -196,7 +221,9 @@ def test_every_sixth_example_of_each_class_is_held_out():
     assert np.bincount(test.labels, minlength=3).tolist() == [2, 1, 0]
     assert len(train.labels) + len(test.labels) == 24
     assert not rows(train) & rows(test)
-    np.testing.assert_array_equal(test.images[test.labels == 0], whole.images[whole.labels == 0][[5, 11]])
+    np.testing.assert_array_equal(
+        test.images[test.labels == 0], whole.images[whole.labels == 0][[5, 11]]
+    )
 
 
 def test_examples_without_a_label_are_dropped():
@@ -226,7 +253,9 @@ class Maker:
 
 
 def assert_is_made(raw):
-    for got, expected in zip((*raw.train, *raw.test), (*split_of([4, 3]), *split_of([2, 2])), strict=True):
+    for got, expected in zip(
+        (*raw.train, *raw.test), (*split_of([4, 3]), *split_of([2, 2])), strict=True
+    ):
         np.testing.assert_array_equal(got, expected)
     assert raw.label_names == ("a", "b")
 
@@ -243,7 +272,9 @@ def cached(make, sources=None):
 
 
 def replace(path, content):
-    """New bytes by rename: arrays that are mapped into memory must not shrink under their reader."""
+    """New bytes by rename: arrays that are mapped into memory must not shrink under their
+    reader.
+    """
     path.with_name("new").write_bytes(content)
     path.with_name("new").rename(path)
 
@@ -270,7 +301,9 @@ DAMAGE = {
     "deep": lambda content: b"[" * 100_000,
     "first bit": lambda content: bytes([content[0] ^ 1]) + content[1:],
     "middle bit": lambda content: (
-        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :]
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 4])
+        + content[len(content) // 2 + 1 :]
     ),
     "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
 }
@@ -278,7 +311,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
 @pytest.mark.parametrize("part", CACHE)
-def test_a_damaged_cache_is_decoded_again_and_replaced_and_that_is_said(damage, part, folder, capsys):
+def test_a_damaged_cache_is_decoded_again_and_replaced_and_that_is_said(
+    damage, part, folder, capsys
+):
     make = Maker()
     cached(make)
     sound = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -319,7 +354,12 @@ def test_one_flipped_bit_in_the_cached_digits_gives_the_same_digits(tmp_path, mo
 
 def test_a_set_whose_source_has_changed_is_decoded_again_and_that_is_said(folder, capsys):
     make = Maker()
-    for sources, calls in (({"a": [1, 2]}, 1), ({"a": [1, 2]}, 1), ({"a": [1, 3]}, 2), ({"b": [1, 3]}, 3)):
+    for sources, calls in (
+        ({"a": [1, 2]}, 1),
+        ({"a": [1, 2]}, 1),
+        ({"a": [1, 3]}, 2),
+        ({"b": [1, 3]}, 3),
+    ):
         assert_is_made(cached(make, sources))
         assert make.calls == calls
     said = capsys.readouterr().err.splitlines()
@@ -386,7 +426,9 @@ def test_a_user_without_a_home_compiles_each_time(homeless, monkeypatch):
 
 
 def test_a_user_without_a_home_is_asked_for_the_folder_of_data(homeless):
-    with pytest.raises(InputError, match=r"^config\.data\.dir: got '~/tensorflow_datasets'; .* HOME"):
+    with pytest.raises(
+        InputError, match=r"^config\.data\.dir: got '~/tensorflow_datasets'; .* HOME"
+    ):
         data.load("mnist")
 
 
@@ -416,10 +458,14 @@ def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir,
     for split, mean in ((raw.train, known["train_mean"]), (raw.test, known["test_mean"])):
         assert split.images.shape[1:] == known["shape"]
         assert split.images.dtype == np.uint8
-        pixels = sum(chunk.sum((0, 1, 2), dtype=np.int64) for chunk in np.array_split(split.images, 8))
+        pixels = sum(
+            chunk.sum((0, 1, 2), dtype=np.int64) for chunk in np.array_split(split.images, 8)
+        )
         got = pixels / (split.images.size / known["shape"][-1]) / 255
         np.testing.assert_allclose(got, mean, atol=6e-6)
-    assert any(folder.name.startswith(f"{name}-") for folder in (cache_home / "ncjax" / "data").iterdir())
+    assert any(
+        folder.name.startswith(f"{name}-") for folder in (cache_home / "ncjax" / "data").iterdir()
+    )
 
     part = data.load(name, directory=tfds_dir, per_class=30)
     assert np.bincount(part.train.labels).tolist() == [30] * 10

@@ -56,13 +56,17 @@ def shard(folder, split, i):
 
 
 def make_set(root, channels=1):
-    """A data set as TFDS prepares it: train in two shards, test in one, three classes; its images and labels."""
+    """A data set as TFDS prepares it: train in two shards, test in one, three classes; its
+    images and labels.
+    """
     folder = root / NAME / "1.0.0"
     folder.mkdir(parents=True)
     stored = {}
     for seed, (split, counts) in enumerate(COUNTS.items()):
         images, labels = stored[split] = examples(seed, sum(counts), channels)
-        records = [record(encoded(image), label) for image, label in zip(images, labels, strict=True)]
+        records = [
+            record(encoded(image), label) for image, label in zip(images, labels, strict=True)
+        ]
         for i, count in enumerate(counts):
             write_shard(shard(folder, split, i), records[sum(counts[:i]) :][:count])
     (folder / "features.json").write_text(json.dumps(features_of(channels), indent=4))
@@ -175,7 +179,9 @@ def test_a_validation_split_stands_in_for_a_missing_test_split(folder, stored):
     assert_is(read(folder), stored)
 
 
-@pytest.mark.parametrize("name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "../mnist", "/etc"])
+@pytest.mark.parametrize(
+    "name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "../mnist", "/etc"]
+)
 def test_a_set_that_is_not_prepared_names_field_place_and_command(name, tmp_path):
     with pytest.raises(InputError) as caught:
         data.load(name, directory=str(tmp_path))
@@ -201,7 +207,9 @@ def test_the_newest_prepared_version_is_taken_unless_one_is_named(name, version,
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
     """The name of a class in a module whose import leaves a trace."""
-    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Image: pass\n")
+    (tmp_path / "hostile.py").write_text(
+        f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Image: pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     yield "hostile.Image"
     assert not (tmp_path / "imported").exists()
@@ -209,7 +217,9 @@ def trap(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
 @pytest.mark.parametrize("feature", ["image", "label"])
-def test_a_foreign_class_of_the_image_or_the_label_is_refused_and_not_imported(folder, trap, feature, key):
+def test_a_foreign_class_of_the_image_or_the_label_is_refused_and_not_imported(
+    folder, trap, feature, key
+):
     def change(features):
         one = features["featuresDict"]["features"][feature]
         del one["pythonClassName"]
@@ -240,20 +250,28 @@ def nested_json(trap):
     ids=["itself", "inside a sequence", "inside JSON in JSON"],
 )
 def test_foreign_classes_of_further_features_are_never_made(folder, stored, trap, make):
-    edit(folder / "features.json", lambda features: features["featuresDict"]["features"].update(extra=make(trap)))
+    edit(
+        folder / "features.json",
+        lambda features: features["featuresDict"]["features"].update(extra=make(trap)),
+    )
     assert_is(read(folder), stored)
 
 
 def test_a_foreign_class_in_json_of_the_whole_is_refused(folder, trap):
     (folder / "features.json").write_text(json.dumps(nested_json(trap)))
     refusal(folder)
-    (folder / "features.json").write_text(json.dumps({"type": trap, "content": {}, "proto_cls": ""}))
+    (folder / "features.json").write_text(
+        json.dumps({"type": trap, "content": {}, "proto_cls": ""})
+    )
     refusal(folder)
 
 
 def test_features_and_a_module_in_dataset_info_are_not_imported(folder, stored, trap):
     features = {"pythonClassName": trap, "tensor": {"dtype": "int64"}}
-    edit(folder / "dataset_info.json", lambda info: info.update(features=features, moduleName="hostile"))
+    edit(
+        folder / "dataset_info.json",
+        lambda info: info.update(features=features, moduleName="hostile"),
+    )
     assert_is(read(folder), stored)
 
 
@@ -290,7 +308,9 @@ def test_damage_says_which_folder_and_how_to_prepare_it_anew(folder):
     assert f"tfds.builder('toy', data_dir={str(folder.parents[1])!r}" in message
 
 
-@pytest.mark.parametrize("counts", [["6", "6"], ["8", "6"], ["7"], ["7", "6", "0"], ["7", "-6"], ["7", "0"], []])
+@pytest.mark.parametrize(
+    "counts", [["6", "6"], ["8", "6"], ["7"], ["7", "6", "0"], ["7", "-6"], ["7", "0"], []]
+)
 def test_a_wrong_count_of_examples_or_shards_is_refused(folder, counts):
     edit(folder / "dataset_info.json", lambda info: info["splits"][0].update(shardLengths=counts))
     assert "is damaged (" in refusal(folder)
@@ -323,7 +343,9 @@ def test_a_record_that_is_no_example_or_lacks_its_label_is_refused(folder):
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
-    example.features.feature["image"].bytes_list.value.append(encoded(np.zeros((5, 4, 1), np.uint8)))
+    example.features.feature["image"].bytes_list.value.append(
+        encoded(np.zeros((5, 4, 1), np.uint8))
+    )
     for one in (b"\xff\xff", example.SerializeToString()):
         write_shard(shard(folder, "test", 0), [one] * 8)
         assert "is damaged (" in refusal(folder)
@@ -335,13 +357,21 @@ def test_images_of_another_shape_than_declared_are_refused(folder, dimensions):
         features["featuresDict"]["features"]["image"]["image"]["shape"]["dimensions"] = dimensions
 
     edit(folder / "features.json", change)
-    if dimensions != ["5", "4", "2"]:  # TFDS repeats gray images in as many channels as are declared
+    if dimensions != [
+        "5",
+        "4",
+        "2",
+    ]:  # TFDS repeats gray images in as many channels as are declared
         assert "is damaged (" in refusal(folder)
 
 
 def test_gray_images_in_three_channels_are_said(folder, capsys):
     def change(features):
-        features["featuresDict"]["features"]["image"]["image"]["shape"]["dimensions"] = ["5", "4", "3"]
+        features["featuresDict"]["features"]["image"]["image"]["shape"]["dimensions"] = [
+            "5",
+            "4",
+            "3",
+        ]
 
     edit(folder / "features.json", change)
     assert read(folder).train.images.shape == (13, 5, 4, 3)
@@ -354,13 +384,17 @@ def test_images_of_several_shapes_are_refused(folder):
     assert "differ in shape" in refusal(folder)
 
 
-@pytest.mark.parametrize("names", ["ant\nbee\n", "ant\nbee\ncow\ndog\n", "ant\nbee\nbee\n", b"\xff\xfe\xff"])
+@pytest.mark.parametrize(
+    "names", ["ant\nbee\n", "ant\nbee\ncow\ndog\n", "ant\nbee\nbee\n", b"\xff\xfe\xff"]
+)
 def test_names_that_are_not_one_for_each_class_are_refused(folder, names):
     (folder / "label.labels.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
     assert "is damaged (" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"name": 3}', b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"name": 3}', b'{"a": 1}']
+)
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
 def test_json_that_is_no_description_is_refused(folder, file, content):
     (folder / file).write_bytes(content)
@@ -369,7 +403,10 @@ def test_json_that_is_no_description_is_refused(folder, file, content):
 
 @pytest.mark.parametrize("dtype", ["uint9", "int8", "string", ""])
 def test_images_of_no_dtype_of_images_are_refused_without_tensorflow(folder, capfd, dtype):
-    edit(folder / "features.json", lambda f: f["featuresDict"]["features"]["image"]["image"].update(dtype=dtype))
+    edit(
+        folder / "features.json",
+        lambda f: f["featuresDict"]["features"]["image"]["image"].update(dtype=dtype),
+    )
     assert "is damaged (" in refusal(folder)
     assert capfd.readouterr().out == ""
 
@@ -380,7 +417,9 @@ def test_another_format_is_refused_by_name(folder):
 
 
 def damaged(rng, content):
-    """One flipped bit, one other byte, or a piece lost, at the front (headers) as often as anywhere."""
+    """One flipped bit, one other byte, or a piece lost, at the front (headers) as often as
+    anywhere.
+    """
     at = rng.randrange(rng.choice((len(content), min(len(content), 4000))))
     match rng.randrange(8):
         case 0:
@@ -394,7 +433,9 @@ def damaged(rng, content):
 
 
 def fuzz(folder, stored, cases, seed, capsys):
-    """Damages one file after another: each is refused in one line, or makes no difference, or is said."""
+    """Damages one file after another: each is refused in one line, or makes no difference, or is
+    said.
+    """
     rng = random.Random(seed)
     files = sorted(path for path in folder.iterdir() if path.name != "label.labels.txt")
     refusals = []
@@ -422,7 +463,9 @@ def test_much_random_damage_is_refused_or_makes_no_difference(folder, stored, ca
     fuzz(folder, stored, 2000, 1, capsys)
 
 
-def test_a_damaged_set_ends_a_command_with_one_line_and_code_2(folder, tmp_path, capsys, monkeypatch):
+def test_a_damaged_set_ends_a_command_with_one_line_and_code_2(
+    folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = shard(folder, "train", 0)
     content = bytearray(path.read_bytes())
@@ -456,7 +499,9 @@ def test_a_set_that_was_prepared_again_is_decoded_again(folder, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = data.load(NAME, directory=str(folder.parents[1]))
     images, labels = examples(1, 8)
-    others = [record(encoded(image), 2 - label) for image, label in zip(images, labels, strict=True)]
+    others = [
+        record(encoded(image), 2 - label) for image, label in zip(images, labels, strict=True)
+    ]
     write_shard(shard(folder, "test", 0), others)  # other labels: neither a count nor a size tells
     capsys.readouterr()
     after = data.load(NAME, directory=str(folder.parents[1]))

@@ -1,4 +1,6 @@
-"""Tables of the documents: that they hold what the histories say, and that a cell which does not is found."""
+"""Tables of the documents: that they hold what the histories say, and that a cell which does not
+is found.
+"""
 
 import re
 
@@ -32,7 +34,9 @@ def test_every_table_of_the_documents_is_what_the_histories_say(capsys):
 def test_the_headline_is_mean_and_sd_of_ten_seeds():
     """Against the file, by scipy and NumPy alone."""
     with netcdf_file(ROOT / "experiments" / "histories" / "digits.nc", mmap=False) as file:
-        nc3, accuracy = (np.array(file.variables[name][:], np.float64) for name in ("nc3", "accuracy"))
+        nc3, accuracy = (
+            np.array(file.variables[name][:], np.float64) for name in ("nc3", "accuracy")
+        )
         decays, seeds = (file.variables[name][:].tolist() for name in ("weight_decay", "seed"))
     assert decays == [0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
     assert seeds == list(range(10))
@@ -114,5 +118,15 @@ def test_a_history_that_was_not_trained_is_named():
 
 def test_cells_are_mean_and_sd_and_the_least_is_bold():
     values = xr.DataArray([[2.0, 4.0], [1e-4, 3e-4], [0.5, 0.5]], dims=("weight_decay", "seed"))
-    assert common.per_decay(values, least_in_bold=True) == ["3.0 ± 1.4", "**2.0e-4 ± 1.4e-4**", "0.5"]
-    assert [common.number(x) for x in (0.0, 1e-4, 2.5e-3, 0.01, 3.0)] == ["0", "1e-4", "2.5e-3", "0.01", "3"]
+    assert common.per_decay(values, least_in_bold=True) == [
+        "3.0 ± 1.4",
+        "**2.0e-4 ± 1.4e-4**",
+        "0.5",
+    ]
+    assert [common.number(x) for x in (0.0, 1e-4, 2.5e-3, 0.01, 3.0)] == [
+        "0",
+        "1e-4",
+        "2.5e-3",
+        "0.01",
+        "3",
+    ]

@@ -1,4 +1,6 @@
-"""Files of features: damage is one line and exit code 2, never other numbers; names are shown as they are written."""
+"""Files of features: damage is one line and exit code 2, never other numbers; names are shown as
+they are written.
+"""
 
 import io
 import json
@@ -28,7 +30,11 @@ def npy(array, descr=None, shape=None, version=(1, 0)):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file,
-        {"descr": descr or array.dtype.str, "fortran_order": False, "shape": array.shape if shape is None else shape},
+        {
+            "descr": descr or array.dtype.str,
+            "fortran_order": False,
+            "shape": array.shape if shape is None else shape,
+        },
     )
     content = file.getvalue()
     return content[:6] + bytes(version) + content[8:] + array.tobytes()
@@ -44,7 +50,9 @@ def npz(members, compression=zipfile.ZIP_STORED):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in members.items():
-            archive.writestr(name, content if isinstance(content, bytes) else npy(np.asarray(content)))
+            archive.writestr(
+                name, content if isinstance(content, bytes) else npy(np.asarray(content))
+            )
     return file.getvalue()
 
 
@@ -80,7 +88,9 @@ DAMAGED = {
     "token.npy": header_of("{'descr': '<f4', 'shape': (12, 4), 'fortran_order': (False\n"),
     "recursion.npy": header_of("-" * 9000 + "1"),
     "overflow.npy": header_of("{'descr': '<f4', 'fortran_order': False, 'shape': (10**400,)}\n"),
-    "subarray.npy": header_of("{'descr': ('<f4', 10**30), 'fortran_order': False, 'shape': (2,)}\n"),
+    "subarray.npy": header_of(
+        "{'descr': ('<f4', 10**30), 'fortran_order': False, 'shape': (2,)}\n"
+    ),
     "long_header.npy": header_of("{" + " " * 20000 + "}"),
     "flipped_label.npz": changed(WHOLE, LABELS.tobytes(), 0, b"\x01"),
     "flipped_feature.npz": changed(WHOLE, H.tobytes(), 20, bytes([H.tobytes()[20] ^ 1])),
@@ -178,7 +188,11 @@ def test_a_file_cut_short_or_with_more_behind_it_is_refused(suffix, tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from([".npz", ".npy", ".safetensors"]),
-    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 12), st.binary(max_size=12)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, 2000), st.integers(0, 12), st.binary(max_size=12)),
+        min_size=1,
+        max_size=6,
+    ),
 )
 def test_any_bytes_are_arrays_or_one_error(tmp_path_factory, suffix, edits):
     content = bytearray(saved(suffix))
@@ -214,7 +228,12 @@ def test_a_npz_that_is_not_compressed_is_mapped_behind_local_headers_of_any_leng
 
 def test_tensors_of_a_safetensors_file_lie_where_their_offsets_say(tmp_path):
     """Also where the header names them in another order, and where some are empty."""
-    arrays = {"z": np.arange(6.0), "none": np.zeros((0, 3), np.float32), "a": H, "one": np.float32(7)}
+    arrays = {
+        "z": np.arange(6.0),
+        "none": np.zeros((0, 3), np.float32),
+        "a": H,
+        "one": np.float32(7),
+    }
     header, data = {}, b""
     for name, array in arrays.items():
         kind = {8: "F64", 4: "F32"}[array.itemsize]
@@ -286,7 +305,9 @@ def measured(monkeypatch):
     metrics = dict.fromkeys(measure._BY_LAYER, 0.5) | {"nc3": 0.25}
     centred = H[:3].astype(np.float64)
     spectrum, within, variances = np.array([2.0, 1.0]), np.array([0.1, 0.2]), np.full(3, 0.1)
-    found = measurement.Measurement(metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], [])
+    found = measurement.Measurement(
+        metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], []
+    )
     monkeypatch.setattr(measure, "measure_batches", lambda *_, **__: found)
     return found
 
@@ -321,7 +342,9 @@ def shown(text):
 
 def test_names_in_figures_are_no_mathematics(measured):
     figure = feature_figures.layers(dict.fromkeys(NAMES, measured))
-    assert [shown(text) for text in figure.axes[-1].get_xticklabels()] == [printable(name) for name in NAMES]
+    assert [shown(text) for text in figure.axes[-1].get_xticklabels()] == [
+        printable(name) for name in NAMES
+    ]
 
 
 def test_a_long_name_in_a_figure_keeps_its_ends(measured):

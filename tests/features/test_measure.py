@@ -1,4 +1,6 @@
-"""`ncjax.measure` against explicit float64 NumPy (helpers.oracle_split), invariances, merging, files, command line."""
+"""`ncjax.measure` against explicit float64 NumPy (helpers.oracle_split), invariances, merging,
+files, command line.
+"""
 
 import itertools
 import json
@@ -29,7 +31,9 @@ def split(num_classes=5, dim=8, per_class=12, seed=0, spread=1.0, dtype=np.float
     rng = np.random.default_rng(seed)
     sizes = [per_class] * num_classes if sizes is None else sizes
     labels = rng.permutation(np.repeat(np.arange(num_classes), sizes))
-    h = 2 * rng.standard_normal((num_classes, dim))[labels] + spread * rng.standard_normal((len(labels), dim))
+    h = 2 * rng.standard_normal((num_classes, dim))[labels] + spread * rng.standard_normal(
+        (len(labels), dim)
+    )
     head, bias = rng.standard_normal((num_classes, dim)) / 3, rng.standard_normal(num_classes) / 3
     return h.astype(dtype), labels, head.astype(dtype), bias.astype(dtype)
 
@@ -52,7 +56,9 @@ def oracle(h, labels, head, bias, outputs=None, residuals=None):
 
 def assert_same(got, expected, rtol, atol=None):
     for name, value in expected.items():
-        np.testing.assert_allclose(got[name], value, rtol=rtol, atol=rtol / 10 if atol is None else atol, err_msg=name)
+        np.testing.assert_allclose(
+            got[name], value, rtol=rtol, atol=rtol / 10 if atol is None else atol, err_msg=name
+        )
 
 
 SHAPES = {
@@ -86,9 +92,13 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
     assert {*got} <= {*history.VOCABULARY}
 
 
-@pytest.mark.parametrize(("float64", "rtol"), [(False, 1e-4), (True, 1e-10)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("float64", "rtol"), [(False, 1e-4), (True, 1e-10)], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("rows", [64, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_norm_5(float64, rtol, rows):
+def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_norm_5(
+    float64, rtol, rows
+):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(10), 60))
     means = rng.standard_normal((10, 64))
@@ -104,11 +114,17 @@ def test_a_common_offset_of_300_costs_no_digits_at_spread_1e_3_about_means_of_no
 
 @pytest.mark.parametrize("global_mean", ["classes", "examples"])
 def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
-    """The head is what the class means of imbalanced classes are, up to a common offset: nc3 is the floor itself."""
+    """The head is what the class means of imbalanced classes are, up to a common offset: nc3 is
+    the floor itself.
+    """
     h, labels, _, _ = split(sizes=[3, 2, 40, 7, 11])
     means = np.stack([h[labels == c].mean(0) for c in range(5)])
     weights = np.ones(5) if global_mean == "classes" else np.bincount(labels)
-    head = means - weights @ means / weights.sum() + np.outer(weights / weights.max(), np.arange(8.0)) / 2
+    head = (
+        means
+        - weights @ means / weights.sum()
+        + np.outer(weights / weights.max(), np.arange(8.0)) / 2
+    )
     got = measure.measure(h, labels, head=head, global_mean=global_mean)
     assert got["nc3_floor"] == pytest.approx(got["nc3"], rel=1e-9)
     assert got["nc3"] > 0.1
@@ -127,7 +143,9 @@ def test_cross_entropy_measures_what_softmax_leaves(given_logits):
     f = outputs_of(h, head, bias)
     expected = oracle(h, labels, head, bias, residuals=np.eye(5)[labels] - softmax(f))
     logits, bias = (f, None) if given_logits else (None, bias)
-    got = measure.measure(h, labels, logits, head=head, bias=bias, loss="cross_entropy", weight_decay=1e-2)
+    got = measure.measure(
+        h, labels, logits, head=head, bias=bias, loss="cross_entropy", weight_decay=1e-2
+    )
     assert_same(got, expected, 1e-10)
     pull = (np.eye(5)[labels] - softmax(f)).T @ h / len(h)
     residual = np.linalg.norm(1e-2 * head - pull) / np.linalg.norm(1e-2 * head)
@@ -148,11 +166,15 @@ def test_a_ridge_regression_is_at_equilibrium_and_its_budget_adds_up(shape):
         assert "budget_theorem" not in got
         assert "same number of examples" in found.notes[0]
         return
-    shares = [got[f"budget_{term}"] for term in ("theorem", "mean", "asymmetry", "within", "gradient")]
+    shares = [
+        got[f"budget_{term}"] for term in ("theorem", "mean", "asymmetry", "within", "gradient")
+    ]
     assert sum(shares) == pytest.approx(1, rel=1e-10)
     assert got["budget_residual"] < 1e-12
     deviation = h - np.stack([h[labels == c].mean(0) for c in range(len(bias))])[labels]
-    assert got["budget_within_norm"] == pytest.approx(np.linalg.norm(head @ deviation.T @ deviation / len(h)), rel=1e-9)
+    assert got["budget_within_norm"] == pytest.approx(
+        np.linalg.norm(head @ deviation.T @ deviation / len(h)), rel=1e-9
+    )
     without = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=0.0)
     assert np.isnan(without.metrics["equilibrium_residual"])
 
@@ -165,7 +187,9 @@ def test_both_conventions_of_the_global_mean():
     for convention, center in (("classes", mu.mean(0)), ("examples", h.mean(0))):
         got = measure.measure(h, labels, head=head, global_mean=convention)
         m_dot = (mu - center).T
-        assert got["nc1"] == pytest.approx(np.trace(within @ np.linalg.pinv(m_dot @ m_dot.T / 5, rcond=1e-12)) / 5)
+        assert got["nc1"] == pytest.approx(
+            np.trace(within @ np.linalg.pinv(m_dot @ m_dot.T / 5, rcond=1e-12)) / 5
+        )
         assert got["nc1_rank"] == 4
         distance = np.sum((head.T / np.linalg.norm(head) - m_dot / np.linalg.norm(m_dot)) ** 2)
         assert got["nc3"] == pytest.approx(distance, rel=1e-10)
@@ -196,7 +220,12 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     for function in compiled:
         function.clear_cache()
     assert_same(found.metrics, {name: expected[name] for name in found.metrics}, 1e-9)
-    assert {"nc4", "output_asymmetry", "equilibrium_residual", "norm_target"} <= found.metrics.keys()
+    assert {
+        "nc4",
+        "output_asymmetry",
+        "equilibrium_residual",
+        "norm_target",
+    } <= found.metrics.keys()
     assert "at most 10 classes" in found.notes[0]
     for options in ({"logits": outputs_of(h, head, bias)}, {"head": head, "loss": "cross_entropy"}):
         with pytest.raises(InputError, match="beyond 10, give no logits but a head"):
@@ -209,8 +238,15 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
 def noisy(num_classes, dim, per_class, noise, seed=0):
     """Means M, features M[y] + noise, labels: of what a head M makes many mistakes of."""
     rng = np.random.default_rng(seed)
-    means, labels = rng.standard_normal((num_classes, dim)), np.repeat(np.arange(num_classes), per_class)
-    return means, (means[labels] + noise * rng.standard_normal((len(labels), dim))).astype(np.float32), labels
+    means, labels = (
+        rng.standard_normal((num_classes, dim)),
+        np.repeat(np.arange(num_classes), per_class),
+    )
+    return (
+        means,
+        (means[labels] + noise * rng.standard_normal((len(labels), dim))).astype(np.float32),
+        labels,
+    )
 
 
 def decided(h, labels, head, bias=0.0):
@@ -232,8 +268,12 @@ def test_a_head_in_half_precision_counts_whole(dtype, dim, loss):
     assert 0.5 < expected["accuracy"] < 0.95
     assert_same(got, expected, 1e-12)
     basis = np.linalg.svd(np.float64(head), full_matrices=False)[2]
-    deviation = np.float64(h) - np.stack([np.float64(h)[labels == c].mean(0) for c in range(10)])[labels]
-    assert got["nc1_row_space"] == pytest.approx(np.sum((deviation @ basis.T) ** 2) / np.sum(deviation**2), rel=1e-4)
+    deviation = (
+        np.float64(h) - np.stack([np.float64(h)[labels == c].mean(0) for c in range(10)])[labels]
+    )
+    assert got["nc1_row_space"] == pytest.approx(
+        np.sum((deviation @ basis.T) ** 2) / np.sum(deviation**2), rel=1e-4
+    )
 
 
 def test_a_large_offset_of_all_rows_of_a_head_hides_none_of_its_directions():
@@ -251,7 +291,10 @@ def test_classes_near_each_other_are_told_apart_beside_others_far_away():
     apart = np.array([1e6, 1e6, -1e6, -1e6])
     means[:, 0] += apart
     h[:, 0] += apart[labels].astype(np.float32)
-    head, bias = means.astype(np.float32), -np.sum(np.float32(means).astype(np.float64) ** 2, axis=1) / 2
+    head, bias = (
+        means.astype(np.float32),
+        -np.sum(np.float32(means).astype(np.float64) ** 2, axis=1) / 2,
+    )
     got = measure.measure(h, labels, head=head, bias=bias)
     assert_same(got, decided(h, labels, head, bias), 1e-12)
     assert got["accuracy"] > 0.9
@@ -301,7 +344,9 @@ def test_wide_logits_take_float64_and_types_may_not_widen_on_the_way():
     logits = outputs_of(h, head, bias) + 1e9
     expected = np.mean(logits.argmax(1) == labels)
     assert measure.measure(h, labels, logits)["accuracy"] == expected
-    with pytest.raises(InputError, match="features: got 'float64'; the first batch's fit into float32"):
+    with pytest.raises(
+        InputError, match="features: got 'float64'; the first batch's fit into float32"
+    ):
         measure.measure_batches([(h, labels), (h.astype(np.float64), labels)], num_classes=5)
 
 
@@ -316,11 +361,15 @@ def test_powers_of_two_change_no_digit(exponent, scaled):
     h, labels, head, _ = split(sizes=[5, 9, 12, 12, 3])
     before = measure.measure(h, labels, head=head)
     factor = 2.0**exponent
-    batch, kernel = ((h * factor, labels), head) if scaled == "features" else ((h, labels), head * factor)
+    batch, kernel = (
+        ((h * factor, labels), head) if scaled == "features" else ((h, labels), head * factor)
+    )
     found = measure.measure_batches([batch], head=kernel)
     powers = BY_FEATURES if scaled == "features" else BY_HEAD
     for name, value in before.items():
-        if name == "output_asymmetry" and exponent < 0:  # what is left of 1 - f at the rounding of 1
+        if (
+            name == "output_asymmetry" and exponent < 0
+        ):  # what is left of 1 - f at the rounding of 1
             continue
         if name in QUASI:
             continue
@@ -329,7 +378,9 @@ def test_powers_of_two_change_no_digit(exponent, scaled):
         assert found.metrics[name] == pytest.approx(expected, rel=1e-12, abs=0), name
         if not 1e-300 < abs(expected) < np.inf and value:
             assert any(note.startswith(f"{name} is ") for note in found.notes)
-    assert found.metrics["epsilon"] == pytest.approx(1 - factor * (1 - before["epsilon"]), rel=1e-12)
+    assert found.metrics["epsilon"] == pytest.approx(
+        1 - factor * (1 - before["epsilon"]), rel=1e-12
+    )
     np.testing.assert_allclose(
         found.centred * (found.unit / (factor if scaled == "features" else 1)),
         centred_of(h, labels),
@@ -361,7 +412,9 @@ def test_float32_features_of_any_size_are_measured(factor):
 @pytest.mark.parametrize(("factor", "dtype"), [(1e-36, np.float32), (1e-300, np.float64)])
 def test_features_whose_differences_underflow_are_refused(factor, dtype):
     for float64 in (None, True):
-        with pytest.raises(InputError, match=r"features: got 'of size .*; their differences underflow"):
+        with pytest.raises(
+            InputError, match=r"features: got 'of size .*; their differences underflow"
+        ):
             measure.measure((factor * H).astype(dtype), LABELS, float64=float64)
 
 
@@ -374,15 +427,21 @@ def test_equilibrium_in_other_units(exponent):
     powers = {"weight_norm_sq": -2, "norm_target": -2, "predicted_head_norm_sq": -2}
     powers |= {name: 1 for name in before if name.startswith("budget") and name.endswith("norm")}
     for name, value in before.items():
-        assert after[name] == pytest.approx(value * s ** powers.get(name, 0), rel=1e-9, nan_ok=True), name
+        assert after[name] == pytest.approx(
+            value * s ** powers.get(name, 0), rel=1e-9, nan_ok=True
+        ), name
 
 
 def test_what_leaves_float64_is_refused():
-    with pytest.raises(InputError, match=r"weight_decay: got 0\.01; its equilibrium leaves float64"):
+    with pytest.raises(
+        InputError, match=r"weight_decay: got 0\.01; its equilibrium leaves float64"
+    ):
         measure.measure(H * 1e200, LABELS, head=HEAD, weight_decay=1e-2)
     with pytest.raises(InputError, match="outputs: got 'up to 2"):
         measure.measure(H, LABELS, head=HEAD * 1e305, loss="cross_entropy")
-    with pytest.raises(InputError, match="features: got 'a number that is not finite, or too large"):
+    with pytest.raises(
+        InputError, match="features: got 'a number that is not finite, or too large"
+    ):
         measure.measure(H * 2.5e307, LABELS)
 
 
@@ -414,7 +473,10 @@ def differing():
         "not finite": ([(h, labels)], [(spoilt, labels)]),
         "fewer": ([(h, labels)], [(h[:-1], labels[:-1])]),
         "none": ([(h, labels)], []),
-        "other logits": ([(h, labels, logits)], [(h, labels, logits * (rng.random(logits.shape) < 0.9))]),
+        "other logits": (
+            [(h, labels, logits)],
+            [(h, labels, logits * (rng.random(logits.shape) < 0.9))],
+        ),
         "no logits": ([(h, labels, logits)], [(h, labels)]),
         "an unknown class": ([(h[labels < 4], labels[labels < 4])], [(h, labels)]),
     }
@@ -422,7 +484,9 @@ def differing():
 
 @pytest.mark.parametrize("case", differing())
 def test_batches_that_differ_between_the_passes_are_refused(case):
-    with pytest.raises(InputError, match=r"(batches|labels|logits): got .* both passes must see the same examples"):
+    with pytest.raises(
+        InputError, match=r"(batches|labels|logits): got .* both passes must see the same examples"
+    ):
         measure.measure_batches(Twice(*differing()[case]), num_classes=5)
 
 
@@ -433,10 +497,16 @@ def test_the_same_examples_in_other_batches_are_not(offset, dtype):
     h = (h + offset).astype(dtype)
     order = np.random.default_rng(1).permutation(len(h))
     # A model on an accelerator gives the same features to a few units in the last place of float32.
-    again = h if dtype == jnp.bfloat16 else (h * (1 + 2.0**-22 * np.random.default_rng(2).standard_normal(h.shape)))
+    again = (
+        h
+        if dtype == jnp.bfloat16
+        else (h * (1 + 2.0**-22 * np.random.default_rng(2).standard_normal(h.shape)))
+    )
     again = again.astype(dtype)
     shuffled = [(again[part], labels[part]) for part in np.split(order, [100, 300])]
-    found = measure.measure_batches(Twice([(h, labels)], shuffled), num_classes=5, head=head, bias=bias)
+    found = measure.measure_batches(
+        Twice([(h, labels)], shuffled), num_classes=5, head=head, bias=bias
+    )
     assert_same(found.metrics, measure.measure(h, labels, head=head, bias=bias), 1e-2, atol=1e-2)
 
 
@@ -446,8 +516,13 @@ def test_equal_numbers_that_all_round_the_same_way_cost_no_digits():
     ones = np.random.default_rng(0).random((len(labels), 2)) < np.array([0.3, 0.7])[labels][:, None]
     h = np.where(ones, np.float32(0.1), np.float32(0))
     shares = np.stack([ones[labels == c].mean(0) for c in (0, 1)])
-    within, between = np.mean(np.sum(shares * (1 - shares), axis=1)), np.sum((shares - shares.mean(0)) ** 2) / 2
-    assert measure.measure(h, labels)["nc1_trace_ratio"] == pytest.approx(within / between, rel=1e-4)
+    within, between = (
+        np.mean(np.sum(shares * (1 - shares), axis=1)),
+        np.sum((shares - shares.mean(0)) ** 2) / 2,
+    )
+    assert measure.measure(h, labels)["nc1_trace_ratio"] == pytest.approx(
+        within / between, rel=1e-4
+    )
 
 
 def test_parts_are_compared_as_a_whole(tmp_path):
@@ -455,13 +530,19 @@ def test_parts_are_compared_as_a_whole(tmp_path):
     halves = [(h[:99], labels[:99]), (h[99:], labels[99:])]
     for i, half in enumerate(halves):
         measure.save(measure.first_pass([half], 5), tmp_path / f"sums{i}.npz")
-    reference = measure.prepare(measure.merge(*(measure.load(tmp_path / f"sums{i}.npz") for i in (0, 1))))
+    reference = measure.prepare(
+        measure.merge(*(measure.load(tmp_path / f"sums{i}.npz") for i in (0, 1)))
+    )
     noise = np.random.default_rng(0).standard_normal(halves[1][0].shape).astype(np.float32)
     others = measure.second_pass([(halves[1][0] + noise, halves[1][1])], reference)
     for i, half in enumerate(halves):
         measure.save(measure.second_pass([half], reference), tmp_path / f"deviations{i}.npz")
     first, second = (measure.load(tmp_path / f"deviations{i}.npz") for i in (0, 1))
-    assert_same(measure.find(reference, measure.merge(first, second)).metrics, measure.measure(h, labels), 1e-5)
+    assert_same(
+        measure.find(reference, measure.merge(first, second)).metrics,
+        measure.measure(h, labels),
+        1e-5,
+    )
     with pytest.raises(InputError, match="batches: got 'other examples of class"):
         measure.find(reference, measure.merge(first, others))
 
@@ -485,17 +566,27 @@ def test_numbers_that_would_mislead_are_noted():
     assert noted(means[labels], labels, "equal to the last bit")["nc1"] == 0
     h, few, head, _ = split(sizes=[1, 9, 12, 1, 3])
     assert noted(h, few, "2 of 5 classes have a single example")["nc1"] > 0
-    tight = np.float32(100 + means)[labels] * (1 + np.float32(2.0**-24) * (np.arange(60) % 2)[:, None])
+    tight = np.float32(100 + means)[labels] * (
+        1 + np.float32(2.0**-24) * (np.arange(60) % 2)[:, None]
+    )
     assert noted(np.float32(tight), labels, "no larger than the rounding")["nc1"] < 1e-9
-    constant = noted(np.ones((60, 8)), labels, "all class means are the same", "undefined (NaN): ", head=head)
+    constant = noted(
+        np.ones((60, 8)), labels, "all class means are the same", "undefined (NaN): ", head=head
+    )
     assert np.isnan([constant["nc1"], constant["cdnv"], constant["nc3"]]).all()
-    mirrored = np.concatenate([means[:2], -means[:2], np.zeros((1, 8))])[labels] + np.tile([1e-3, -1e-3], 30)[:, None]
+    mirrored = (
+        np.concatenate([means[:2], -means[:2], np.zeros((1, 8))])[labels]
+        + np.tile([1e-3, -1e-3], 30)[:, None]
+    )
     noted(mirrored, labels, "the mean of class 4 is the global mean")
     h, full, head, _ = split()
     h = h[np.argsort(full, kind="stable")]
     h[12:24] = h[:12][::-1]
     for dtype in (np.float32, np.float64):
-        assert noted(h.astype(dtype), labels, "the means of classes 0 and 1 are the same")["cdnv"] > 1e10
+        assert (
+            noted(h.astype(dtype), labels, "the means of classes 0 and 1 are the same")["cdnv"]
+            > 1e10
+        )
     head[2] = 0
     noted(h, labels, "the head's row of class 2 is 0", "undefined (NaN): ", head=head)
     noted(h, labels, "the head is 0", head=0 * head)
@@ -538,7 +629,9 @@ def test_order_labels_shift_and_rotation_change_no_invariant(seed, scale):
 def passes(parts, num_classes, **about):
     sums = measure.merge(*(measure.first_pass([part], num_classes) for part in parts))
     reference = measure.prepare(sums, **about)
-    return measure.find(reference, measure.merge(*(measure.second_pass([part], reference) for part in parts)))
+    return measure.find(
+        reference, measure.merge(*(measure.second_pass([part], reference) for part in parts))
+    )
 
 
 @INVARIANT
@@ -552,7 +645,9 @@ def test_parts_merge_to_the_whole_in_any_grouping(seed, cuts):
     about = {"head": head, "bias": bias, "weight_decay": 1e-2}
     assert_same(passes(parts, 5, **about).metrics, passes([(h, labels)], 5, **about).metrics, 1e-9)
     a, b, c = (measure.first_pass([(h[i::3] + 1e3, labels[i::3])], 5) for i in range(3))
-    for x, y in zip(measure.merge(measure.merge(a, b), c), measure.merge(a, measure.merge(b, c)), strict=True):
+    for x, y in zip(
+        measure.merge(measure.merge(a, b), c), measure.merge(a, measure.merge(b, c)), strict=True
+    ):
         if x is not None:
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
@@ -561,7 +656,9 @@ def test_one_device_and_two_give_the_same():
     h, labels, head, bias = split(per_class=300, dtype=np.float32)
     assert jax.device_count() == 2
     one, two = (
-        measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2, rows=128, devices=jax.devices()[:n])
+        measure.measure(
+            h, labels, head=head, bias=bias, weight_decay=1e-2, rows=128, devices=jax.devices()[:n]
+        )
         for n in (1, 2)
     )
     assert_same(two, one, 1e-6)
@@ -583,11 +680,15 @@ def test_two_processes_with_a_half_each_give_the_same(tmp_path):
                 time.sleep(0.02)
             return measure.merge(*(measure.load(folder / f"{name}{i}.npz") for i in (0, 1)))
         reference = measure.prepare(exchanged(measure.first_pass(mine, 5), "sums"), head=a["head"])
-        found = measure.find(reference, exchanged(measure.second_pass(mine, reference), "deviations"))
+        deviations = measure.second_pass(mine, reference)
+        found = measure.find(reference, exchanged(deviations, "deviations"))
         print(found.metrics)
     """
     call = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen([*call, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*call, str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     printed = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert printed[0] == printed[1]
@@ -630,9 +731,21 @@ def test_batches_of_any_size_and_arrays_of_any_kind_give_the_same():
     assert_same(measure.measure_batches(Loader(), head=head, bias=bias).metrics, expected, 1e-5)
     unaligned = np.frombuffer(b"x" + h.tobytes(), np.float32, offset=1).reshape(h.shape)
     shifted = np.frombuffer(b"1234" + h.tobytes(), np.float32, offset=4).reshape(h.shape)
-    same = (np.asfortranarray(h), h.astype(">f4"), jnp.asarray(h), unaligned, shifted, h.astype(np.float64), h.tolist())
+    same = (
+        np.asfortranarray(h),
+        h.astype(">f4"),
+        jnp.asarray(h),
+        unaligned,
+        shifted,
+        h.astype(np.float64),
+        h.tolist(),
+    )
     for array in same:
-        assert_same(measure.measure(array, labels.astype(np.uint8), head=head, bias=bias, rows=64), expected, 1e-5)
+        assert_same(
+            measure.measure(array, labels.astype(np.uint8), head=head, bias=bias, rows=64),
+            expected,
+            1e-5,
+        )
     for dtype in (np.float16, jnp.bfloat16, np.int8):
         rounded = (10 * h).astype(dtype)
         exact = measure.measure(rounded.astype(np.float64), labels, head=head, bias=bias)
@@ -659,13 +772,17 @@ def test_a_large_array_is_read_where_it_lies():
     st.booleans(),
 )
 def test_chunks_hold_every_row_once(size, dim, rows, devices, skipped, with_logits):
-    memory = np.lib.stride_tricks.as_strided(np.zeros(32, np.float32)[skipped:], (size, dim), (4 * dim, 4))  # unread
+    memory = np.lib.stride_tricks.as_strided(
+        np.zeros(32, np.float32)[skipped:], (size, dim), (4 * dim, 4)
+    )  # unread
     logits = np.empty((size, 40)) if with_logits else None
     chunks = list(streaming._cut(memory, logits, rows, devices))
     held = np.zeros(size, int)
     for fresh, length in chunks:
         held[fresh] += 1
-        assert 0 < fresh.stop - fresh.start <= length <= (rows or max(streaming._IN_PLACE // dim, 256))
+        assert (
+            0 < fresh.stop - fresh.start <= length <= (rows or max(streaming._IN_PLACE // dim, 256))
+        )
     assert (held == 1).all()
     assert len({length for _, length in chunks}) <= 2
 
@@ -681,7 +798,11 @@ def test_a_large_array_is_measured_as_a_small_one_is(offset, monkeypatch):
     placed[:] = h
     chunks = list(streaming._cut(placed, None, None, 2))
     assert len(chunks) == 4 + (offset > 0)
-    assert_same(measure.measure(placed, labels, head=head, bias=bias, devices=jax.devices()[:2]), expected, 1e-5)
+    assert_same(
+        measure.measure(placed, labels, head=head, bias=bias, devices=jax.devices()[:2]),
+        expected,
+        1e-5,
+    )
 
 
 def test_memory_that_its_owner_uses_again_is_read_in_time():
@@ -701,7 +822,10 @@ def test_memory_that_its_owner_uses_again_is_read_in_time():
 def test_tensors_of_pytorch():
     torch = pytest.importorskip("torch")
     h, labels, head, bias = split(dtype=np.float32)
-    tensors = [torch.from_numpy(a.copy()).requires_grad_(a.dtype == np.float32) for a in (h, labels, head, bias)]
+    tensors = [
+        torch.from_numpy(a.copy()).requires_grad_(a.dtype == np.float32)
+        for a in (h, labels, head, bias)
+    ]
     got = measure.measure(tensors[0], tensors[1], head=tensors[2], bias=tensors[3])
     assert got == measure.measure(h, labels, head=head, bias=bias)
     got = measure.measure(tensors[0].bfloat16(), tensors[1])
@@ -717,7 +841,9 @@ BAD = {
     "features: got 'bool'": {"features": H > 0},
     "features: got 'a number that is not finite": {
         "features": np.where(
-            (np.arange(60) == np.flatnonzero(LABELS == 3)[1])[:, None] & (np.arange(8) == 2), np.nan, H
+            (np.arange(60) == np.flatnonzero(LABELS == 3)[1])[:, None] & (np.arange(8) == 2),
+            np.nan,
+            H,
         )
     },
     "labels: got (59,)": {"labels": LABELS[:-1]},
@@ -727,26 +853,44 @@ BAD = {
     "batches: got 'no example'": {"features": H[:0], "labels": LABELS[:0]},
     "head: got (5, 3)": {"head": HEAD[:, :3]},
     "head: got 'a number that is not finite'": {"head": HEAD * np.inf},
-    "head: got (8, 5); give (C, 8), a row per class, its transpose": {"head": HEAD.T, "num_classes": 5},
+    "head: got (8, 5); give (C, 8), a row per class, its transpose": {
+        "head": HEAD.T,
+        "num_classes": 5,
+    },
     "labels: got -1; they count classes from 0 on": {"labels": LABELS - 1},
-    "labels: got 4000000000; number classes from 0 on": {"labels": LABELS * 10**9, "head": None, "bias": None},
+    "labels: got 4000000000; number classes from 0 on": {
+        "labels": LABELS * 10**9,
+        "head": None,
+        "bias": None,
+    },
     "bias: got (4,)": {"bias": BIAS[:4]},
     "bias: got (5,); it goes with a head": {"head": None, "num_classes": 5},
     "logits: got (60, 4)": {"logits": np.zeros((60, 4))},
     "loss: got 'hinge'; choose square or cross_entropy": {"loss": "hinge"},
     "global_mean: got 'mean'; choose classes or examples": {"global_mean": "mean"},
     "weight_decay: got -1.0": {"weight_decay": -1.0},
-    "weight_decay: got 0.1; what it is compared with": {"weight_decay": 0.1, "head": None, "bias": None},
+    "weight_decay: got 0.1; what it is compared with": {
+        "weight_decay": 0.1,
+        "head": None,
+        "bias": None,
+    },
     "rows: got 0": {"rows": 0},
     "features: got (); give (B, p)": {"features": np.float64(1)},
     "features: got 'list'; no array": {"features": [[1.0, 2.0], [3.0]]},
-    "features: got 'object'; give an array of numbers": {"features": object(), "head": None, "bias": None},
+    "features: got 'object'; give an array of numbers": {
+        "features": object(),
+        "head": None,
+        "bias": None,
+    },
     "features: got 'function'": {"features": outputs_of, "labels": [(H, LABELS)]},
     "features: got 'a masked array'": {"features": np.ma.masked_less(H, -1.0)},
     "labels: got 'a masked array'": {"labels": np.ma.masked_equal(LABELS, 3)},
     f"features: got {2**60}; float64 holds": {"features": np.full(H.shape, 2**60)},
     f"features: got {2**63}; float64 holds": {"features": np.full(H.shape, 2**63, np.uint64)},
-    f"head: got {2**53 + 1}; float64 holds": {"head": np.full(HEAD.shape, -(2**53) - 1), "bias": None},
+    f"head: got {2**53 + 1}; float64 holds": {
+        "head": np.full(HEAD.shape, -(2**53) - 1),
+        "bias": None,
+    },
     "labels: got ()": {"labels": np.int64(1)},
     "logits: got ()": {"logits": np.float64(1)},
     "head: got ()": {"head": np.float64(1), "bias": None},
@@ -777,7 +921,9 @@ def test_batches_that_cannot_be_measured():
         measure.measure_batches([H], num_classes=5)
     with pytest.raises(InputError, match="batch: got 'function'; each must be"):
         measure.measure_batches((outputs_of, [(H, LABELS)]))
-    with pytest.raises(InputError, match="features: got 'function'; give an array of numbers: what a model makes"):
+    with pytest.raises(
+        InputError, match="features: got 'function'; give an array of numbers: what a model makes"
+    ):
         measure.measure_batches([(outputs_of, [(H, LABELS)])])
     with pytest.raises(AttributeError, match="no attribute 'measures'"):
         _ = measure.measures  # pyright: ignore[reportAttributeAccessIssue]
@@ -789,7 +935,9 @@ def test_batches_that_cannot_be_measured():
 def written(folder, arrays, suffix):
     path = folder / f"a{suffix.removeprefix('compressed')}"
     if suffix == ".safetensors":
-        safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
+        safetensors.numpy.save_file(
+            {name: np.ascontiguousarray(a) for name, a in arrays.items()}, path
+        )
     else:
         (np.savez_compressed if "compressed" in suffix else np.savez)(path, **arrays)
     return path
@@ -797,7 +945,12 @@ def written(folder, arrays, suffix):
 
 @pytest.mark.parametrize("suffix", [".npz", "compressed.npz", ".safetensors"])
 def test_files_hold_what_was_written_and_are_mapped_where_they_can_be(tmp_path, suffix):
-    arrays = {"features": H.astype(np.float32), "labels": LABELS, "one": np.float32(3), "none": np.zeros((0, 4))}
+    arrays = {
+        "features": H.astype(np.float32),
+        "labels": LABELS,
+        "one": np.float32(3),
+        "none": np.zeros((0, 4)),
+    }
     arrays |= {"half": H.astype(np.float16)}
     if suffix == ".npz":
         arrays["fortran"] = np.asfortranarray(H)
@@ -811,9 +964,15 @@ def test_files_hold_what_was_written_and_are_mapped_where_they_can_be(tmp_path, 
 def test_bfloat16_of_a_safetensors_file(tmp_path):
     array = jnp.asarray(H, jnp.bfloat16)
     raw = np.asarray(array).view(np.uint16)
-    header = json.dumps({"features": {"dtype": "BF16", "shape": [60, 8], "data_offsets": [0, raw.nbytes]}}).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw.tobytes())
-    np.testing.assert_array_equal(files.read(tmp_path / "a.safetensors", "")["features"], np.asarray(array))
+    header = json.dumps(
+        {"features": {"dtype": "BF16", "shape": [60, 8], "data_offsets": [0, raw.nbytes]}}
+    ).encode()
+    (tmp_path / "a.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + raw.tobytes()
+    )
+    np.testing.assert_array_equal(
+        files.read(tmp_path / "a.safetensors", "")["features"], np.asarray(array)
+    )
 
 
 @pytest.fixture
@@ -830,15 +989,28 @@ def test_the_command_says_what_the_library_finds(said):
     read = files.read(DATA / "features.npz", "features")
     head = files.read(DATA / "head.npz", "")["head_kernel"]
     expected = measure.measure(read["features"], read["labels"], head=head, weight_decay=1e-3)
-    assert_same(expected, oracle(read["features"], read["labels"], head, np.zeros(10)), 1e-4, atol=1e-6)
-    code, out, err = said(DATA / "features.npz", "--head", DATA / "head.npz", "--weight-decay=1e-3", "--json")
+    assert_same(
+        expected, oracle(read["features"], read["labels"], head, np.zeros(10)), 1e-4, atol=1e-6
+    )
+    code, out, err = said(
+        DATA / "features.npz", "--head", DATA / "head.npz", "--weight-decay=1e-3", "--json"
+    )
     assert (code, err) == (0, "")
     found = json.loads(out, parse_constant=pytest.fail)
     assert found["metrics"] == expected
-    assert (found["examples"], found["classes"], found["dimension"], found["missing_classes"]) == (400, 10, 128, [])
+    assert (found["examples"], found["classes"], found["dimension"], found["missing_classes"]) == (
+        400,
+        10,
+        128,
+        [],
+    )
     code, out, _ = said(DATA / "features.npz", "--head", DATA / "head.npz", "--weight-decay=1e-3")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
-    assert {row[0]: row[1] for row in rows} == {name: f"{value:.4g}" for name, value in expected.items()}
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line
+    ]
+    assert {row[0]: row[1] for row in rows} == {
+        name: f"{value:.4g}" for name, value in expected.items()
+    }
     assert ["nc3", f"{expected['nc3']:.4g}", history.VOCABULARY["nc3"].definition] in rows
 
 
@@ -848,15 +1020,25 @@ def test_layers_classes_and_conventions_on_the_command_line(said, tmp_path):
     np.save(tmp_path / "labels.npy", labels)
     np.savez(tmp_path / "last.npz", features=h, labels=labels)
     np.savez(tmp_path / "head.npz", head_kernel=head, head_bias=bias)
-    call = [tmp_path / "first.npy", tmp_path / "last.npz", "--head", tmp_path / "head.npz", "--labels"]
+    call = [
+        tmp_path / "first.npy",
+        tmp_path / "last.npz",
+        "--head",
+        tmp_path / "head.npz",
+        "--labels",
+    ]
     call += [tmp_path / "labels.npy", "--float64", "--batch=7", "--global-mean=examples"]
     code, out, _ = said(*call, "--json")
     first, last = json.loads(out)["layers"]
     assert code == 0
     assert "nc4" not in first["metrics"]
     exact = {"float64": True, "global_mean": "examples"}
-    assert first["metrics"] == pytest.approx(measure.measure(h[:, :5], labels, num_classes=5, **exact), rel=1e-10)
-    assert last["metrics"] == pytest.approx(measure.measure(h, labels, head=head, bias=bias, **exact), rel=1e-10)
+    assert first["metrics"] == pytest.approx(
+        measure.measure(h[:, :5], labels, num_classes=5, **exact), rel=1e-10
+    )
+    assert last["metrics"] == pytest.approx(
+        measure.measure(h, labels, head=head, bias=bias, **exact), rel=1e-10
+    )
     code, out, _ = said(*call, "--figures", tmp_path / "figures")
     assert "Layers in forward order" in out
     assert "1 class has no example and is left out: 1" in out
@@ -872,7 +1054,9 @@ def test_notes_of_every_layer_are_printed(tmp_path, said):
     h, labels, _, _ = split()
     np.savez(tmp_path / "flat.npz", features=np.ones_like(h), labels=labels)
     np.savez(tmp_path / "last.npz", features=h * 2.0**664, labels=labels)
-    code, out, err = said(tmp_path / "flat.npz", tmp_path / "last.npz", "--figures", tmp_path / "figures")
+    code, out, err = said(
+        tmp_path / "flat.npz", tmp_path / "last.npz", "--figures", tmp_path / "figures"
+    )
     assert (code, err) == (0, "")
     assert "flat.npz: all class means are the same" in out
     assert len(list((tmp_path / "figures").iterdir())) == 4
@@ -891,16 +1075,36 @@ FILES = {
     "empty npz": ("a.npz", b"", "it cannot be read"),
     "empty npy": ("a.npy", b"", "it cannot be read"),
     "empty safetensors": ("a.safetensors", b"", "it cannot be read"),
-    "damaged safetensors": ("a.safetensors", b"\x10" + bytes(7) + b'{"a": 1}        ', "it cannot be read"),
+    "damaged safetensors": (
+        "a.safetensors",
+        b"\x10" + bytes(7) + b'{"a": 1}        ',
+        "it cannot be read",
+    ),
     "half an npz": ("a.npz", (DATA / "features.npz").read_bytes()[:20000], "it cannot be read"),
     "no labels": ("a.npz", {"features": H}, "no array is named labels"),
-    "no features": ("a.npz", {"feats": H, "labels": LABELS}, "got 'feats, labels'; an array must be named features"),
+    "no features": (
+        "a.npz",
+        {"feats": H, "labels": LABELS},
+        "got 'feats, labels'; an array must be named features",
+    ),
     "objects": ("a.npz", {"features": np.array([{}]), "labels": LABELS}, "it cannot be read"),
-    "words": ("a.npz", {"features": np.full((60, 2), "a"), "labels": LABELS}, "give an array of numbers"),
+    "words": (
+        "a.npz",
+        {"features": np.full((60, 2), "a"), "labels": LABELS},
+        "give an array of numbers",
+    ),
     "no example": ("a.npz", {"features": H[:0], "labels": LABELS[:0]}, "no example"),
-    "0-d features": ("a.npz", {"features": np.float64(1), "labels": LABELS}, "features of shape ()"),
+    "0-d features": (
+        "a.npz",
+        {"features": np.float64(1), "labels": LABELS},
+        "features of shape ()",
+    ),
     "0-d labels": ("a.npz", {"features": H, "labels": np.int64(1)}, "labels of shape ()"),
-    "0-d logits": ("a.npz", {"features": H, "labels": LABELS, "logits": np.float64(1)}, "logits of shape ()"),
+    "0-d logits": (
+        "a.npz",
+        {"features": H, "labels": LABELS, "logits": np.float64(1)},
+        "logits of shape ()",
+    ),
 }
 
 
@@ -964,7 +1168,9 @@ def test_help_and_a_bad_file_wait_for_no_jax():
             assert stop.code == 0
         assert not {"jax", "xarray", "rich", "matplotlib"} & set(sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
     assert "--head FILE" in done.stdout
 
@@ -988,12 +1194,16 @@ def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, c
     assert "'nc1': 0.0" in out
     recorded = scope["run"].history.sel(split="train", epoch=6)
     for name in ("nc1", "nc3", "nc4", "epsilon", "cdnv", "output_spread"):
-        assert scope["metrics"][name] == pytest.approx(float(recorded[name]), rel=1e-3, abs=1e-5), name
+        assert scope["metrics"][name] == pytest.approx(float(recorded[name]), rel=1e-3, abs=1e-5), (
+            name
+        )
     assert scope["found"].metrics["nc3"] == pytest.approx(scope["metrics"]["nc3"], rel=1e-6)
 
 
 def test_the_pytorch_example_of_the_documentation_runs(capsys):
     pytest.importorskip("torch")
     scope: dict = {}
-    exec(compile(next(text for torch, text in examples() if torch), "docs/measure.md", "exec"), scope)
+    exec(
+        compile(next(text for torch, text in examples() if torch), "docs/measure.md", "exec"), scope
+    )
     assert 0 < scope["found"].metrics["nc4"] < 1

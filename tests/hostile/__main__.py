@@ -1,19 +1,22 @@
-"""Attacks the commands with hostile names, numbers, files, signals, users, environments, configs and sweeps.
+"""Attacks the commands with hostile names, numbers, files, signals, users, environments, configs
+and sweeps.
 
     python -m tests.hostile
     python -m tests.hostile files users --seed 7
     python -m tests.hostile names --case "WORKDIR a?b"
 
-A case passes if the outcome is right: correct numbers or bits, or one line on standard error that says why not, with
-exit code 2 (130 and 143 where a signal stopped it, 1 where a disk was full). What fails is told apart:
+A case passes if the outcome is right: correct numbers or bits, or one line on standard error that
+says why not, with exit code 2 (130 and 143 where a signal stopped it, 1 where a disk was full).
+What fails is told apart:
 
     traceback   a traceback, or the crash of an interpreter, reached the user
-    silent      a number or a bit is wrong, or something that had to be refused was not, with exit code 0 and no word
-    hang        the command had not ended after two minutes
-    other       another exit code, or not one line
+    silent a number or a bit is wrong, or something that had to be refused was not, with exit code 0
+    and no word hang the command had not ended after two minutes other another exit code, or not one
+    line
 
-tests/chaos.py kills and damages runs that train, at random; here every case has a name and is the same every time (what
-is drawn, as which bit is flipped, comes from --seed). Exits with 1 if a case failed.
+tests/chaos.py kills and damages runs that train, at random; here every case has a name and is the
+same every time (what is drawn, as which bit is flipped, comes from --seed). Exits with 1 if a case
+failed.
 """
 
 import argparse
@@ -33,19 +36,32 @@ def _environment(folder: Path) -> dict[str, str]:
     """Returns what every command runs under, unless its case says otherwise."""
     return chaos.environment(folder) | {
         "HOSTILE_FOLDER": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(engine.ROOT), os.environ.get("PYTHONPATH", "")])),
-        "PYTHONIOENCODING": "utf-8:strict",  # as in a UTF-8 locale; C's lets bytes through that are none
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(engine.ROOT), os.environ.get("PYTHONPATH", "")])
+        ),
+        # As in a UTF-8 locale; C's lets bytes through that are none.
+        "PYTHONIOENCODING": "utf-8:strict",
         "MPLCONFIGDIR": str(folder / "matplotlib"),
         "TFDS_DATA_DIR": str(folder / "no-data"),
     }
 
 
 def _print_table(tried: dict[str, collections.Counter]) -> None:
-    columns = ("tried", "passed", "skipped", *(f"{kind}s" if kind in ("traceback", "hang") else kind for kind in KINDS))
+    columns = (
+        "tried",
+        "passed",
+        "skipped",
+        *(f"{kind}s" if kind in ("traceback", "hang") else kind for kind in KINDS),
+    )
     print(f"{'group':<14}" + "".join(f"{column:>12}" for column in columns))
     tried = tried | {"all": sum(tried.values(), collections.Counter())}
     for group, counts in tried.items():
-        numbers = (counts.total() - counts["skipped"], counts["passed"], counts["skipped"], *(counts[k] for k in KINDS))
+        numbers = (
+            counts.total() - counts["skipped"],
+            counts["passed"],
+            counts["skipped"],
+            *(counts[k] for k in KINDS),
+        )
         print(f"{group:<14}" + "".join(f"{number:>12}" for number in numbers))
 
 
@@ -54,14 +70,20 @@ KINDS = engine.KINDS
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.hostile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = engine.names_of_groups()
-    parser.add_argument("groups", metavar="GROUP", nargs="*", help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument(
+        "groups", metavar="GROUP", nargs="*", help=f"of {', '.join(known)} (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     parser.add_argument("--case", metavar="NAME", help="the case of this name alone")
     parser.add_argument("--list", action="store_true", help="names the cases and tries none")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)"
+    )
     arguments = parser.parse_args()
     groups = tuple(arguments.groups or known)
     if not set(groups) <= set(known):
@@ -85,9 +107,14 @@ def main() -> int:
             tried[case.group][kind] += 1
             times[case.group] += seconds
             if kind in KINDS:
-                again = shlex.join(["python", "-m", "tests.hostile", case.group, "--case", case.name])
+                again = shlex.join(
+                    ["python", "-m", "tests.hostile", case.group, "--case", case.name]
+                )
                 seed = f" --seed {arguments.seed}" if arguments.seed else ""
-                print(f"FAILED ({kind}) {case.group}: {case.name!r}: {why}\n    {again}{seed}", flush=True)
+                print(
+                    f"FAILED ({kind}) {case.group}: {case.name!r}: {why}\n    {again}{seed}",
+                    flush=True,
+                )
             elif kind == "skipped":
                 print(f"skipped {case.group}: {case.name!r}: {why}", flush=True)
 

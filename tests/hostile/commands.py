@@ -9,7 +9,9 @@ from tests import chaos
 from tests.hostile import engine
 from tests.hostile.engine import Failure
 
-_START = "from ncjax.config import default_config\ndef get_config():\n    config = default_config()\n"
+_START = (
+    "from ncjax.config import default_config\ndef get_config():\n    config = default_config()\n"
+)
 _BAD_CONFIGS: dict[str, str | bytes] = {
     "no get_config": "x = 1\n",
     "empty": "",
@@ -23,7 +25,8 @@ _BAD_CONFIGS: dict[str, str | bytes] = {
     "an exception while imported": "raise RuntimeError('one\\ntwo\\nthree')\n",
     "an exception": "def get_config():\n    raise KeyError('x')\n",
     "an exception without words": "def get_config():\n    raise ValueError\n",
-    "an exception of a thousand lines": "def get_config():\n    raise ValueError('line\\n' * 1000)\n",
+    "an exception of a thousand lines": "def get_config():\n    raise ValueError('line\\n' * "
+    "1000)\n",
     "an assertion": "def get_config():\n    assert False\n",
     "endless recursion": "def get_config():\n    return get_config()\n",
     "sys.exit": "import sys\ndef get_config():\n    sys.exit(0)\n",
@@ -41,26 +44,33 @@ _BAD_CONFIGS: dict[str, str | bytes] = {
     "no function": "get_config = 3\n",
     "two arguments": "def get_config(a, b):\n    return a\n",
     "an argument that must be given": _START.replace("()", "(size)") + "    return config\n",
-    "an empty config": "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()\n",
+    "an empty config": "import ml_collections\ndef get_config():\n    return "
+    "ml_collections.ConfigDict()\n",
     "a section missing": _START + "    config.unlock()\n    del config.train\n    return config\n",
     "a section a number": _START + "    config.unlock()\n    config.train = 3\n    return config\n",
-    "a field more": _START + "    config.unlock()\n    config.train.colour = 'red'\n    return config\n",
+    "a field more": _START
+    + "    config.unlock()\n    config.train.colour = 'red'\n    return config\n",
     "a locked field": _START + "    config.train.colour = 'red'\n    return config\n",
     "a placeholder": "import ml_collections\n"
     + _START
     + "    config.train.epochs = ml_collections.config_dict.placeholder(int)\n    return config\n",
-    "itself as a field": _START + "    config.unlock()\n    config.self = config\n    return config\n",
+    "itself as a field": _START
+    + "    config.unlock()\n    config.self = config\n    return config\n",
     "a function as a field": _START + "    config.train.epochs = print\n    return config\n",
-    "an array as a field": "import numpy as np\n" + _START + "    config.train.epochs = np.eye(2)\n    return config\n",
+    "an array as a field": "import numpy as np\n"
+    + _START
+    + "    config.train.epochs = np.eye(2)\n    return config\n",
     "NaN epochs": _START + "    config.train.epochs = float('nan')\n    return config\n",
     "bytes as a name": _START + "    config.data.name = b'digits'\n    return config\n",
     "a surrogate as a name": _START + "    config.data.name = '\\udcff'\n    return config\n",
-    "keys that are numbers": _START + "    config.unlock()\n    config.train = {1: 2}\n    return config\n",
+    "keys that are numbers": _START
+    + "    config.unlock()\n    config.train = {1: 2}\n    return config\n",
     "an iterator of widths": _START + "    config.model.widths = iter((8, 8))\n    return config\n",
     "nested widths": _START + "    config.model.widths = ((8, 8),)\n    return config\n",
     "a set of seeds": _START + "    config.sweep.seed = {0, 1}\n    return config\n",
     "a deep tuple": _START
-    + "    x = ()\n    for _ in range(10**5):\n        x = (x,)\n    config.sweep.seed = x\n    return config\n",
+    + "    x = ()\n    for _ in range(10**5):\n        x = (x,)\n"
+    + "    config.sweep.seed = x\n    return config\n",
 }
 _NO_CONFIGS = (
     "",
@@ -235,14 +245,24 @@ def _bad_config(content: str | bytes, folder: Path) -> None:
 
 
 def _no_config(name: str, folder: Path) -> None:
-    engine.check(engine.run_here("train", f"--config={name}", f"--workdir={folder / 'run'}"), works=False)
+    engine.check(
+        engine.run_here("train", f"--config={name}", f"--workdir={folder / 'run'}"), works=False
+    )
 
 
 def _bad_line(command: str, line: str, folder: Path) -> None:
-    places = {"folder": folder, "run": engine.trained(), "unfinished": engine.unfinished()} | _PLACES
+    places = {
+        "folder": folder,
+        "run": engine.trained(),
+        "unfinished": engine.unfinished(),
+    } | _PLACES
     words = [word.format_map(places) for word in line.split(" ") if word]
     if command == "train":
-        words = [*chaos.SMALL, *([] if "--workdir" in line else [f"--workdir={folder / 'run'}"]), *words]
+        words = [
+            *chaos.SMALL,
+            *([] if "--workdir" in line else [f"--workdir={folder / 'run'}"]),
+            *words,
+        ]
     ran = engine.run_here(command, *words, draw=command == "plot")
     engine.check(ran, works=False, also=(1,) if "--verify" in line else ())
     if (folder / "run" / "config.json").exists():

@@ -1,7 +1,8 @@
 """Runs cases side by side in processes that may crash or hang, and says what came of each.
 
-A case is a function of a fresh folder that raises `Failure` where the outcome is not right. Commands run in this
-process where that will do (`run_here`), or in one of their own (`run`); both give `Ran`, which `check` judges.
+A case is a function of a fresh folder that raises `Failure` where the outcome is not right.
+Commands run in this process where that will do (`run_here`), or in one of their own (`run`); both
+give `Ran`, which `check` judges.
 """
 
 import collections
@@ -37,7 +38,12 @@ _START_LIMIT = 600
 UNDRAWN = "ncjax.main, undrawn"
 # Bytes that a command may allocate: what reads without an end must not take the machine with it.
 _MEMORY = 8 * 2**30
-_TRACES = ("Traceback (most recent call last)", "Fatal Python error", "Exception ignored", "Segmentation fault")
+_TRACES = (
+    "Traceback (most recent call last)",
+    "Fatal Python error",
+    "Exception ignored",
+    "Segmentation fault",
+)
 
 
 class Failure(Exception):
@@ -53,7 +59,9 @@ class Skipped(Exception):
 
 
 class Case(NamedTuple):
-    """`attack` gets a folder of its own and raises Failure where what happens in it is not right."""
+    """`attack` gets a folder of its own and raises Failure where what happens in it is not
+    right.
+    """
 
     group: str
     name: str
@@ -61,7 +69,9 @@ class Case(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """A command that has ended: its exit code (minus a signal's number, if one ended it) and what it said."""
+    """A command that has ended: its exit code (minus a signal's number, if one ended it) and
+    what it said.
+    """
 
     code: int
     out: str
@@ -75,13 +85,19 @@ def _short(text: str) -> str:
     return text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
 
 
-# Judging ----------------------------------------------------------------------------------------------------------
+# Judging ------------------------------------------------------------------------------------------
 
 
 def check(
-    ran: Ran, right: Callable[[Ran], None] | None = None, *, works: bool = True, refuses: bool = True, also: tuple = ()
+    ran: Ran,
+    right: Callable[[Ran], None] | None = None,
+    *,
+    works: bool = True,
+    refuses: bool = True,
+    also: tuple = (),
 ) -> None:
-    """Raises Failure unless a command worked and was right, or refused in one line with exit code 2.
+    """Raises Failure unless a command worked and was right, or refused in one line with exit code
+    2.
 
     Args:
       right: raises Failure where exit code 0 came with something wrong.
@@ -97,8 +113,14 @@ def check(
             right(ran)
         return
     if ran.code == 2 and refuses:
-        lines = [line for line in ran.err.splitlines() if line.strip() and not line.lower().startswith("warning")]
-        is_usage = ran.err.startswith("usage: ")  # argparse's: several lines, the last of which is the message
+        lines = [
+            line
+            for line in ran.err.splitlines()
+            if line.strip() and not line.lower().startswith("warning")
+        ]
+        is_usage = ran.err.startswith(
+            "usage: "
+        )  # argparse's: several lines, the last of which is the message
         if "error: " in (lines or [""])[-1] and (is_usage or len(lines) == 1):
             return
         raise Failure("other", f"exit code 2 without a single line that says why: {ran}")
@@ -108,10 +130,12 @@ def check(
 
 def is_said(ran: Ran) -> bool:
     """A warning or a note reached the user."""
-    return any(word in line.lower() for line in ran.err.splitlines() for word in ("warning", "note:"))
+    return any(
+        word in line.lower() for line in ran.err.splitlines() for word in ("warning", "note:")
+    )
 
 
-# Running ----------------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -141,9 +165,20 @@ def _main(command: str) -> Callable[..., int]:
 
 
 def run_here(command: str, *argv: object, draw: bool = False, **environment: str) -> Ran:
-    """Runs `python -m ncjax COMMAND` in this process. Unless `draw`, a run's own figures are left out."""
-    undrawn = contextlib.nullcontext() if draw else mock.patch("ncjax.report.draw.draw_all", return_value=[])
-    with _captured(1) as out, _captured(2) as err, mock.patch.dict(os.environ, environment), undrawn:
+    """Runs `python -m ncjax COMMAND` in this process. Unless `draw`, a run's own figures are
+    left out.
+    """
+    undrawn = (
+        contextlib.nullcontext()
+        if draw
+        else mock.patch("ncjax.report.draw.draw_all", return_value=[])
+    )
+    with (
+        _captured(1) as out,
+        _captured(2) as err,
+        mock.patch.dict(os.environ, environment),
+        undrawn,
+    ):
         try:
             code = _main(command)([str(word) for word in argv])
         except SystemExit as end:
@@ -154,17 +189,24 @@ def run_here(command: str, *argv: object, draw: bool = False, **environment: str
     return Ran(code, out[0], err[0])
 
 
-def start(module: str, *argv: object, prefix: tuple = (), env: dict | None = None, **options) -> subprocess.Popen:
-    """Starts `python -m MODULE ...` in a process of its own; an `env` value of None removes a variable.
+def start(
+    module: str, *argv: object, prefix: tuple = (), env: dict | None = None, **options
+) -> subprocess.Popen:
+    """Starts `python -m MODULE ...` in a process of its own; an `env` value of None removes a
+    variable.
 
-    UNDRAWN is `ncjax.main` without the figures and tables at the end, which take longer than a small run.
+    UNDRAWN is `ncjax.main` without the figures and tables at the end, which take longer than a
+    small run.
     """
     variables = {k: v for k, v in (os.environ | (env or {})).items() if v is not None}
     program = ("-c", chaos.CHILD) if module == UNDRAWN else ("-m", module)
     command = [*prefix, sys.executable, *program, *argv]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(
-        [os.fsencode(os.fspath(word)) if isinstance(word, str | Path) else str(word).encode() for word in command],
+        [
+            os.fsencode(os.fspath(word)) if isinstance(word, str | Path) else str(word).encode()
+            for word in command
+        ],
         env=variables,
         start_new_session=True,
         **{"cwd": ROOT} | pipes | options,
@@ -178,7 +220,9 @@ def finish(process: subprocess.Popen, limit: float = COMMAND_LIMIT) -> Ran:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        said = Ran(process.returncode, *((text or b"").decode(errors="replace") for text in (out, err)))
+        said = Ran(
+            process.returncode, *((text or b"").decode(errors="replace") for text in (out, err))
+        )
         raise Failure("hang", f"no end within {limit} s: {said}") from None
     return Ran(process.returncode, *((text or b"").decode(errors="replace") for text in (out, err)))
 
@@ -188,7 +232,7 @@ def run(module: str, *argv: object, limit: float = COMMAND_LIMIT, **options) -> 
     return finish(start(module, *argv, **options), limit)
 
 
-# What cases share -------------------------------------------------------------------------------------------------
+# What cases share ---------------------------------------------------------------------------------
 
 
 def shared(name: str, make: Callable[[Path], None]) -> Path:
@@ -218,17 +262,21 @@ def reference() -> chaos.Outcome:
 
 
 def check_same(workdir: Path, expected: chaos.Outcome, ran: Ran) -> None:
-    """A finished WORKDIR must hold the expected bits, or a warning must have said why it does not."""
+    """A finished WORKDIR must hold the expected bits, or a warning must have said why it does
+    not.
+    """
     try:
         expected.check(chaos.Outcome.of(workdir))
     except chaos.Failure as difference:
         if not is_said(ran):
             raise Failure("silent", f"{difference}: {ran}") from difference
     except Exception as error:
-        raise Failure("silent", f"what it left cannot be read ({type(error).__name__}: {error}): {ran}") from error
+        raise Failure(
+            "silent", f"what it left cannot be read ({type(error).__name__}: {error}): {ran}"
+        ) from error
 
 
-# Cases, many at a time --------------------------------------------------------------------------------------------
+# Cases, many at a time ----------------------------------------------------------------------------
 
 _GROUPS = ("names", "values", "files", "interrupts", "users", "environments", "commands", "sweeps")
 
@@ -239,7 +287,9 @@ def cases(groups: Iterable[str], seed: int) -> list[Case]:
     for group in groups:
         module = importlib.import_module(f"tests.hostile.{group}")
         found += [Case(group, name, attack) for name, attack in module.cases(random.Random(seed))]
-    repeated = [name for name, times in collections.Counter(case[:2] for case in found).items() if times > 1]
+    repeated = [
+        name for name, times in collections.Counter(case[:2] for case in found).items() if times > 1
+    ]
     assert not repeated, repeated
     return found
 
@@ -305,9 +355,15 @@ class _Worker:
 
 
 def attempt_all(
-    chosen: list[int], groups: tuple[str, ...], seed: int, jobs: int, say: Callable[[int, tuple], None]
+    chosen: list[int],
+    groups: tuple[str, ...],
+    seed: int,
+    jobs: int,
+    say: Callable[[int, tuple], None],
 ) -> None:
-    """Tries the chosen cases in `jobs` processes, and says what came of each as soon as it is known."""
+    """Tries the chosen cases in `jobs` processes, and says what came of each as soon as it is
+    known.
+    """
     numbers, lock = iter(chosen), threading.Lock()
 
     def work() -> None:

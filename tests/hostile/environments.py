@@ -20,50 +20,80 @@ _TOLERANCE = 1e-4
 # Of the command that measures: numbers must be right, or refused.
 _MEASURED: dict[str, dict[str, str | None]] = {
     **{f"JAX_ENABLE_X64={v}": {"JAX_ENABLE_X64": v} for v in ("1", "0", "x")},
-    **{f"JAX_PLATFORMS={v}": {"JAX_PLATFORMS": v} for v in ("nonsense", "cuda", "tpu", "cpu,nonsense", "", "CPU")},
+    **{
+        f"JAX_PLATFORMS={v}": {"JAX_PLATFORMS": v}
+        for v in ("nonsense", "cuda", "tpu", "cpu,nonsense", "", "CPU")
+    },
     **{
         f"JAX_NUM_CPU_DEVICES={v}": {"JAX_NUM_CPU_DEVICES": v}
         for v in ("1", "3", "0", "-1", "x", "", "100000", "9" * 30, "1.5", "٣")
     },
-    **{f"{name}=1": {name: "1"} for name in ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_DISABLE_JIT")},
+    **{
+        f"{name}=1": {name: "1"}
+        for name in ("JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_DISABLE_JIT")
+    },
     **{
         f"{name}={value}": {name: value}
         for name, value in (
-            *(("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16"), ("JAX_DEFAULT_MATMUL_PRECISION", "nonsense")),
+            *(("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")),
+            *(("JAX_DEFAULT_MATMUL_PRECISION", "nonsense"),),
             *(("JAX_NUMPY_DTYPE_PROMOTION", "strict"), ("JAX_NUMPY_RANK_PROMOTION", "raise")),
-            *(("JAX_TRANSFER_GUARD", "disallow"), ("JAX_CHECK_TRACER_LEAKS", "1"), ("JAX_DEFAULT_DTYPE_BITS", "32")),
+            *(("JAX_TRANSFER_GUARD", "disallow"), ("JAX_CHECK_TRACER_LEAKS", "1")),
+            *(("JAX_DEFAULT_DTYPE_BITS", "32"),),
             *(("JAX_ENABLE_COMPILATION_CACHE", "0"), ("JAX_COMPILATION_CACHE_DIR", "/dev/null")),
             *(("JAX_COMPILATION_CACHE_DIR", "/nonexistent/x"), ("JAX_COMPILATION_CACHE_DIR", "")),
-            *(("XLA_FLAGS", "--nonsense"), ("XLA_FLAGS", "--xla_force_host_platform_device_count=3")),
-            *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("XLA_FLAGS", "x"), ("XLA_FLAGS", " ")),
-            *(("LANG", "C"), ("LC_ALL", "POSIX"), ("LC_ALL", "nonsense"), ("PYTHONUTF8", "0"), ("PYTHONUTF8", "1")),
+            *(("XLA_FLAGS", "--nonsense")),
+            *(("XLA_FLAGS", "--xla_force_host_platform_device_count=3"),),
+            *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("XLA_FLAGS", "x")),
+            *(("XLA_FLAGS", " "),),
+            *(("LANG", "C"), ("LC_ALL", "POSIX"), ("LC_ALL", "nonsense"), ("PYTHONUTF8", "0")),
+            *(("PYTHONUTF8", "1"),),
             *(("PYTHONOPTIMIZE", "2"), ("PYTHONWARNINGS", "error"), ("PYTHONWARNINGS", "always")),
             *(("PYTHONDEVMODE", "1"), ("JAX_LOG_COMPILES", "1")),
             *(("PYTHONHASHSEED", "7"), ("PYTHONDONTWRITEBYTECODE", "1"), ("PYTHONNOUSERSITE", "1")),
-            *(("TERM", "dumb"), ("TERM", ""), ("TERM", "nonsense"), ("COLUMNS", "1"), ("COLUMNS", "0")),
-            *(("COLUMNS", "-5"), ("COLUMNS", "x"), ("COLUMNS", "100000"), ("NO_COLOR", "1"), ("FORCE_COLOR", "1")),
-            *(("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1"), ("MPLBACKEND", "nonsense"), ("MPLBACKEND", "TkAgg")),
+            *(("TERM", "dumb"), ("TERM", ""), ("TERM", "nonsense"), ("COLUMNS", "1")),
+            *(("COLUMNS", "0"),),
+            *(("COLUMNS", "-5"), ("COLUMNS", "x"), ("COLUMNS", "100000"), ("NO_COLOR", "1")),
+            *(("FORCE_COLOR", "1"),),
+            *(("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1"), ("MPLBACKEND", "nonsense")),
+            *(("MPLBACKEND", "TkAgg"),),
             *(("MPLCONFIGDIR", "/dev/null"), ("OMP_NUM_THREADS", "x"), ("OMP_NUM_THREADS", "0")),
             *(("TMPDIR", "/dev/null"), ("XDG_RUNTIME_DIR", "/dev/null")),
-            *(("XDG_CACHE_HOME", "/dev/null"), ("XDG_CACHE_HOME", "a\tb"), ("HOME", "~"), ("TZ", "nonsense")),
-            *(("SLURM_STEP_NUM_TASKS", "4"), ("TPU_WORKER_HOSTNAMES", "a,b"), ("TF_CPP_MIN_LOG_LEVEL", "0")),
+            *(("XDG_CACHE_HOME", "/dev/null"), ("XDG_CACHE_HOME", "a\tb"), ("HOME", "~")),
+            *(("TZ", "nonsense"),),
+            *(("SLURM_STEP_NUM_TASKS", "4"), ("TPU_WORKER_HOSTNAMES", "a,b")),
+            *(("TF_CPP_MIN_LOG_LEVEL", "0"),),
         )
     },
-    "no variable but PATH": dict.fromkeys([name for name in os.environ if name not in ("PATH", "HOSTILE_FOLDER")]),
-    **{f"PYTHONIOENCODING={v}": {"PYTHONIOENCODING": v} for v in ("ascii", "latin-1", "ascii:strict", "cp1252")},
+    "no variable but PATH": dict.fromkeys(
+        [name for name in os.environ if name not in ("PATH", "HOSTILE_FOLDER")]
+    ),
+    **{
+        f"PYTHONIOENCODING={v}": {"PYTHONIOENCODING": v}
+        for v in ("ascii", "latin-1", "ascii:strict", "cp1252")
+    },
 }  # fmt: skip
-# Of a run that goes on from an unfinished one: what decides its bits must be the same, or be spoken of.
+# Of a run that goes on from an unfinished one: what decides its bits must be the same, or be spoken
+# of.
 _CONTINUED: dict[str, dict[str, str | None]] = {
     f"{name}={value}": {name: value}
     for name, value in (
-        *(("JAX_DEFAULT_PRNG_IMPL", "rbg"), ("JAX_DEFAULT_PRNG_IMPL", "unsafe_rbg"), ("JAX_DEFAULT_PRNG_IMPL", "x")),
-        *(("JAX_THREEFRY_PARTITIONABLE", "0"), ("JAX_ENABLE_CUSTOM_PRNG", "1"), ("JAX_RANDOM_SEED_OFFSET", "5")),
-        *(("JAX_ENABLE_X64", "1"), ("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16"), ("JAX_NUMPY_RANK_PROMOTION", "raise")),
-        *(("JAX_NUMPY_DTYPE_PROMOTION", "strict"), ("JAX_DEBUG_NANS", "1"), ("JAX_DISABLE_JIT", "1")),
-        *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("XLA_FLAGS", "--xla_backend_optimization_level=0")),
-        *(("JAX_PLATFORMS", "nonsense"), ("JAX_NUM_CPU_DEVICES", "100000"), ("JAX_TRANSFER_GUARD", "disallow")),
-        *(("PYTHONOPTIMIZE", "2"), ("LC_ALL", "C"), ("PYTHONWARNINGS", "error"), ("COLUMNS", "1"), ("TERM", "dumb")),
-        *(("PYTHONIOENCODING", "ascii"), ("FORCE_COLOR", "1"), ("PYTHONHASHSEED", "7"), ("SLURM_STEP_NUM_TASKS", "2")),
+        *(("JAX_DEFAULT_PRNG_IMPL", "rbg"), ("JAX_DEFAULT_PRNG_IMPL", "unsafe_rbg")),
+        *(("JAX_DEFAULT_PRNG_IMPL", "x"),),
+        *(("JAX_THREEFRY_PARTITIONABLE", "0"), ("JAX_ENABLE_CUSTOM_PRNG", "1")),
+        *(("JAX_RANDOM_SEED_OFFSET", "5"),),
+        *(("JAX_ENABLE_X64", "1"), ("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")),
+        *(("JAX_NUMPY_RANK_PROMOTION", "raise"),),
+        *(("JAX_NUMPY_DTYPE_PROMOTION", "strict"), ("JAX_DEBUG_NANS", "1")),
+        *(("JAX_DISABLE_JIT", "1"),),
+        *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")),
+        *(("XLA_FLAGS", "--xla_backend_optimization_level=0"),),
+        *(("JAX_PLATFORMS", "nonsense"), ("JAX_NUM_CPU_DEVICES", "100000")),
+        *(("JAX_TRANSFER_GUARD", "disallow"),),
+        *(("PYTHONOPTIMIZE", "2"), ("LC_ALL", "C"), ("PYTHONWARNINGS", "error"), ("COLUMNS", "1")),
+        *(("TERM", "dumb"),),
+        *(("PYTHONIOENCODING", "ascii"), ("FORCE_COLOR", "1"), ("PYTHONHASHSEED", "7")),
+        *(("SLURM_STEP_NUM_TASKS", "2"),),
     )
 }  # fmt: skip
 # A command's end when nobody can hear it: (stdin, stdout, stderr) closed or full.
@@ -94,7 +124,10 @@ def _numbers() -> dict:
 
 def _near(found: dict, ran: Ran) -> None:
     for name, value in _numbers().items():
-        if found[name] is None or abs(found[name] - value) > _TOLERANCE * abs(value) + _TOLERANCE / 10:
+        if (
+            found[name] is None
+            or abs(found[name] - value) > _TOLERANCE * abs(value) + _TOLERANCE / 10
+        ):
             raise Failure("silent", f"{name} is {found[name]}, must be {value}: {ran}")
 
 
@@ -104,7 +137,8 @@ def _measure(env: dict, folder: Path) -> None:
         return  # XLA itself ends a process so
     engine.check(ran, lambda ran: _near(json.loads(ran.out)["metrics"], ran))
     if ran.code == 0 and any(
-        name.startswith(("COLUMNS", "TERM", "PYTHONIO", "LC", "LANG", "NO_", "FORCE", "TTY")) for name in env
+        name.startswith(("COLUMNS", "TERM", "PYTHONIO", "LC", "LANG", "NO_", "FORCE", "TTY"))
+        for name in env
     ):
         engine.check(engine.run(*_MEASURE, env=env))  # a table, for people
 
@@ -118,11 +152,15 @@ def _continue(env: dict, folder: Path) -> None:
 def _shell(command: str, streams: str, folder: Path) -> subprocess.Popen:
     python = f"exec {engine.sys.executable} -m {command.format(run=engine.trained())} {streams}"
     pipe = subprocess.PIPE
-    return subprocess.Popen(["bash", "-c", python], cwd=engine.ROOT, stdout=pipe, stderr=pipe, start_new_session=True)
+    return subprocess.Popen(
+        ["bash", "-c", python], cwd=engine.ROOT, stdout=pipe, stderr=pipe, start_new_session=True
+    )
 
 
 def _stream(command: str, streams: str, folder: Path) -> None:
-    """Codes: of the command itself; 1 or 120 where what it had to say could not be said; a signal's."""
+    """Codes: of the command itself; 1 or 120 where what it had to say could not be said; a
+    signal's.
+    """
     ran = engine.finish(_shell(command, streams, folder))
     unheard = (1, 120, 141, 74) if ">" in streams or "1<" in streams else ()
     engine.check(ran, also=(2, *unheard) if "2>" in streams else unheard)
@@ -138,7 +176,9 @@ def _head(command: str, folder: Path) -> None:
     process.stdout.close()
     assert process.stderr is not None
     err = process.stderr.read().decode(errors="replace")
-    engine.check(Ran(process.wait(engine.COMMAND_LIMIT), "", err), also=(141, -signal.SIGPIPE, 1, 2))
+    engine.check(
+        Ran(process.wait(engine.COMMAND_LIMIT), "", err), also=(141, -signal.SIGPIPE, 1, 2)
+    )
     if err.strip() and "error: " not in err:
         raise Failure("other", f"it said {err!r}")
 
@@ -150,7 +190,9 @@ def _hang_up(folder: Path) -> None:
     process.send_signal(signal.SIGHUP)
     engine.check(engine.finish(process), also=(-signal.SIGHUP, 129))
     ran = engine.run_here("train", *chaos.SMALL, f"--workdir={folder / 'run'}")
-    engine.check(ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False)
+    engine.check(
+        ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False
+    )
 
 
 def _train_into_head(folder: Path) -> None:
@@ -163,7 +205,9 @@ def _train_into_head(folder: Path) -> None:
     err = process.stderr.read().decode(errors="replace")
     engine.check(Ran(process.wait(engine.COMMAND_LIMIT), "", err), also=(141, -signal.SIGPIPE, 1))
     ran = engine.run_here("train", *chaos.SMALL, f"--workdir={folder / 'run'}")
-    engine.check(ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False)
+    engine.check(
+        ran, functools.partial(engine.check_same, folder / "run", engine.reference()), refuses=False
+    )
 
 
 def cases(_: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:

@@ -1,8 +1,9 @@
-"""Damaged files: of features, of a WORKDIR, of the decoded-data cache, of TFDS, of compiled programs.
+"""Damaged files: of features, of a WORKDIR, of the decoded-data cache, of TFDS, of compiled
+programs.
 
-What a file of features holds is what its format's own library reads of it: `measure` must find the numbers of that, or
-refuse; and it must refuse where the library does. Everything else must lead to the bits of an undamaged run, or to a
-word.
+What a file of features holds is what its format's own library reads of it: `measure` must find the
+numbers of that, or refuse; and it must refuse where the library does. Everything else must lead to
+the bits of an undamaged run, or to a word.
 """
 
 import functools
@@ -25,13 +26,15 @@ from tests.hostile.engine import Failure, Ran
 
 Attack = Callable[[Path], None]
 
-# Files of features ------------------------------------------------------------------------------------------------
+# Files of features --------------------------------------------------------------------------------
 
 
 def _arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
-    features = (rng.standard_normal((3, 8))[labels] + 0.3 * rng.standard_normal((60, 8))).astype(np.float32)
+    features = (rng.standard_normal((3, 8))[labels] + 0.3 * rng.standard_normal((60, 8))).astype(
+        np.float32
+    )
     return {"features": features, "labels": labels.astype(np.int32)}
 
 
@@ -75,7 +78,13 @@ def _safe_header(header: Any, data: bytes = bytes(2400), length: int | None = No
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def _entry(name: str = "features", begin: int = 0, end: int = 1920, shape: Any = (60, 8), dtype: Any = "F32") -> dict:
+def _entry(
+    name: str = "features",
+    begin: int = 0,
+    end: int = 1920,
+    shape: Any = (60, 8),
+    dtype: Any = "F32",
+) -> dict:
     return {name: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
 
 
@@ -105,7 +114,8 @@ _FORMATS: dict[str, Callable[[], bytes]] = {
     "features.safetensors": _safetensors,
 }
 
-# Deep nesting breaks parsers that call themselves; huge numbers those that allocate before they read.
+# Deep nesting breaks parsers that call themselves; huge numbers those that allocate before they
+# read.
 _DEEP = 100_000
 _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "empty npz": (".npz", lambda: b""),
@@ -122,7 +132,10 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip without .npy": (".npz", lambda: _zip({"features": _npy(_arrays()["features"])})),
     "zip of folders": (".npz", lambda: _zip({"features.npy/": b"", "labels.npy/": b""})),
     "zip with a member twice": (".npz", lambda: _npz() + _npz()),
-    "zip with a path for a name": (".npz", lambda: _zip({"../features.npy": _npy(_arrays()["features"])})),
+    "zip with a path for a name": (
+        ".npz",
+        lambda: _zip({"../features.npy": _npy(_arrays()["features"])}),
+    ),
     **{
         f"zip by method {method}": (
             ".npz",
@@ -139,7 +152,10 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "zip of complex numbers": (".npz", lambda: _npz(features=_arrays()["features"] * 1j)),
     "zip of records": (".npz", lambda: _npz(features=np.zeros(60, [("x", "f4")]))),
     "zip of a number": (".npz", lambda: _npz(features=np.float32(1))),
-    "zip of an empty array": (".npz", lambda: _npz(features=np.zeros((0, 8), "f4"), labels=np.zeros(0, int))),
+    "zip of an empty array": (
+        ".npz",
+        lambda: _npz(features=np.zeros((0, 8), "f4"), labels=np.zeros(0, int)),
+    ),
     "labels a number": (".npz", lambda: _npz(labels=np.int64(3))),
     "labels 0-d object": (".npz", lambda: _npz(labels=np.array(None, object))),
     "labels bool": (".npz", lambda: _npz(labels=_arrays()["labels"] > 1)),
@@ -148,13 +164,19 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "labels missing": (".npz", lambda: _zip({"features.npy": _npy(_arrays()["features"])})),
     "logits a number": (".npz", lambda: _npz(logits=np.float64(1))),
     "logits objects": (".npz", lambda: _npz(logits=np.array([[None] * 3] * 60))),
-    "Fortran order in npz": (".npz", lambda: _npz(features=np.asfortranarray(_arrays()["features"]))),
+    "Fortran order in npz": (
+        ".npz",
+        lambda: _npz(features=np.asfortranarray(_arrays()["features"])),
+    ),
     "big-endian npz": (".npz", lambda: _npz(features=_arrays()["features"].astype(">f4"))),
     "npy header nested": (".npy", lambda: _npy_header("(" * 60_000 + ")" * 5_000)),
     "npy header nested in npz": (
         ".npz",
         lambda: _zip(
-            {"features.npy": _npy_header("[" * 30_000 + "]" * 30_000), "labels.npy": _npy(_arrays()["labels"])}
+            {
+                "features.npy": _npy_header("[" * 30_000 + "]" * 30_000),
+                "labels.npy": _npy(_arrays()["labels"]),
+            }
         ),
     ),
     "npy header of code": (".npy", lambda: _npy_header("__import__('os').abort()\n")),
@@ -164,10 +186,18 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "npy header with a huge number": (".npy", lambda: _npy_header(_describe(f"({'9' * 5000}, 8)"))),
     "npy header longer than the file": (".npy", lambda: _npy_header(_describe())[:30]),
     "npy version 9": (".npy", lambda: _npy_header(_describe(), bytes(1920), 9)),
-    "npy shape of 10**15": (".npy", lambda: _npy_header(_describe("(1000000000000000, 8)"), bytes(1920))),
+    "npy shape of 10**15": (
+        ".npy",
+        lambda: _npy_header(_describe("(1000000000000000, 8)"), bytes(1920)),
+    ),
     "npy shape of 10**15 in npz": (
         ".npz",
-        lambda: _zip({"features.npy": _npy_header(_describe("(10**15, 8)")), "labels.npy": _npy(_arrays()["labels"])}),
+        lambda: _zip(
+            {
+                "features.npy": _npy_header(_describe("(10**15, 8)")),
+                "labels.npy": _npy(_arrays()["labels"]),
+            }
+        ),
     ),
     "npy shape of 10**12 compressed": (
         ".npz",
@@ -179,39 +209,80 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
             zipfile.ZIP_DEFLATED,
         ),
     ),
-    "npy shape overflows": (".npy", lambda: _npy_header(_describe("(4294967296, 4294967296, 4294967296)"))),
+    "npy shape overflows": (
+        ".npy",
+        lambda: _npy_header(_describe("(4294967296, 4294967296, 4294967296)")),
+    ),
     "npy shape negative": (".npy", lambda: _npy_header(_describe("(-60, 8)"), bytes(1920))),
     "npy shape of floats": (".npy", lambda: _npy_header(_describe("(60.0, 8.0)"), bytes(1920))),
     "npy shape of bools": (".npy", lambda: _npy_header(_describe("(True, True)"), bytes(1920))),
     "npy shape a number": (".npy", lambda: _npy_header(_describe("60"), bytes(1920))),
     "npy dtype unknown": (".npy", lambda: _npy_header(_describe(descr="'<q99'"), bytes(1920))),
-    "npy dtype of 10**9 bytes": (".npy", lambda: _npy_header(_describe(descr="'V1000000000'"), bytes(1920))),
-    "npy dtype a list": (".npy", lambda: _npy_header(_describe(descr="[('x', '<f4')]"), bytes(1920))),
+    "npy dtype of 10**9 bytes": (
+        ".npy",
+        lambda: _npy_header(_describe(descr="'V1000000000'"), bytes(1920)),
+    ),
+    "npy dtype a list": (
+        ".npy",
+        lambda: _npy_header(_describe(descr="[('x', '<f4')]"), bytes(1920)),
+    ),
     "npy dtype of dates": (".npy", lambda: _npy_header(_describe(descr="'<M8[ns]'"), bytes(3840))),
     "npy shorter than its shape in npz": (
         ".npz",
-        lambda: _zip({"features.npy": _npy(_arrays()["features"])[:-400], "labels.npy": _npy(_arrays()["labels"])}),
+        lambda: _zip(
+            {
+                "features.npy": _npy(_arrays()["features"])[:-400],
+                "labels.npy": _npy(_arrays()["labels"]),
+            }
+        ),
     ),
     "npy longer than its shape in npz": (
         ".npz",
         lambda: _zip(
-            {"features.npy": _npy(_arrays()["features"]) + bytes(64), "labels.npy": _npy(_arrays()["labels"])}
+            {
+                "features.npy": _npy(_arrays()["features"]) + bytes(64),
+                "labels.npy": _npy(_arrays()["labels"]),
+            }
         ),
     ),
-    "safetensors header nested": (".safetensors", lambda: _safe_header(b"[" * _DEEP + b"]" * _DEEP)),
-    "safetensors header nested object": (".safetensors", lambda: _safe_header(b'{"a":' * _DEEP + b"1" + b"}" * _DEEP)),
+    "safetensors header nested": (
+        ".safetensors",
+        lambda: _safe_header(b"[" * _DEEP + b"]" * _DEEP),
+    ),
+    "safetensors header nested object": (
+        ".safetensors",
+        lambda: _safe_header(b'{"a":' * _DEEP + b"1" + b"}" * _DEEP),
+    ),
     "safetensors header a list": (".safetensors", lambda: _safe_header([1, 2])),
     "safetensors header a number": (".safetensors", lambda: _safe_header(3)),
     "safetensors header no JSON": (".safetensors", lambda: _safe_header(b"{features}")),
     "safetensors header no UTF-8": (".safetensors", lambda: _safe_header(b'{"\xff": 1}')),
-    "safetensors header of numbers": (".safetensors", lambda: _safe_header({"features": 1, "labels": 2})),
-    "safetensors header of lists": (".safetensors", lambda: _safe_header({"features": [], "labels": []})),
+    "safetensors header of numbers": (
+        ".safetensors",
+        lambda: _safe_header({"features": 1, "labels": 2}),
+    ),
+    "safetensors header of lists": (
+        ".safetensors",
+        lambda: _safe_header({"features": [], "labels": []}),
+    ),
     "safetensors header of 2**63": (".safetensors", lambda: _safe_header(_entry(), length=2**63)),
     "safetensors header of 0": (".safetensors", lambda: _safe_header(_entry(), length=0)),
-    "safetensors header negative": (".safetensors", lambda: _safe_header(_entry(), length=2**64 - 1)),
-    "safetensors offsets negative": (".safetensors", lambda: _safe_header(_entry(begin=-1920, end=0) | _LABELS)),
-    "safetensors offsets overlap": (".safetensors", lambda: _safe_header(_entry("features", 200, 2120) | _LABELS)),
-    "safetensors offsets swapped": (".safetensors", lambda: _safe_header(_entry(begin=1920, end=0) | _LABELS)),
+    "safetensors header negative": (
+        ".safetensors",
+        lambda: _safe_header(_entry(), length=2**64 - 1),
+    ),
+    "safetensors offsets negative": (
+        ".safetensors",
+        lambda: _safe_header(_entry(begin=-1920, end=0) | _LABELS),
+    ),
+    "safetensors offsets overlap": (
+        ".safetensors",
+        lambda: _safe_header(_entry("features", 200, 2120) | _LABELS),
+    ),
+    "safetensors offsets swapped": (
+        ".safetensors",
+        lambda: _safe_header(_entry(begin=1920, end=0) | _LABELS),
+    ),
     "safetensors offsets beyond": (
         ".safetensors",
         lambda: _safe_header(_entry(begin=10**6, end=10**6 + 1920) | _LABELS),
@@ -220,26 +291,65 @@ _FEATURE_FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
         ".safetensors",
         lambda: _safe_header(_entry() | _entry("labels", 2160, 2400, (60,), "I32")),
     ),
-    "safetensors offsets of floats": (".safetensors", lambda: _safe_header(_entry(begin=0.0, end=1920.0) | _LABELS)),
+    "safetensors offsets of floats": (
+        ".safetensors",
+        lambda: _safe_header(_entry(begin=0.0, end=1920.0) | _LABELS),
+    ),
     "safetensors offsets one": (
         ".safetensors",
-        lambda: _safe_header({"features": {"dtype": "F32", "shape": [60, 8], "data_offsets": [0]}} | _LABELS),
+        lambda: _safe_header(
+            {"features": {"dtype": "F32", "shape": [60, 8], "data_offsets": [0]}} | _LABELS
+        ),
     ),
-    "safetensors shape negative": (".safetensors", lambda: _safe_header(_entry(shape=[-60, -8]) | _LABELS)),
-    "safetensors shape huge": (".safetensors", lambda: _safe_header(_entry(shape=[10**30, 8]) | _LABELS)),
-    "safetensors shape overflows": (".safetensors", lambda: _safe_header(_entry(shape=[2**32, 2**32]) | _LABELS)),
-    "safetensors shape of floats": (".safetensors", lambda: _safe_header(_entry(shape=[60.0, 8.0]) | _LABELS)),
-    "safetensors shape of strings": (".safetensors", lambda: _safe_header(_entry(shape=["60", "8"]) | _LABELS)),
-    "safetensors shape a number": (".safetensors", lambda: _safe_header(_entry(shape=480) | _LABELS)),
+    "safetensors shape negative": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=[-60, -8]) | _LABELS),
+    ),
+    "safetensors shape huge": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=[10**30, 8]) | _LABELS),
+    ),
+    "safetensors shape overflows": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=[2**32, 2**32]) | _LABELS),
+    ),
+    "safetensors shape of floats": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=[60.0, 8.0]) | _LABELS),
+    ),
+    "safetensors shape of strings": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=["60", "8"]) | _LABELS),
+    ),
+    "safetensors shape a number": (
+        ".safetensors",
+        lambda: _safe_header(_entry(shape=480) | _LABELS),
+    ),
     "safetensors shape null": (".safetensors", lambda: _safe_header(_entry(shape=None) | _LABELS)),
-    "safetensors dtype unknown": (".safetensors", lambda: _safe_header(_entry(dtype="F99") | _LABELS)),
-    "safetensors dtype a list": (".safetensors", lambda: _safe_header(_entry(dtype=["F32"]) | _LABELS)),
-    "safetensors dtype F8": (".safetensors", lambda: _safe_header(_entry(dtype="F8_E4M3", end=480) | _LABELS)),
+    "safetensors dtype unknown": (
+        ".safetensors",
+        lambda: _safe_header(_entry(dtype="F99") | _LABELS),
+    ),
+    "safetensors dtype a list": (
+        ".safetensors",
+        lambda: _safe_header(_entry(dtype=["F32"]) | _LABELS),
+    ),
+    "safetensors dtype F8": (
+        ".safetensors",
+        lambda: _safe_header(_entry(dtype="F8_E4M3", end=480) | _LABELS),
+    ),
     "safetensors name twice": (
         ".safetensors",
-        lambda: _safe_header(_replaced(json.dumps(_entry() | _entry("features2")).encode(), b"features2", b"features")),
+        lambda: _safe_header(
+            _replaced(
+                json.dumps(_entry() | _entry("features2")).encode(), b"features2", b"features"
+            )
+        ),
     ),
-    "safetensors metadata a list": (".safetensors", lambda: _safe_header({"__metadata__": [1]} | _entry() | _LABELS)),
+    "safetensors metadata a list": (
+        ".safetensors",
+        lambda: _safe_header({"__metadata__": [1]} | _entry() | _LABELS),
+    ),
     "safetensors with more data": (".safetensors", lambda: _safetensors() + bytes(100)),
 }
 
@@ -262,7 +372,11 @@ def _expected(path: Path) -> dict[str, Any] | None:
         with warnings.catch_warnings(action="ignore"):
             arrays = {"labels": _arrays()["labels"]} | _read(path)
             features, labels = arrays["features"], arrays["labels"]
-            if labels.dtype.kind not in "iu" or labels.shape != features.shape[:1] or features.ndim != 2:
+            if (
+                labels.dtype.kind not in "iu"
+                or labels.shape != features.shape[:1]
+                or features.ndim != 2
+            ):
                 return None
             if labels.min() < 0 or not np.isfinite(features).all():
                 return None
@@ -320,11 +434,15 @@ def _no_file(kind: str, folder: Path) -> None:
         path.symlink_to("/dev/null")
     elif kind == "endless device":
         path.symlink_to("/dev/zero")
-    for arguments in ([path], [engine.ROOT / "tests/data/features.npz", "--head", path], [path, "--labels", path]):
+    for arguments in (
+        [path],
+        [engine.ROOT / "tests/data/features.npz", "--head", path],
+        [path, "--labels", path],
+    ):
         engine.check(engine.run_here("measure", *arguments, "--json"), works=False)
 
 
-# Files of a WORKDIR -----------------------------------------------------------------------------------------------
+# Files of a WORKDIR -------------------------------------------------------------------------------
 
 _CONFIG = "config.json"
 _WRONG_JSON: dict[str, bytes] = {
@@ -372,7 +490,9 @@ def _json_changed(*keys: str, value: Any) -> Callable[[Path], object]:
 
 
 def _history_without_seal(change: Callable[[Any], Any]) -> Callable[[Path], object]:
-    """Another history of the same name and no checksum beside it: all that is known of it is what it says."""
+    """Another history of the same name and no checksum beside it: all that is known of it is
+    what it says.
+    """
 
     def rewrite(path: Path) -> None:
         import xarray as xr
@@ -410,12 +530,23 @@ _WORKDIR_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "history.nc: netCDF of a huge list": ("history.nc", _write(b"CDF\x01" + b"\xff" * 60)),
     "history.nc: without its config": (
         "history.nc",
-        _history_without_seal(lambda h: h.assign_attrs({k: v for k, v in h.attrs.items() if k != "config"})),
+        _history_without_seal(
+            lambda h: h.assign_attrs({k: v for k, v in h.attrs.items() if k != "config"})
+        ),
     ),
-    "history.nc: config no JSON": ("history.nc", _history_without_seal(lambda h: h.assign_attrs(config="{"))),
+    "history.nc: config no JSON": (
+        "history.nc",
+        _history_without_seal(lambda h: h.assign_attrs(config="{")),
+    ),
     "history.nc: without nc1": ("history.nc", _history_without_seal(lambda h: h.drop_vars("nc1"))),
-    "history.nc: without epochs": ("history.nc", _history_without_seal(lambda h: h.isel(epoch=slice(0)))),
-    "history.nc: epochs floats": ("history.nc", _history_without_seal(lambda h: h.assign_coords(epoch=h.epoch + 0.5))),
+    "history.nc: without epochs": (
+        "history.nc",
+        _history_without_seal(lambda h: h.isel(epoch=slice(0))),
+    ),
+    "history.nc: epochs floats": (
+        "history.nc",
+        _history_without_seal(lambda h: h.assign_coords(epoch=h.epoch + 0.5)),
+    ),
     "history.nc: one seed": ("history.nc", _history_without_seal(lambda h: h.isel(seed=[0]))),
     "history.nc: no seed": ("history.nc", _history_without_seal(lambda h: h.isel(seed=0))),
     "history.nc.sha256: text": ("history.nc.sha256", _write(b"text")),
@@ -427,16 +558,23 @@ _WORKDIR_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
 def _facts(workdir: Path) -> Path:
     """The file of the newest checkpoint that says what it is of."""
     newest = max(
-        (workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name) if folder.name.isdigit() else -1
+        (workdir / "checkpoints").iterdir(),
+        key=lambda folder: int(folder.name) if folder.name.isdigit() else -1,
     )
-    return next(path for path in sorted(newest.rglob("*")) if path.is_file() and b"crc32" in path.read_bytes())
+    return next(
+        path
+        for path in sorted(newest.rglob("*"))
+        if path.is_file() and b"crc32" in path.read_bytes()
+    )
 
 
 def _damage_workdir(name: str, change: Callable[[Path], object], folder: Path) -> None:
     for kind, original in (("finished", engine.trained()), ("unfinished", engine.unfinished())):
         workdir = shutil.copytree(original, folder / kind)
         change(_facts(workdir) if name == "facts" else workdir / name)
-        for command, *flags in (("show",), ("plot",)) if kind == "finished" else (("show", "--json"),):
+        for command, *flags in (
+            (("show",), ("plot",)) if kind == "finished" else (("show", "--json"),)
+        ):
             engine.check(engine.run_here(command, workdir, *flags))
         ran = engine.run_here("train", *chaos.SMALL, f"--workdir={workdir}")
         if ran.code == 1 and ran.err.startswith("error: ") and "Traceback" not in ran.err:
@@ -449,7 +587,7 @@ _FACTS: dict[str, Callable[[Path], object]] = {
     **{what: change for what, change in _WRONG_FILES.items() if what != "missing"},
 }
 
-# Decoded data -----------------------------------------------------------------------------------------------------
+# Decoded data -------------------------------------------------------------------------------------
 
 _DIGITS = (
     "--config.data.per_class=20",
@@ -464,9 +602,14 @@ def _digits(folder: Path) -> None:
     """A cache with digits in it, a finished run and one of one epoch."""
     folder.mkdir()
     cache = {"XDG_CACHE_HOME": str(folder / "cache")}
-    engine.check(engine.run_here("train", *_DIGITS, f"--workdir={folder / 'run'}", **cache), refuses=False)
+    engine.check(
+        engine.run_here("train", *_DIGITS, f"--workdir={folder / 'run'}", **cache), refuses=False
+    )
     shorter = ("--config.train.epochs=1", "--config.train.schedule_epochs=2")
-    engine.check(engine.run_here("train", *_DIGITS, *shorter, f"--workdir={folder / 'begun'}", **cache), refuses=False)
+    engine.check(
+        engine.run_here("train", *_DIGITS, *shorter, f"--workdir={folder / 'begun'}", **cache),
+        refuses=False,
+    )
     again = (*_DIGITS, "--config.train.schedule_epochs=2", f"--workdir={folder / 'grown'}")
     engine.check(engine.run_here("train", *again, **cache), refuses=False)
 
@@ -500,7 +643,10 @@ _CACHED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a bit of a header": ("train_images.npy", _bit_flipped(0.0002)),
     "labels cut short": ("train_labels.npy", _array_changed(lambda a: a[:-100])),
     "images cut short": ("train_images.npy", _array_changed(lambda a: a[:-100])),
-    "images of another shape": ("train_images.npy", _array_changed(lambda a: a.reshape(len(a), 4, 16, 1))),
+    "images of another shape": (
+        "train_images.npy",
+        _array_changed(lambda a: a.reshape(len(a), 4, 16, 1)),
+    ),
     "images of another type": ("train_images.npy", _array_changed(lambda a: a.astype(np.float32))),
     "images inverted": ("train_images.npy", _array_changed(lambda a: 255 - a)),
     "labels swapped": ("train_labels.npy", _array_changed(lambda a: a[::-1])),
@@ -524,8 +670,12 @@ def _damage_cache(name: str, change: Callable[[Path], object], folder: Path) -> 
     cache = shutil.copytree(sound / "cache", folder / "cache")
     decoded = next((cache / "ncjax" / "data").iterdir())
     change(decoded / name if name != "." else decoded)
-    ran = engine.run_here("train", *_DIGITS, f"--workdir={folder / 'run'}", XDG_CACHE_HOME=str(cache))
-    engine.check(ran, lambda ran: engine.check_same(folder / "run", chaos.Outcome.of(sound / "run"), ran))
+    ran = engine.run_here(
+        "train", *_DIGITS, f"--workdir={folder / 'run'}", XDG_CACHE_HOME=str(cache)
+    )
+    engine.check(
+        ran, lambda ran: engine.check_same(folder / "run", chaos.Outcome.of(sound / "run"), ran)
+    )
     shutil.rmtree(cache)
     shutil.copytree(sound / "cache", cache)
     change(decoded / name if name != "." else decoded)
@@ -535,7 +685,7 @@ def _damage_cache(name: str, change: Callable[[Path], object], folder: Path) -> 
     engine.check(ran, lambda ran: engine.check_same(begun, chaos.Outcome.of(sound / "grown"), ran))
 
 
-# TFDS -------------------------------------------------------------------------------------------------------------
+# TFDS ---------------------------------------------------------------------------------------------
 
 _TINY = (
     "--config.data.name=tiny",
@@ -563,13 +713,24 @@ _TFDS_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     **{
         f"shard lengths {value!r}": (_INFO, _json_changed("splits", 0, "shardLengths", value=value))
         for value in (
-            *(["10", "20"], ["20", "10"], ["15", "15"], ["40", "20"], ["0", "30"], ["-1", "31"], ["x", "y"]),
+            *(["10", "20"], ["20", "10"], ["15", "15"], ["40", "20"], ["0", "30"], ["-1", "31"]),
+            *(["x", "y"],),
             *([], ["30"], ["30", "30", "30"], None, 30, ["9" * 30, "30"]),
         )
     },
     **{
-        f"file template {value!r}": (_INFO, _json_changed("splits", 0, "filepathTemplate", value=value))
-        for value in ("../../tiny", "{NOPE}", "", "{", "/dev/zero", "{DATASET}-test.{FILEFORMAT}-{SHARD_X_OF_Y}")
+        f"file template {value!r}": (
+            _INFO,
+            _json_changed("splits", 0, "filepathTemplate", value=value),
+        )
+        for value in (
+            "../../tiny",
+            "{NOPE}",
+            "",
+            "{",
+            "/dev/zero",
+            "{DATASET}-test.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        )
     },
     "split of another name": (_INFO, _json_changed("splits", 0, "name", value="training")),
     "a split twice": (_INFO, _json_changed("splits", 1, "name", value="train")),
@@ -579,12 +740,15 @@ _TFDS_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "supervised keys swapped": (
         _INFO,
         _json_changed(
-            "supervisedKeys", value={"tuple": {"items": [{"featureKey": "label"}, {"featureKey": "image"}]}}
+            "supervisedKeys",
+            value={"tuple": {"items": [{"featureKey": "label"}, {"featureKey": "image"}]}},
         ),
     ),
     "supervised keys unknown": (
         _INFO,
-        _json_changed("supervisedKeys", value={"tuple": {"items": [{"featureKey": "x"}, {"featureKey": "y"}]}}),
+        _json_changed(
+            "supervisedKeys", value={"tuple": {"items": [{"featureKey": "x"}, {"featureKey": "y"}]}}
+        ),
     ),
     "supervised keys of three": (
         _INFO,
@@ -599,36 +763,75 @@ _TFDS_FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     **{
         f"{what} class {name}": (_FEATURES, _json_changed(*keys, "pythonClassName", value=name))
         for what, keys in (("the", ()), ("the image's", ("featuresDict", "features", "image")))
-        for name in ("hostile_module.Class", "os.abort", "nonsense", "", "tensorflow_datasets.core.features.Text")
+        for name in (
+            "hostile_module.Class",
+            "os.abort",
+            "nonsense",
+            "",
+            "tensorflow_datasets.core.features.Text",
+        )
     },
     "image of another shape": (
         _FEATURES,
-        _json_changed("featuresDict", "features", "image", "image", "shape", "dimensions", value=["8", "8", "3"]),
+        _json_changed(
+            "featuresDict",
+            "features",
+            "image",
+            "image",
+            "shape",
+            "dimensions",
+            value=["8", "8", "3"],
+        ),
     ),
     "image of strings": (
         _FEATURES,
-        _json_changed("featuresDict", "features", "image", "image", "shape", "dimensions", value=["x", "y", "z"]),
+        _json_changed(
+            "featuresDict",
+            "features",
+            "image",
+            "image",
+            "shape",
+            "dimensions",
+            value=["x", "y", "z"],
+        ),
     ),
-    "image of no type": (_FEATURES, _json_changed("featuresDict", "features", "image", "image", "dtype", value="x")),
+    "image of no type": (
+        _FEATURES,
+        _json_changed("featuresDict", "features", "image", "image", "dtype", value="x"),
+    ),
     **{
-        f"{value} classes": (_FEATURES, _json_changed(*_LABEL, "classLabel", "numClasses", value=value))
+        f"{value} classes": (
+            _FEATURES,
+            _json_changed(*_LABEL, "classLabel", "numClasses", value=value),
+        )
         for value in ("2", "0", "-1", "x", "1000000000000")
     },
     "shard empty": (_SHARD, _write(b"")),
     "shard of noise": (_SHARD, _write(random.Random(0).randbytes(5000))),
     "shard of zeros": (_SHARD, _write(bytes(5000))),
     "shard cut": (_SHARD, lambda path: path.write_bytes(path.read_bytes()[:-40])),
-    "shard cut in two": (_SHARD, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])),
-    "shard of the test split": (_SHARD, lambda path: shutil.copy(path.parent / tfds.TEST_SHARD, path)),
-    **{f"shard, a bit at {at}": (_SHARD, _bit_flipped(at)) for at in (0.001, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999)},
-}  # fmt: skip
+    "shard cut in two": (
+        _SHARD,
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    ),
+    "shard of the test split": (
+        _SHARD,
+        lambda path: shutil.copy(path.parent / tfds.TEST_SHARD, path),
+    ),
+    **{
+        f"shard, a bit at {at}": (_SHARD, _bit_flipped(at))
+        for at in (0.001, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999)
+    },
+}
 
 
 def _tiny(folder: Path) -> None:
     """A prepared data set and a finished run on it."""
     tfds.prepare(folder / "data")
     where = {"TFDS_DATA_DIR": str(folder / "data"), "XDG_CACHE_HOME": str(folder / "cache")}
-    engine.check(engine.run_here("train", *_TINY, f"--workdir={folder / 'run'}", **where), refuses=False)
+    engine.check(
+        engine.run_here("train", *_TINY, f"--workdir={folder / 'run'}", **where), refuses=False
+    )
 
 
 def _damage_tfds(name: str, change: Callable[[Path], object], folder: Path) -> None:
@@ -636,7 +839,9 @@ def _damage_tfds(name: str, change: Callable[[Path], object], folder: Path) -> N
     data = shutil.copytree(sound / "data", folder / "data")
     change(data / "tiny" / "1.0.0" / name)
     # Whoever imports this leaves a file behind.
-    (folder / "hostile_module.py").write_text(f"open({str(folder / 'imported')!r}, 'w')\nclass Class: pass\n")
+    (folder / "hostile_module.py").write_text(
+        f"open({str(folder / 'imported')!r}, 'w')\nclass Class: pass\n"
+    )
     where = {"TFDS_DATA_DIR": str(data), "XDG_CACHE_HOME": str(folder / "cache")}
     import sys
 
@@ -648,10 +853,12 @@ def _damage_tfds(name: str, change: Callable[[Path], object], folder: Path) -> N
         sys.modules.pop("hostile_module", None)
     if (folder / "imported").exists():
         raise Failure("silent", f"a module that a data set names was imported: {ran}")
-    engine.check(ran, functools.partial(engine.check_same, folder / "run", chaos.Outcome.of(sound / "run")))
+    engine.check(
+        ran, functools.partial(engine.check_same, folder / "run", chaos.Outcome.of(sound / "run"))
+    )
 
 
-# Compiled programs ------------------------------------------------------------------------------------------------
+# Compiled programs --------------------------------------------------------------------------------
 
 
 def _damage_programs(kind: str, seed: int, folder: Path) -> None:
@@ -677,7 +884,8 @@ _MEASURED = ("tests/data/features.npz", "--head", "tests/data/head.npz", "--json
 
 def _programs(folder: Path) -> None:
     engine.check(
-        engine.run("ncjax", "measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(folder)}), refuses=False
+        engine.run("ncjax", "measure", *_MEASURED, env={"JAX_COMPILATION_CACHE_DIR": str(folder)}),
+        refuses=False,
     )
     assert any(folder.iterdir())
 
@@ -687,7 +895,10 @@ def cases(rng: random.Random) -> Iterator[tuple[str, Attack]]:
         yield f"{name} whole", functools.partial(_sound_file, name, make)
         for kind, times in (("bit", 6), ("cut", 3), ("zeros", 2), ("noise", 2)):
             for i in range(times):
-                yield f"{name}, {kind} {i}", functools.partial(_damage_file, name, make, kind, rng.randrange(2**32))
+                yield (
+                    f"{name}, {kind} {i}",
+                    functools.partial(_damage_file, name, make, kind, rng.randrange(2**32)),
+                )
     for what, (suffix, make) in _FEATURE_FILES.items():
         yield what, functools.partial(_feature_file, suffix, make)
     for kind in ("missing", "folder", "loop", "null device", "endless device"):
@@ -695,13 +906,19 @@ def cases(rng: random.Random) -> Iterator[tuple[str, Attack]]:
     for what, (name, change) in _WORKDIR_FILES.items():
         yield what, functools.partial(_damage_workdir, name, change)
     for what, change in _FACTS.items():
-        yield f"metadata of a checkpoint: {what}", functools.partial(_damage_workdir, "facts", change)
+        yield (
+            f"metadata of a checkpoint: {what}",
+            functools.partial(_damage_workdir, "facts", change),
+        )
     for what, (name, change) in _CACHED.items():
         yield f"decoded data: {what}", functools.partial(_damage_cache, name, change)
     for what, (name, change) in _TFDS_FILES.items():
         yield f"TFDS: {what}", functools.partial(_damage_tfds, name, change)
     for kind in ("empty", "cut", "zeros"):
-        yield f"compiled programs: {kind}", functools.partial(_damage_programs, kind, rng.randrange(2**32))
+        yield (
+            f"compiled programs: {kind}",
+            functools.partial(_damage_programs, kind, rng.randrange(2**32)),
+        )
 
 
 def _feature_file(suffix: str, make: Callable[[], bytes], folder: Path) -> None:
@@ -709,7 +926,9 @@ def _feature_file(suffix: str, make: Callable[[], bytes], folder: Path) -> None:
 
 
 def _sound_file(name: str, make: Callable[[], bytes], folder: Path) -> None:
-    """What is not damaged must be measured, or all of the above could pass by refusing everything."""
+    """What is not damaged must be measured, or all of the above could pass by refusing
+    everything.
+    """
     (folder / name).write_bytes(make())
     if _expected(folder / name) is None:
         raise Failure("other", "the library cannot read the undamaged file")

@@ -1,6 +1,8 @@
-"""SIGINT and SIGTERM at any instant of every command: no traceback, and what was begun goes on to the same bits.
+"""SIGINT and SIGTERM at any instant of every command: no traceback, and what was begun goes on to
+the same bits.
 
-Instants count from when the interpreter runs the first line of a program: before, nothing of ours is there to answer.
+Instants count from when the interpreter runs the first line of a program: before, nothing of ours
+is there to answer.
 """
 
 import functools
@@ -27,7 +29,15 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
     "measure --figures": ("ncjax", "measure", *_FEATURES, "--figures", "{folder}/figures"),
     "show": ("ncjax", "show", "{folder}/run"),
     "show --verify": ("ncjax", "show", "{folder}/run", "--verify"),
-    "show --export": ("ncjax", "show", "{folder}/run", "--run", "weight_decay=0,seed=0", "--export", "{folder}/x.npz"),
+    "show --export": (
+        "ncjax",
+        "show",
+        "{folder}/run",
+        "--run",
+        "weight_decay=0,seed=0",
+        "--export",
+        "{folder}/x.npz",
+    ),
     "plot": ("ncjax", "plot", "{folder}/run"),
 }
 # Says that it has begun; then as `python -m` does.
@@ -60,7 +70,11 @@ def _begin(folder: Path, command: str):
 
 
 def _check(ran: Ran, signum: int) -> None:
-    if ran.code == -signal.SIGINT and ran.err.startswith("Traceback") and f"{engine.ROOT}/ncjax/" not in ran.err:
+    if (
+        ran.code == -signal.SIGINT
+        and ran.err.startswith("Traceback")
+        and f"{engine.ROOT}/ncjax/" not in ran.err
+    ):
         return  # Python was still looking for the module: no line of ours had run
     lines = [line for line in ran.err.splitlines() if not line.startswith("warning: ")]
     engine.check(ran, refuses=False, also=_RIGHT_CODES[signal.Signals(signum)])
@@ -88,11 +102,15 @@ def _interrupt(command: str, signum: int, instant: float, folder: Path) -> None:
 
 def _continue(workdir: Path) -> None:
     ran = engine.run_here("train", *chaos.SMALL, f"--workdir={workdir}")
-    engine.check(ran, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False)
+    engine.check(
+        ran, functools.partial(engine.check_same, workdir, engine.reference()), refuses=False
+    )
 
 
 def _interrupt_training(signum: int, only: str, number: int, again: bool, folder: Path) -> None:
-    """At the moment when a file appears or changes; `again`: with a second signal right after the first."""
+    """At the moment when a file appears or changes; `again`: with a second signal right after
+    the first.
+    """
     process = _begin(folder, "train")
     chaos.wait_for_event(process, folder / "new", number, only)
     for _ in range(1 + again):

@@ -1,7 +1,9 @@
-"""What `measure` must find, from the definitions in docs/theory.md, in NumPy's widest floating point type.
+"""What `measure` must find, from the definitions in docs/theory.md, in NumPy's widest floating
+point type.
 
-Extended precision reaches from 1e-4932 to 1e4932 and has 19 digits: nothing overflows, and what is compared with
-float64 is rounded once. Only singular value decompositions are float64, of matrices scaled to a largest entry of 1.
+Extended precision reaches from 1e-4932 to 1e4932 and has 19 digits: nothing overflows, and what is
+compared with float64 is rounded once. Only singular value decompositions are float64, of matrices
+scaled to a largest entry of 1.
 """
 
 from typing import Any
@@ -31,7 +33,9 @@ def _geometry(rows: np.ndarray, suffix: str) -> dict[str, Any]:
 
 
 def _row_basis(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Singular values that are not 0, right singular vectors as rows, and the factor that the values lack."""
+    """Singular values that are not 0, right singular vectors as rows, and the factor that the
+    values lack.
+    """
     size = np.abs(rows).max() or Wide(1)
     _, values, vectors = np.linalg.svd((rows / size).astype(np.float64), full_matrices=False)
     kept = values > 1e-11 * max(values[0], 1e-300)
@@ -73,7 +77,9 @@ def _of_head(h: np.ndarray, y: np.ndarray, mu: np.ndarray, head: np.ndarray) -> 
     }
 
 
-def _of_outputs(f: np.ndarray, residuals: np.ndarray, y: np.ndarray, nearest: np.ndarray) -> dict[str, Any]:
+def _of_outputs(
+    f: np.ndarray, residuals: np.ndarray, y: np.ndarray, nearest: np.ndarray
+) -> dict[str, Any]:
     count = f.shape[1]
     mean = np.stack([residuals[y == c].mean(0) for c in range(count)])
     own, across = np.trace(mean), ~np.eye(count, dtype=bool)
@@ -102,7 +108,9 @@ def expected(
     weight_decay: float | None = None,
     **_: Any,
 ) -> dict[str, np.longdouble]:
-    """Returns name -> value, of the classes that have examples; what is left out is not compared."""
+    """Returns name -> value, of the classes that have examples; what is left out is not
+    compared.
+    """
     with np.errstate(all="ignore"):
         present, y = np.unique(np.asarray(labels).astype(np.int64), return_inverse=True)
         wide = _exact(features)
@@ -142,9 +150,9 @@ def wrong(
 ) -> list[str]:
     """Returns a line for every number that is off.
 
-    Numbers may be off by `tolerance`, relative, or by a tenth of it where they are near 0 (of `size`, that of outputs,
-    where they are differences of outputs); shares of examples by one example. NaN is right where the definition is
-    0/0, and infinity where the value leaves float64.
+    Numbers may be off by `tolerance`, relative, or by a tenth of it where they are near 0 (of
+    `size`, that of outputs, where they are differences of outputs); shares of examples by one
+    example. NaN is right where the definition is 0/0, and infinity where the value leaves float64.
     """
     lines = []
     for name, value in right.items():

@@ -17,7 +17,11 @@ _FEATURES = {
         "features": {
             "image": {
                 "pythonClassName": f"{_MODULE}.image_feature.Image",
-                "image": {"shape": {"dimensions": ["8", "8", "1"]}, "dtype": "uint8", "encodingFormat": "png"},
+                "image": {
+                    "shape": {"dimensions": ["8", "8", "1"]},
+                    "dtype": "uint8",
+                    "encodingFormat": "png",
+                },
             },
             "label": {
                 "pythonClassName": f"{_MODULE}.class_label_feature.ClassLabel",

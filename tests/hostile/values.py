@@ -1,4 +1,6 @@
-"""Types, sizes and layouts of what `ncjax.measure` is given; every number it returns is compared with `oracle`."""
+"""Types, sizes and layouts of what `ncjax.measure` is given; every number it returns is compared
+with `oracle`.
+"""
 
 import contextlib
 import functools
@@ -30,7 +32,12 @@ def _sample(classes: int = _C, dim: int = _P, examples: int = _N, noise: float =
     means = 2 * rng.standard_normal((classes, dim))
     features = means[labels] + noise * rng.standard_normal((examples, dim))
     head = means / dim + rng.standard_normal((classes, dim)) / 30
-    return {"features": features, "labels": labels, "head": head, "bias": rng.standard_normal(classes) / 10}
+    return {
+        "features": features,
+        "labels": labels,
+        "head": head,
+        "bias": rng.standard_normal(classes) / 10,
+    }
 
 
 # Changes of a sample: each takes the arguments of `measure` and gives others.
@@ -74,7 +81,9 @@ def _put(name: str, index: Any, value: Any) -> Change:
 def _logits(dtype: Any = np.float64, factor: float = 1.0) -> Change:
     def change(s: Arguments) -> Arguments:
         given = {name: value for name, value in s.items() if name not in ("head", "bias")}
-        return given | {"logits": ((s["features"] @ s["head"].T + s["bias"]) * factor).astype(dtype)}
+        return given | {
+            "logits": ((s["features"] @ s["head"].T + s["bias"]) * factor).astype(dtype)
+        }
 
     return change
 
@@ -85,7 +94,9 @@ def _precise(s: Arguments) -> Arguments:
 
 
 def _misaligned(array: np.ndarray) -> np.ndarray:
-    return np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    return (
+        np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    )
 
 
 def _one_example_each(s: Arguments) -> Arguments:
@@ -93,12 +104,18 @@ def _one_example_each(s: Arguments) -> Arguments:
 
 
 def _issue_head(dim: int, dtype: Any) -> Arguments:
-    """X = M[y] + 0.4 sqrt(p) noise with the head M in half precision: most of what it says lies below its rounding."""
+    """X = M[y] + 0.4 sqrt(p) noise with the head M in half precision: most of what it says lies
+    below its rounding.
+    """
     s = _sample(classes=10, dim=dim, examples=600)
     rng = np.random.default_rng(1)
     means = rng.standard_normal((10, dim))
     features = means[s["labels"]] + 0.4 * np.sqrt(dim) * rng.standard_normal((600, dim))
-    return {"features": features.astype(np.float32), "labels": s["labels"], "head": means.astype(dtype)}
+    return {
+        "features": features.astype(np.float32),
+        "labels": s["labels"],
+        "head": means.astype(dtype),
+    }
 
 
 def _many_classes(offset: float) -> Arguments:
@@ -110,20 +127,49 @@ def _many_classes(offset: float) -> Arguments:
     features = (means[labels] + 0.05 * rng.standard_normal((len(labels), dim))).astype(np.float32)
     # Nearest means: W = mu, b = -||mu||^2/2; what all rows have in common moves all outputs alike.
     head = (means + offset).astype(np.float32)
-    return {"features": features, "labels": labels, "head": head, "bias": -np.sum(means**2, axis=1) / 2}
+    return {
+        "features": features,
+        "labels": labels,
+        "head": head,
+        "bias": -np.sum(means**2, axis=1) / 2,
+    }
 
 
-_TYPES = ("f2", ">f2", "f4", ">f4", "f8", ">f8", "longdouble", "i2", ">i2", "i4", "i8", ">i8", "u1", "u4", "u8")
+_TYPES = (
+    "f2",
+    ">f2",
+    "f4",
+    ">f4",
+    "f8",
+    ">f8",
+    "longdouble",
+    "i2",
+    ">i2",
+    "i4",
+    "i8",
+    ">i8",
+    "u1",
+    "u4",
+    "u8",
+)
 _RIGHT: dict[str, Change] = {
     **{f"features {t}": _cast("features", t, 30) for t in _TYPES},
     "features bfloat16": _cast("features", ml_dtypes.bfloat16),
     **{
-        f"features {t} about 1e7": _chain(_cast("features", t, 3, 10_000_000), _with(head=None, bias=None))
+        f"features {t} about 1e7": _chain(
+            _cast("features", t, 3, 10_000_000), _with(head=None, bias=None)
+        )
         for t in ("f8", ">f8", "longdouble", "i4", "i8", ">i8")
     },
-    "features f4 about 1e4": _chain(_cast("features", "f4", 1, 10_000), _with(head=None, bias=None)),
-    "features i8 about 2**60": _chain(_cast("features", "i8", 30, 2**60), _with(head=None, bias=None)),
-    "features u8 about 2**63": _chain(_cast("features", "u8", 30, 2**63), _with(head=None, bias=None)),
+    "features f4 about 1e4": _chain(
+        _cast("features", "f4", 1, 10_000), _with(head=None, bias=None)
+    ),
+    "features i8 about 2**60": _chain(
+        _cast("features", "i8", 30, 2**60), _with(head=None, bias=None)
+    ),
+    "features u8 about 2**63": _chain(
+        _cast("features", "u8", 30, 2**63), _with(head=None, bias=None)
+    ),
     **{
         f"features {t} times {x:g}": _chain(_cast("features", t, x), _with(head=None, bias=None))
         for t, sizes in {
@@ -143,7 +189,10 @@ _RIGHT: dict[str, Change] = {
     "one class of features times 1e-100": lambda s: (
         s | {"features": np.where(s["labels"][:, None] == 2, 1e-100, 1) * s["features"]}
     ),
-    **{f"head {t}": _cast("head", t) for t in ("f2", ">f2", "f4", ">f4", ">f8", "longdouble", ml_dtypes.bfloat16)},
+    **{
+        f"head {t}": _cast("head", t)
+        for t in ("f2", ">f2", "f4", ">f4", ">f8", "longdouble", ml_dtypes.bfloat16)
+    },
     **{f"head {t}": _cast("head", t, 100) for t in ("i1", "i8")},
     **{
         f"head {t} of float32 features": _chain(_precise, _cast("head", t))
@@ -159,18 +208,27 @@ _RIGHT: dict[str, Change] = {
     },
     "head bfloat16, p = 512": lambda s: _issue_head(512, ml_dtypes.bfloat16),
     "head float16, p = 2048": lambda s: _issue_head(2048, np.float16),
-    "head bfloat16, p = 512, cross-entropy": lambda s: _issue_head(512, ml_dtypes.bfloat16) | {"loss": "cross_entropy"},
-    "head bfloat16, p = 512, float64": lambda s: _issue_head(512, ml_dtypes.bfloat16) | {"float64": True},
+    "head bfloat16, p = 512, cross-entropy": lambda s: (
+        _issue_head(512, ml_dtypes.bfloat16) | {"loss": "cross_entropy"}
+    ),
+    "head bfloat16, p = 512, float64": lambda s: (
+        _issue_head(512, ml_dtypes.bfloat16) | {"float64": True}
+    ),
     "head of 1500 classes": lambda s: _many_classes(0.0),
     "head of 1500 classes about 600": lambda s: _many_classes(600.0),
     "head rank 1": _put("head", (slice(None), slice(1, None)), 0),
-    "head equal rows but one": lambda s: s | {"head": np.ones_like(s["head"]) + np.eye(_C, _P)[:, :] * [[1e-6]]},
+    "head equal rows but one": lambda s: (
+        s | {"head": np.ones_like(s["head"]) + np.eye(_C, _P)[:, :] * [[1e-6]]}
+    ),
     "head row 0": _put("head", 1, 0.0),
     "bias times 1e200": _set("bias", functools.partial(np.multiply, 1e200)),
     "bias times 1e30 of float32": _chain(_precise, _cast("bias", "f8", 1e30)),
     "bias f2": _cast("bias", "f2"),
     "bias i8": _cast("bias", "i8", 10),
-    **{f"logits {t}": _logits(t) for t in ("f2", "f4", ">f4", ">f8", "longdouble", ml_dtypes.bfloat16)},
+    **{
+        f"logits {t}": _logits(t)
+        for t in ("f2", "f4", ">f4", ">f8", "longdouble", ml_dtypes.bfloat16)
+    },
     "logits i8": _logits("i8", 10),
     **{f"logits times {x:g}": _logits(factor=x) for x in (1e-200, 1e38, 1e200)},
     "logits times 1e30 of float32 features": _chain(_precise, _logits("f4", 1e30)),
@@ -182,7 +240,9 @@ _RIGHT: dict[str, Change] = {
     **{f"labels {t}": _cast("labels", t) for t in ("i1", ">i2", ">i8", "u1", "u8", ">u4")},
     "labels strided": _set("labels", lambda a: np.repeat(a, 2)[::2]),
     "labels a list": _set("labels", lambda a: a.tolist()),
-    "labels with a gap": _chain(_set("labels", lambda a: np.where(a == 4, 9, a)), _with(head=None, bias=None)),
+    "labels with a gap": _chain(
+        _set("labels", lambda a: np.where(a == 4, 9, a)), _with(head=None, bias=None)
+    ),
     "a class without examples": _set("labels", lambda a: np.where(a == 2, 1, a)),
     "two classes": lambda s: _sample(classes=2),
     "as many classes as features": lambda s: _sample(classes=_P),
@@ -225,7 +285,9 @@ _SAID: dict[str, Change] = {
     "all features equal": _set("features", np.ones_like),
     "all features 0": _set("features", np.zeros_like),
     "all classes have one mean": lambda s: (
-        s | {"features": np.repeat(s["features"][:24], _C, axis=0)} | {"labels": np.tile(np.arange(_C), 24)}
+        s
+        | {"features": np.repeat(s["features"][:24], _C, axis=0)}
+        | {"labels": np.tile(np.arange(_C), 24)}
     ),
 }
 
@@ -234,8 +296,14 @@ _REFUSED: dict[str, Change] = {
         f"features {np.dtype(t).name}": _set("features", lambda a, t=t: a.astype(t))
         for t in (complex, "c8", object, "S8", "U8", "M8[s]", "m8[s]", [("x", "f8")])
     },
-    **{f"head {np.dtype(t).name}": _set("head", lambda a, t=t: a.astype(t)) for t in (complex, object, "U8")},
-    **{f"bias {np.dtype(t).name}": _set("bias", lambda a, t=t: a.astype(t)) for t in (complex, object, "U8")},
+    **{
+        f"head {np.dtype(t).name}": _set("head", lambda a, t=t: a.astype(t))
+        for t in (complex, object, "U8")
+    },
+    **{
+        f"bias {np.dtype(t).name}": _set("bias", lambda a, t=t: a.astype(t))
+        for t in (complex, object, "U8")
+    },
     **{
         f"labels {np.dtype(t).name}": _set("labels", lambda a, t=t: a.astype(t))
         for t in (float, complex, object, "U8", "f2", "M8[s]")
@@ -247,12 +315,17 @@ _REFUSED: dict[str, Change] = {
         for name, index in {"features": (17, 3), "head": (1, 2), "bias": 2}.items()
         for value in (np.nan, np.inf, -np.inf)
     },
-    **{f"{value} in logits": _chain(_logits(), _put("logits", (4, 1), value)) for value in (np.nan, np.inf)},
+    **{
+        f"{value} in logits": _chain(_logits(), _put("logits", (4, 1), value))
+        for value in (np.nan, np.inf)
+    },
     "NaN in the last row alone": _put("features", -1, np.nan),
     "inf in float16 features": _chain(_cast("features", "f2"), _put("features", (0, 0), np.inf)),
     "a negative label": _put("labels", 3, -1),
     "a label of 2**40": _put("labels", 3, 2**40),
-    "a label of 2**63": lambda s: s | {"labels": np.where(np.arange(_N) == 3, 2**63, s["labels"].astype("u8"))},
+    "a label of 2**63": lambda s: (
+        s | {"labels": np.where(np.arange(_N) == 3, 2**63, s["labels"].astype("u8"))}
+    ),
     "labels beyond the head": _put("labels", 3, _C),
     "labels one-hot": _set("labels", lambda a: np.eye(_C, dtype=int)[a]),
     "one class alone": _set("labels", np.zeros_like),
@@ -279,7 +352,10 @@ _REFUSED: dict[str, Change] = {
     "bias without a head": _with(head=None),
     "bias a number": _with(bias=np.float64(1.0)),
     "bias a row too long": _set("bias", lambda a: np.append(a, 1.0)),
-    **{f"num_classes {n!r}": _with(num_classes=n, head=None, bias=None) for n in (-1, 0, 1, 10**12, 10**30)},
+    **{
+        f"num_classes {n!r}": _with(num_classes=n, head=None, bias=None)
+        for n in (-1, 0, 1, 10**12, 10**30)
+    },
     **{f"rows {n!r}": _with(rows=n) for n in (0, -1)},
     **{f"weight decay {x!r}": _with(weight_decay=x) for x in (-1.0, np.nan, np.inf)},
     "loss 'hinge'": _with(loss="hinge"),
@@ -290,7 +366,11 @@ _REFUSED: dict[str, Change] = {
 def _measure(arguments: Arguments) -> tuple[dict[str, float], list[str]]:
     """Returns (metrics, everything that was said)."""
 
-    options = {name: value for name, value in arguments.items() if name not in ("features", "labels", "logits")}
+    options = {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("features", "labels", "logits")
+    }
     given = (arguments["features"], arguments["labels"])
     logits = arguments.get("logits")
     return measured([given if logits is None else (*given, logits)], **options)
@@ -332,7 +412,11 @@ def _refusals() -> Iterator[list[str]]:
 
 def _tolerance(arguments: Arguments) -> float:
     dtype = np.asarray(arguments["features"]).dtype
-    return _SINGLE if str(dtype.newbyteorder("=")) in _SINGLES and not arguments.get("float64") else _DOUBLE
+    return (
+        _SINGLE
+        if str(dtype.newbyteorder("=")) in _SINGLES and not arguments.get("float64")
+        else _DOUBLE
+    )
 
 
 def _check_right(change: Change, noted: bool, _: Path) -> None:
@@ -340,7 +424,9 @@ def _check_right(change: Change, noted: bool, _: Path) -> None:
     with _refusals():
         found, said = _measure(arguments)
         right = oracle.expected(**arguments)
-        size = max((float(abs(right[name])) for name in ("epsilon", "delta") if name in right), default=1.0)
+        size = max(
+            (float(abs(right[name])) for name in ("epsilon", "delta") if name in right), default=1.0
+        )
         examples = len(arguments["labels"])
         lines = oracle.wrong(found, right, _tolerance(arguments), examples, size)
         if lines:
@@ -378,7 +464,10 @@ class _Loader:
 
 
 def _batches(s: Arguments, features: Any = None, labels: Any = None) -> list:
-    features, labels = (s["features"] if features is None else features), (s["labels"] if labels is None else labels)
+    features, labels = (
+        (s["features"] if features is None else features),
+        (s["labels"] if labels is None else labels),
+    )
     return [(features[i : i + 40], labels[i : i + 40]) for i in range(0, len(labels), 40)]
 
 
@@ -389,27 +478,54 @@ def _first_in_float32(s: Arguments, features: np.ndarray) -> list:
 
 def _noise(scale: float) -> Callable[[Arguments], tuple]:
     rng = np.random.default_rng(3)
-    return lambda s: (_batches(s), _batches(s, s["features"] + scale * rng.standard_normal(s["features"].shape)))
+    return lambda s: (
+        _batches(s),
+        _batches(s, s["features"] + scale * rng.standard_normal(s["features"].shape)),
+    )
 
 
 _LOADERS: dict[str, tuple[Callable[[Arguments], tuple], bool]] = {
     "the same twice": (lambda s: (_batches(s),), True),
     "another order": (lambda s: (_batches(s), _batches(s)[::-1]), True),
     "an empty batch": (lambda s: ([*_batches(s), (s["features"][:0], s["labels"][:0])],), True),
-    "single rows": (lambda s: ([(x[None], y[None]) for x, y in zip(s["features"], s["labels"], strict=True)],), True),
-    "float32 first, then float64 about 1e7": (lambda s: (_first_in_float32(s, np.rint(s["features"]) + 1e7),), True),
+    "single rows": (
+        lambda s: ([(x[None], y[None]) for x, y in zip(s["features"], s["labels"], strict=True)],),
+        True,
+    ),
+    "float32 first, then float64 about 1e7": (
+        lambda s: (_first_in_float32(s, np.rint(s["features"]) + 1e7),),
+        True,
+    ),
     "noise of 1 in the second pass": (_noise(1.0), False),
     "noise of 1e-2 in the second pass": (_noise(1e-2), False),
-    "a shift of 0.1 in the second pass": (lambda s: (_batches(s), _batches(s, s["features"] + 0.1)), False),
-    "mirrored in the second pass": (lambda s: (_batches(s), _batches(s, s["features"][:, ::-1])), False),
-    "other labels in the second pass": (lambda s: (_batches(s), _batches(s, labels=np.roll(s["labels"], 1))), False),
-    "other rows in the second pass": (lambda s: (_batches(s), _batches(s, np.roll(s["features"], 1, 0))), False),
+    "a shift of 0.1 in the second pass": (
+        lambda s: (_batches(s), _batches(s, s["features"] + 0.1)),
+        False,
+    ),
+    "mirrored in the second pass": (
+        lambda s: (_batches(s), _batches(s, s["features"][:, ::-1])),
+        False,
+    ),
+    "other labels in the second pass": (
+        lambda s: (_batches(s), _batches(s, labels=np.roll(s["labels"], 1))),
+        False,
+    ),
+    "other rows in the second pass": (
+        lambda s: (_batches(s), _batches(s, np.roll(s["features"], 1, 0))),
+        False,
+    ),
     "fewer in the second pass": (lambda s: (_batches(s), _batches(s)[:-1]), False),
     "more in the second pass": (lambda s: (_batches(s), [*_batches(s), *_batches(s)[:1]]), False),
     "nothing in the second pass": (lambda s: (_batches(s), []), False),
-    "one batch twice and one never": (lambda s: (_batches(s), [*_batches(s)[:2], _batches(s)[0]]), False),
-    "NaN in the second pass": (lambda s: (_batches(s), _batches(_put("features", (3, 3), np.nan)(s))), False),
-}  # fmt: skip
+    "one batch twice and one never": (
+        lambda s: (_batches(s), [*_batches(s)[:2], _batches(s)[0]]),
+        False,
+    ),
+    "NaN in the second pass": (
+        lambda s: (_batches(s), _batches(_put("features", (3, 3), np.nan)(s))),
+        False,
+    ),
+}
 
 _NO_BATCHES: dict[str, Callable[[Arguments], Any]] = {
     "a generator": lambda s: (batch for batch in _batches(s)),
@@ -418,8 +534,14 @@ _NO_BATCHES: dict[str, Callable[[Arguments], Any]] = {
     "an empty list": lambda s: [],
     "features alone": lambda s: [(s["features"],)],
     "an array": lambda s: s["features"],
-    "batches of other widths": lambda s: [(s["features"], s["labels"]), (s["features"][:, :3], s["labels"])],
-    "some with logits": lambda s: [(s["features"], s["labels"]), (s["features"], s["labels"], np.ones((_N, _C)))],
+    "batches of other widths": lambda s: [
+        (s["features"], s["labels"]),
+        (s["features"][:, :3], s["labels"]),
+    ],
+    "some with logits": lambda s: [
+        (s["features"], s["labels"]),
+        (s["features"], s["labels"], np.ones((_N, _C))),
+    ],
     "(model, loader)": lambda s: (print, [(s["features"], s["labels"])]),
 }
 
@@ -429,8 +551,15 @@ def _check_loader(make: Callable[[Arguments], tuple], same: bool, _: Path) -> No
     passes = make(s)
     with _refusals():
         found, said = measured(_Loader(*passes), num_classes=_C)
-        h, y = (np.concatenate([np.asarray(batch[i], np.float64) for batch in passes[0]]) for i in (0, 1))
-        lines = oracle.wrong(found, oracle.expected(h, y), _DOUBLE, len(y)) if same else ["the passes differ"]
+        h, y = (
+            np.concatenate([np.asarray(batch[i], np.float64) for batch in passes[0]])
+            for i in (0, 1)
+        )
+        lines = (
+            oracle.wrong(found, oracle.expected(h, y), _DOUBLE, len(y))
+            if same
+            else ["the passes differ"]
+        )
         if lines and not said:
             raise Failure("silent", f"{'; '.join(lines)}: {found}")
 

@@ -1,4 +1,6 @@
-"""closed_forms against numbers from docs/theory.md and brute-force minimization of the losses they solve."""
+"""closed_forms against numbers from docs/theory.md and brute-force minimization of the losses
+they solve.
+"""
 
 import itertools
 
@@ -11,7 +13,9 @@ from ncjax.metrics.closed_forms import Setting
 from tests.helpers import oracle_geometry
 
 
-@pytest.mark.parametrize(("num_classes", "cosine"), [(2, -1.0), (3, -0.5), (10, -1 / 9), (10, 0.0), (4, 0.7), (5, 1.0)])
+@pytest.mark.parametrize(
+    ("num_classes", "cosine"), [(2, -1.0), (3, -0.5), (10, -1 / 9), (10, 0.0), (4, 0.7), (5, 1.0)]
+)
 def test_an_equiangular_frame_has_unit_rows_at_the_angle_asked_for(num_classes, cosine):
     frame = closed_forms.equiangular_frame(num_classes, cosine)
     expected = np.full((num_classes, num_classes), cosine)
@@ -30,7 +34,9 @@ def test_a_simplex_etf_has_rows_of_sum_zero_and_no_nc2(num_classes):
     ("depth", "margin", "spinodal", "equal_loss"),
     [(2, 0, 1, 1), (3, 1 / 4, 0.4725, 0.3969), (4, 1 / 3, 0.3849, 0.2722)],
 )
-def test_critical_points_equal_the_numbers_of_the_theory_and_a_search(depth, margin, spinodal, equal_loss):
+def test_critical_points_equal_the_numbers_of_the_theory_and_a_search(
+    depth, margin, spinodal, equal_loss
+):
     assert closed_forms.spinodal_margin(depth) == pytest.approx(margin, rel=1e-14)
     assert closed_forms.spinodal(depth) == pytest.approx(spinodal, abs=5e-5)
     assert closed_forms.equal_loss(depth) == pytest.approx(equal_loss, abs=5e-5)
@@ -52,7 +58,9 @@ def test_a_branch_inverts_relative_decay_and_lies_on_its_side_of_the_spinodal(de
         assert np.isnan(unstable).all()
         np.testing.assert_allclose(stable, 1 - relative, atol=1e-15)
     else:
-        np.testing.assert_allclose(closed_forms.relative_decay(unstable, depth), relative, rtol=1e-9)
+        np.testing.assert_allclose(
+            closed_forms.relative_decay(unstable, depth), relative, rtol=1e-9
+        )
         assert (unstable < closed_forms.spinodal_margin(depth)).all()
         assert (np.diff(unstable) > 0).all()
 
@@ -60,7 +68,9 @@ def test_a_branch_inverts_relative_decay_and_lies_on_its_side_of_the_spinodal(de
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_a_margin_is_1_without_decay_and_nan_beyond_the_spinodal(depth):
     relative = np.array([0.0, 1.001 * closed_forms.spinodal(depth), -1e-9, np.nan])
-    np.testing.assert_array_equal(np.isnan(closed_forms.margin(relative, depth)), [False, True, True, True])
+    np.testing.assert_array_equal(
+        np.isnan(closed_forms.margin(relative, depth)), [False, True, True, True]
+    )
     assert closed_forms.margin(0.0, depth) == pytest.approx(1, abs=1e-15)
     assert closed_forms.margin(0.0, depth).shape == ()
 
@@ -75,9 +85,11 @@ SETTINGS = {
 
 
 def cost_of_norms(n, weight_decay, gamma, depth, setting):
-    """L of a collapsed network whose layers all have ||W_k||^2 = n, its outputs' sums met as well as they can be.
+    """L of a collapsed network whose layers all have ||W_k||^2 = n, its outputs' sums met as well
+    as they can be.
 
-    From the loss itself: outputs of class c are a (y_c - 1/C) + s/C, residuals are summed over the C outputs.
+    From the loss itself: outputs of class c are a (y_c - 1/C) + s/C, residuals are summed over the
+    C outputs.
     """
     classes, a = setting.num_classes, gamma * n ** (depth / 2)
     one_hot = setting.targets == "one_hot"
@@ -85,7 +97,11 @@ def cost_of_norms(n, weight_decay, gamma, depth, setting):
     def cost(s_weights, s_bias):
         outputs = a * (np.eye(classes) - 1 / classes) + (s_weights + s_bias) / classes
         target = np.eye(classes) if one_hot else np.eye(classes) - 1 / classes
-        penalty = weight_decay / 2 * (depth * n + (s_bias**2 / classes if setting.head_bias == "decayed" else 0))
+        penalty = (
+            weight_decay
+            / 2
+            * (depth * n + (s_bias**2 / classes if setting.head_bias == "decayed" else 0))
+        )
         return np.sum((target - outputs) ** 2) / (2 * classes) + penalty
 
     if setting.head_bias == "none" and one_hot:
@@ -103,7 +119,9 @@ def best_norm(weight_decay, gamma, depth, setting):
     assert len(minima) == 1
     bracket = norms[minima[0] - 1], norms[minima[0]], norms[minima[0] + 1]
     found = optimize.minimize_scalar(
-        lambda n: cost_of_norms(n, weight_decay, gamma, depth, setting), bracket, options={"xtol": 1e-10}
+        lambda n: cost_of_norms(n, weight_decay, gamma, depth, setting),
+        bracket,
+        options={"xtol": 1e-10},
     )
     return found.x
 
@@ -120,7 +138,8 @@ def test_the_homogeneous_law_equals_brute_force_minimization_of_the_loss(depth, 
     assert float(got.weight_norm_sq) == pytest.approx(n, rel=1e-6)
     assert float(got.margin) == pytest.approx(a, rel=1e-6)
     if setting.targets == "one_hot":
-        # Outputs: a (y - 1/C) + s/C, s = 1 with a free bias, 1/(1 + lambda) with one that decays, a without.
+        # Outputs: a (y - 1/C) + s/C, s = 1 with a free bias, 1/(1 + lambda) with one that decays, a
+        # without.
         s = {"none": a, "free": 1, "decayed": 1 / (1 + weight_decay)}[setting.head_bias]
         own, other = a * 3 / 4 + s / 4, -a / 4 + s / 4
         assert float(got.epsilon) == pytest.approx(1 - own, rel=1e-5)
@@ -134,13 +153,17 @@ def test_the_homogeneous_law_equals_brute_force_minimization_of_the_loss(depth, 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("depth", [3, 4])
-def test_at_equal_loss_collapse_costs_as_much_as_a_network_of_zeros_and_at_the_spinodal_it_ends(depth, setting):
+def test_at_equal_loss_collapse_costs_as_much_as_a_network_of_zeros_and_at_the_spinodal_it_ends(
+    depth, setting
+):
     gamma = 0.3
     equal, last = closed_forms.critical_decays(gamma, depth, setting)
     norm = float(closed_forms.homogeneous_solution(equal, gamma, depth, setting).weight_norm_sq)
     collapsed, zeros = (cost_of_norms(n, equal, gamma, depth, setting) for n in (norm, 0.0))
     assert collapsed == pytest.approx(zeros, rel=1e-12)
-    solution = closed_forms.homogeneous_solution(np.array([0.999, 1.001]) * last, gamma, depth, setting)
+    solution = closed_forms.homogeneous_solution(
+        np.array([0.999, 1.001]) * last, gamma, depth, setting
+    )
     for values in solution:
         np.testing.assert_array_equal(np.isnan(values), [False, True])
 
@@ -156,9 +179,13 @@ def unconstrained_loss(flat, shapes, per_class, weight_decay, setting):
     targets = np.repeat(np.eye(num_classes), per_class, axis=0)
     if setting.targets == "centered":
         targets = targets - 1 / num_classes
-    products = list(itertools.accumulate(factors, np.matmul))  # features of each layer, the inputs being e_n
+    products = list(
+        itertools.accumulate(factors, np.matmul)
+    )  # features of each layer, the inputs being e_n
     residual = (products[-1] + bias - targets) / len(targets)
-    loss = np.sum(residual**2) * len(targets) / 2 + weight_decay / 2 * sum(np.sum(w**2) for w in factors)
+    loss = np.sum(residual**2) * len(targets) / 2 + weight_decay / 2 * sum(
+        np.sum(w**2) for w in factors
+    )
     gradients, back = [], residual
     for below, w in zip([None, *products[:-1]][::-1], factors[::-1], strict=True):
         gradients.append((back if below is None else below.T @ back) + weight_decay * w)
@@ -170,7 +197,9 @@ def unconstrained_loss(flat, shapes, per_class, weight_decay, setting):
 
 
 @pytest.mark.parametrize(
-    "setting", [Setting(3), Setting(3, "free"), Setting(3, "decayed"), Setting(3, targets="centered")], ids=str
+    "setting",
+    [Setting(3), Setting(3, "free"), Setting(3, "decayed"), Setting(3, targets="centered")],
+    ids=str,
 )
 @pytest.mark.parametrize("depth", [2, 3])
 def test_the_unconstrained_model_equals_a_full_minimization_over_all_its_factors(depth, setting):
@@ -180,14 +209,23 @@ def test_the_unconstrained_model_equals_a_full_minimization_over_all_its_factors
     expected = closed_forms.homogeneous_solution(weight_decay, gamma, depth, setting)
 
     shapes = [(6, width), *[(width, width)] * (depth - 2), (width, 3)]
-    start = np.random.default_rng(1).standard_normal(sum(a * b for a, b in shapes) + 3 * (setting.head_bias != "none"))
+    start = np.random.default_rng(1).standard_normal(
+        sum(a * b for a, b in shapes) + 3 * (setting.head_bias != "none")
+    )
     arguments = shapes, per_class, weight_decay, setting
     error = optimize.check_grad(
-        lambda x: unconstrained_loss(x, *arguments)[0], lambda x: unconstrained_loss(x, *arguments)[1], start
+        lambda x: unconstrained_loss(x, *arguments)[0],
+        lambda x: unconstrained_loss(x, *arguments)[1],
+        start,
     )
     assert error < 1e-5
     found = optimize.minimize(
-        unconstrained_loss, start, arguments, "L-BFGS-B", jac=True, options={"maxiter": 5000, "ftol": 0, "gtol": 1e-11}
+        unconstrained_loss,
+        start,
+        arguments,
+        "L-BFGS-B",
+        jac=True,
+        options={"maxiter": 5000, "ftol": 0, "gtol": 1e-11},
     )
     sizes = np.cumsum([a * b for a, b in shapes])
     factors = [p.reshape(s) for p, s in zip(np.split(found.x, sizes), shapes, strict=False)]
@@ -201,7 +239,9 @@ def test_the_unconstrained_model_equals_a_full_minimization_over_all_its_factors
     for w in factors:
         assert np.sum(w**2) == pytest.approx(float(expected.weight_norm_sq), rel=1e-6)
     assert np.trace(residual) / 3 == pytest.approx(float(expected.epsilon), rel=1e-6)
-    assert -(residual.sum() - np.trace(residual)) / 6 == pytest.approx(float(expected.delta), rel=1e-6, abs=1e-9)
+    assert -(residual.sum() - np.trace(residual)) / 6 == pytest.approx(
+        float(expected.delta), rel=1e-6, abs=1e-9
+    )
     assert nc3 == pytest.approx(float(expected.nc3), abs=1e-8)
 
 
@@ -214,7 +254,9 @@ def test_the_scale_of_the_unconstrained_law_is_the_same_in_every_setting():
 
 @pytest.mark.parametrize("relative", [0.2, 0.9, 1.1, 3.0])
 def test_a_regularized_bias_equals_brute_force_on_both_sides_of_its_threshold(relative):
-    """Depth 2: the weights' sum s_w costs lambda s_w, as a nuclear norm; the bias s_b/C of every class, its square."""
+    """Depth 2: the weights' sum s_w costs lambda s_w, as a nuclear norm; the bias s_b/C of every
+    class, its square.
+    """
     num_classes, weight_decay = 4, 0.06
     bias_decay = relative * num_classes * weight_decay / (1 - num_classes * weight_decay)
 

@@ -101,7 +101,9 @@ def test_a_matrix_that_is_not_finite_terminates_and_gives_nan(bad):
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
-def test_the_symmetric_part_is_the_frobenius_projection_on_matrices_that_treat_all_classes_alike(num_classes):
+def test_the_symmetric_part_is_the_frobenius_projection_on_matrices_that_treat_all_classes_alike(
+    num_classes,
+):
     matrix = random_matrix(num_classes, num_classes)
     with jax.enable_x64(True):
         u, v, rest = (np.asarray(a) for a in symmetric_part(jnp.asarray(matrix)))
@@ -114,7 +116,11 @@ def test_the_symmetric_part_is_the_frobenius_projection_on_matrices_that_treat_a
     assert abs(np.sum(rest * average)) < 1e-14
     assert np.linalg.norm(rest) > 0.1
     # Class order does not matter: the mean over all relabellings is the symmetric part.
-    names = [list(order) for order in itertools.permutations(range(num_classes))] if num_classes < 7 else []
+    names = (
+        [list(order) for order in itertools.permutations(range(num_classes))]
+        if num_classes < 7
+        else []
+    )
     if names:
         mean = np.mean([matrix[np.ix_(order, order)] for order in names], axis=0)
         np.testing.assert_allclose(mean, u * across + v * average, atol=1e-14)

@@ -1,4 +1,6 @@
-"""theory against hand-computed numbers, explicit matrices, and the gradient of networks written here."""
+"""theory against hand-computed numbers, explicit matrices, and the gradient of networks written
+here.
+"""
 
 import functools
 
@@ -25,7 +27,9 @@ def test_equilibrium_residual_by_hand():
     weight, gradient = numbers([[3.0, 0.0], [0.0, 4.0]], [[0.0, 0.5], [0.0, 0.0]])
     # lambda W has norm 0.5; lambda W + G has entries 0.3, 0.5, 0.4.
     expected = np.sqrt(0.3**2 + 0.5**2 + 0.4**2) / 0.5
-    assert float(theory.equilibrium_residual(weight, gradient, *numbers(0.1))) == pytest.approx(expected, rel=1e-15)
+    assert float(theory.equilibrium_residual(weight, gradient, *numbers(0.1))) == pytest.approx(
+        expected, rel=1e-15
+    )
 
 
 def test_equilibrium_residual_vanishes_where_the_fit_gradient_balances_decay():
@@ -35,7 +39,10 @@ def test_equilibrium_residual_vanishes_where_the_fit_gradient_balances_decay():
 
 def test_norm_target_and_relaxation_time_by_hand():
     assert float(theory.norm_target(*numbers(0.3, 0.01))) == pytest.approx(30, rel=1e-15)
-    flow_time, weight_decay = np.array([[1.0, 10.0], [100.0, 1000.0]]), np.array([[1e-3, 1e-3], [5e-2, 5e-2]])
+    flow_time, weight_decay = (
+        np.array([[1.0, 10.0], [100.0, 1000.0]]),
+        np.array([[1e-3, 1e-3], [5e-2, 5e-2]]),
+    )
     times = theory.relaxation_time(flow_time, weight_decay)
     np.testing.assert_allclose(times, [[2e-3, 2e-2], [10.0, 100.0]], rtol=1e-15)
 
@@ -49,13 +56,21 @@ def test_without_decay_every_equilibrium_quantity_is_undefined():
 
 
 def lemma2_terms(head_bias, hidden_bias=0.0):
-    """The arguments of `lemma2_residual` for a random ReLU net, from the gradient of the fit term alone."""
+    """The arguments of `lemma2_residual` for a random ReLU net, from the gradient of the fit
+    term alone.
+    """
     rng = np.random.default_rng(0)
     num_classes, weight_decay = 4, 0.03
     x = jnp.asarray(rng.standard_normal((20, 5)))
     y = jnp.asarray(np.eye(num_classes)[np.arange(20) % num_classes])
-    weights = [jnp.asarray(rng.standard_normal(shape)) for shape in ((5, 7), (7, 6), (6, num_classes))]
-    bias = jnp.asarray(rng.standard_normal(num_classes)) if head_bias != "none" else jnp.zeros(num_classes)
+    weights = [
+        jnp.asarray(rng.standard_normal(shape)) for shape in ((5, 7), (7, 6), (6, num_classes))
+    ]
+    bias = (
+        jnp.asarray(rng.standard_normal(num_classes))
+        if head_bias != "none"
+        else jnp.zeros(num_classes)
+    )
 
     def outputs(weights):
         h = x
@@ -69,11 +84,15 @@ def lemma2_terms(head_bias, hidden_bias=0.0):
     gradients = jax.grad(fit)(weights)
     residual = y - outputs(weights)
     norms_sq = jnp.stack([jnp.sum(w**2) for w in weights])
-    bias_penalty = weight_decay / 2 * jnp.sum(bias**2) if head_bias == "decayed" else jnp.asarray(0.0)
+    bias_penalty = (
+        weight_decay / 2 * jnp.sum(bias**2) if head_bias == "decayed" else jnp.asarray(0.0)
+    )
     return {
         "loss": fit(weights) + weight_decay / 2 * jnp.sum(norms_sq) + bias_penalty,
         "weight_norms_sq": norms_sq,
-        "weight_dot_gradient": jnp.stack([jnp.sum(w * g) for w, g in zip(weights, gradients, strict=True)]),
+        "weight_dot_gradient": jnp.stack(
+            [jnp.sum(w * g) for w, g in zip(weights, gradients, strict=True)]
+        ),
         "residual_dot_target": jnp.sum(residual * (y - bias[None])) / len(x),
         "bias_penalty": bias_penalty,
         "weight_decay": jnp.asarray(weight_decay),
@@ -86,7 +105,8 @@ def test_lemma_2_holds_at_any_moment_of_training(head_bias):
 
 
 @pytest.mark.parametrize(
-    "term", ["loss", "weight_norms_sq", "weight_dot_gradient", "residual_dot_target", "bias_penalty"]
+    "term",
+    ["loss", "weight_norms_sq", "weight_dot_gradient", "residual_dot_target", "bias_penalty"],
 )
 def test_lemma_2_notices_each_wrong_term(term):
     terms = lemma2_terms("decayed")
@@ -112,18 +132,25 @@ def test_lemma_1_collapse_without_bias_costs_at_least_half_of_1_over_c(num_class
     explicit = np.sum((np.eye(num_classes) - outputs) ** 2, axis=(1, 2)) / (2 * num_classes)
     np.testing.assert_allclose(theory.collapsed_loss(alpha, num_classes), explicit, rtol=1e-13)
     best = (num_classes - 1) / num_classes
-    assert theory.collapsed_loss(np.array([best]), num_classes) == pytest.approx(1 / (2 * num_classes), rel=1e-14)
+    assert theory.collapsed_loss(np.array([best]), num_classes) == pytest.approx(
+        1 / (2 * num_classes), rel=1e-14
+    )
     assert theory.collapsed_loss(alpha, num_classes).min() >= 1 / (2 * num_classes) - 1e-15
-    # What it lacks is the sum of the outputs alone: a bias of 1/C interpolates, and so it does centred targets.
+    # What it lacks is the sum of the outputs alone: a bias of 1/C interpolates, and so it does
+    # centred targets.
     np.testing.assert_allclose(
-        best * num_classes / (num_classes - 1) * across(num_classes) + 1 / num_classes, np.eye(num_classes), atol=1e-15
+        best * num_classes / (num_classes - 1) * across(num_classes) + 1 / num_classes,
+        np.eye(num_classes),
+        atol=1e-15,
     )
 
 
 def symmetric_problem(a, t, s, q, *, num_classes=4, dim=6, weight_decay=0.02, offset=0.0):
-    """W, class means (C, p), W M = a (I - J/C) + s J/C and Rbar = t (I - J/C) + q J/C, with lambda W = Rbar M^T/C.
+    """W, class means (C, p), W M = a (I - J/C) + s J/C and Rbar = t (I - J/C) + q J/C, with lambda
+    W = Rbar M^T/C.
 
-    W W^T = Rbar (W M)^T/(lambda C) has a symmetric root; where t or q is 0, so is W there, and M is free: `offset`.
+    W W^T = Rbar (W M)^T/(lambda C) has a symmetric root; where t or q is 0, so is W there, and M is
+    free: `offset`.
     """
     basis = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))[0][:num_classes]
     strengths = [np.sqrt(x / (weight_decay * num_classes)) for x in (a * t, s * q)]
@@ -138,7 +165,9 @@ def symmetric_problem(a, t, s, q, *, num_classes=4, dim=6, weight_decay=0.02, of
 
 def solve(logits, residuals, weight_decay):
     parts = (symmetric_part(matrix) for matrix in numbers(logits, residuals))
-    return [float(x) for x in theory.symmetric_solution(*parts, len(logits), *numbers(weight_decay))]
+    return [
+        float(x) for x in theory.symmetric_solution(*parts, len(logits), *numbers(weight_decay))
+    ]
 
 
 # a, t, s, q of W M and Rbar; the square loss has a = 1 - t, and s = 1 - q without a bias.
@@ -162,17 +191,27 @@ def test_the_symmetric_solution_equals_explicit_matrices_at_equilibrium(name):
     nc3 = np.sum((head / np.linalg.norm(head) - centred / np.linalg.norm(centred)) ** 2)
     assert predicted == pytest.approx(nc3, abs=1e-12)
     if name == "quasi_interpolation":
-        assert (cosine, predicted) == (pytest.approx(-1 / 3, rel=1e-12), pytest.approx(0, abs=1e-12))
+        assert (cosine, predicted) == (
+            pytest.approx(-1 / 3, rel=1e-12),
+            pytest.approx(0, abs=1e-12),
+        )
     if name == "orthogonal_frame":
-        assert (cosine, predicted) == (pytest.approx(0, abs=1e-12), pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12))
+        assert (cosine, predicted) == (
+            pytest.approx(0, abs=1e-12),
+            pytest.approx(2 - 2 * np.sqrt(3 / 4), rel=1e-12),
+        )
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_symmetric_solution_looks_only_at_what_treats_all_classes_alike(seed):
     _, _, logits, residuals, weight_decay = symmetric_problem(**SOLUTIONS["generic"])
-    asymmetry = np.asarray(symmetric_part(*numbers(np.random.default_rng(seed).standard_normal((4, 4)))).rest)
+    asymmetry = np.asarray(
+        symmetric_part(*numbers(np.random.default_rng(seed).standard_normal((4, 4)))).rest
+    )
     expected = solve(logits, residuals, weight_decay)
-    assert solve(logits + asymmetry, residuals - asymmetry, weight_decay) == pytest.approx(expected, rel=1e-12)
+    assert solve(logits + asymmetry, residuals - asymmetry, weight_decay) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,18 +247,25 @@ def test_the_theorem_is_exact_under_symmetric_quasi_interpolation():
 
 
 def test_the_theorem_misses_an_orthogonal_frame_by_the_closed_form():
-    """W's sum it takes for 0, and epsilon/(C-1) for t/C: off by 1/C of W's differences, and by all of W's sum."""
+    """W's sum it takes for 0, and epsilon/(C-1) for t/C: off by 1/C of W's differences, and by
+    all of W's sum.
+    """
     head, means, _, residuals, weight_decay = symmetric_problem(**SOLUTIONS["orthogonal_frame"])
-    got = theory.theorem_residual(*numbers(np.trace(residuals) / 4, head, means - means.mean(0), weight_decay))
-    # t = epsilon here; C epsilon/((C-1) t) = 4/3 times the differences, whose squared norm is 3/4 of the whole.
+    got = theory.theorem_residual(
+        *numbers(np.trace(residuals) / 4, head, means - means.mean(0), weight_decay)
+    )
+    # t = epsilon here; C epsilon/((C-1) t) = 4/3 times the differences, whose squared norm is 3/4
+    # of the whole.
     assert float(got) == pytest.approx(np.sqrt(3 / 4 * (1 / 3) ** 2 + 1 / 4), rel=1e-12)
 
 
 def two_layer_minimum(inputs, targets, weight_decay):
-    """Head (C, k) and class means (C, k) of the global minimum of a two-layer linear net, one example in each class.
+    """Head (C, k) and class means (C, k) of the global minimum of a two-layer linear net, one
+    example in each class.
 
-    1/(2C) ||Y - W_2 W_1 X||^2 + lambda/2 (||W_1||^2 + ||W_2||^2), least over factors of Z = W_2 W_1 = U S V^T at
-    W_2 = U S^{1/2}, W_1 = S^{1/2} V^T, is convex in Z: accelerated proximal gradient descent, in float64.
+    1/(2C) ||Y - W_2 W_1 X||^2 + lambda/2 (||W_1||^2 + ||W_2||^2), least over factors of Z = W_2 W_1
+    = U S V^T at W_2 = U S^{1/2}, W_1 = S^{1/2} V^T, is convex in Z: accelerated proximal gradient
+    descent, in float64.
     """
     num_classes = len(targets)
     step = num_classes / np.linalg.norm(inputs, 2) ** 2
@@ -238,8 +284,15 @@ def two_layer_minimum(inputs, targets, weight_decay):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_theorem_does_not_become_exact_as_decay_goes_to_0(seed):
-    """No scatter, no bias to miss, the global minimum: asymmetry alone stands against it, and does not shrink."""
-    inputs = np.linalg.qr(np.random.default_rng(seed).standard_normal((4, 4)))[0] * [0.5, 0.8, 1.2, 2.0]
+    """No scatter, no bias to miss, the global minimum: asymmetry alone stands against it, and
+    does not shrink.
+    """
+    inputs = np.linalg.qr(np.random.default_rng(seed).standard_normal((4, 4)))[0] * [
+        0.5,
+        0.8,
+        1.2,
+        2.0,
+    ]
     inputs = inputs @ np.linalg.qr(np.random.default_rng(seed + 9).standard_normal((4, 4)))[0]
     targets = across(4)
     errors, nc3s = [], []
@@ -249,12 +302,23 @@ def test_the_theorem_does_not_become_exact_as_decay_goes_to_0(seed):
         gradient = weight_decay * head - residuals @ means / 4
         assert np.linalg.norm(gradient) < 1e-6 * weight_decay * np.linalg.norm(head)
         _, shares = account(
-            head, weight_decay, mean_residuals=residuals.T, means=means, covariance=0 * head, gradient=gradient
+            head,
+            weight_decay,
+            mean_residuals=residuals.T,
+            means=means,
+            covariance=0 * head,
+            gradient=gradient,
         )
         assert abs(shares["budget_mean"]) < 1e-6
         whole = weight_decay * np.linalg.norm(head)
         assert shares["budget_asymmetry_norm"] > 0.2 * whole
-        errors.append(float(theory.theorem_residual(*numbers(np.trace(residuals) / 4, head, centred, weight_decay))))
+        errors.append(
+            float(
+                theory.theorem_residual(
+                    *numbers(np.trace(residuals) / 4, head, centred, weight_decay)
+                )
+            )
+        )
         nc3s.append(np.sum((head / np.linalg.norm(head) - centred / np.linalg.norm(centred)) ** 2))
     s = np.linalg.svd(targets @ np.linalg.inv(inputs), compute_uv=False)[:3]
     spread = s.mean() * (1 / s).mean()
@@ -266,7 +330,9 @@ def test_the_theorem_does_not_become_exact_as_decay_goes_to_0(seed):
 
 @functools.cache
 def budget_problem():
-    """A head on random features of a random ReLU layer: G by automatic differentiation, K by a loop over examples."""
+    """A head on random features of a random ReLU layer: G by automatic differentiation, K by a
+    loop over examples.
+    """
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         num_classes, weight_decay = 4, 0.03
@@ -282,14 +348,20 @@ def budget_problem():
         gradient = np.asarray(jax.grad(loss)(jnp.asarray(head)))
     residuals = np.eye(num_classes)[labels] - features @ head.T
     means, mean_residuals = (
-        np.stack([rows[labels == c].mean(0) for c in range(num_classes)]) for rows in (features, residuals)
+        np.stack([rows[labels == c].mean(0) for c in range(num_classes)])
+        for rows in (features, residuals)
     )
     covariance, within = np.zeros((num_classes, 6)), np.zeros((6, 6))
     for h, r, c in zip(features, residuals, labels, strict=True):
         covariance += np.outer(r - mean_residuals[c], h - means[c]) / len(labels)
         within += np.outer(h - means[c], h - means[c]) / len(labels)
     np.testing.assert_allclose(covariance, -head @ within, atol=1e-14)  # as it is at square loss
-    arguments = {"mean_residuals": mean_residuals, "means": means, "covariance": covariance, "gradient": gradient}
+    arguments = {
+        "mean_residuals": mean_residuals,
+        "means": means,
+        "covariance": covariance,
+        "gradient": gradient,
+    }
     return arguments, head, weight_decay
 
 
@@ -302,7 +374,9 @@ def account(head, weight_decay, **arguments):
 def test_the_budget_is_an_identity_at_any_moment_of_training():
     arguments, head, weight_decay = budget_problem()
     terms, shares = account(head, weight_decay, **arguments)
-    np.testing.assert_allclose(sum(np.asarray(term) for term in terms), weight_decay * head, atol=1e-14)
+    np.testing.assert_allclose(
+        sum(np.asarray(term) for term in terms), weight_decay * head, atol=1e-14
+    )
     assert shares["budget_residual"] < 1e-14
     assert sum(shares[f"budget_{name}"] for name in terms._fields) == pytest.approx(1, rel=1e-12)
     assert all(np.linalg.norm(term) > 0.01 for term in terms)  # none is there in vain
@@ -311,7 +385,10 @@ def test_the_budget_is_an_identity_at_any_moment_of_training():
 def test_every_term_of_the_budget_equals_its_definition():
     arguments, head, weight_decay = budget_problem()
     terms, shares = account(head, weight_decay, **arguments)
-    rbar, means = arguments["mean_residuals"].T, arguments["means"]  # classes as columns, and as rows
+    rbar, means = (
+        arguments["mean_residuals"].T,
+        arguments["means"],
+    )  # classes as columns, and as rows
     t, q = np.sum(rbar * across(4)) / 3, np.sum(rbar * average(4))
     expected = {
         "theorem": t / 4 * (means - means.mean(0)),
@@ -327,7 +404,9 @@ def test_every_term_of_the_budget_equals_its_definition():
         assert shares[f"budget_{name}_norm"] == pytest.approx(np.linalg.norm(term), rel=1e-12), name
 
 
-@pytest.mark.parametrize("wrong", ["mean_residuals", "means", "covariance", "gradient", "head", "weight_decay"])
+@pytest.mark.parametrize(
+    "wrong", ["mean_residuals", "means", "covariance", "gradient", "head", "weight_decay"]
+)
 def test_the_budget_notices_each_wrong_term(wrong):
     arguments, head, weight_decay = budget_problem()
     everything = arguments | {"head": head, "weight_decay": weight_decay}
@@ -337,7 +416,9 @@ def test_the_budget_notices_each_wrong_term(wrong):
 
 def test_the_budget_notices_residuals_with_classes_as_columns():
     arguments, head, weight_decay = budget_problem()
-    _, shares = account(head, weight_decay, **arguments | {"mean_residuals": arguments["mean_residuals"].T})
+    _, shares = account(
+        head, weight_decay, **arguments | {"mean_residuals": arguments["mean_residuals"].T}
+    )
     assert shares["budget_residual"] > 1e-2
 
 
@@ -345,12 +426,16 @@ def test_without_decay_shares_are_undefined_and_the_identity_stands():
     arguments, head, weight_decay = budget_problem()
     arguments = arguments | {"gradient": arguments["gradient"] - weight_decay * head}
     terms, shares = account(head, 0.0, **arguments)
-    assert {name for name, value in shares.items() if np.isnan(value)} == {f"budget_{name}" for name in terms._fields}
+    assert {name for name, value in shares.items() if np.isnan(value)} == {
+        f"budget_{name}" for name in terms._fields
+    }
     assert shares["budget_residual"] < 1e-14
 
 
 def test_the_other_terms_bound_how_far_the_theorem_is_off():
-    """lambda ||W - W_theorem|| <= |q|/(C (C-1)) ||Mdot|| + the four other norms: t/C = epsilon/(C-1) - q/(C (C-1))."""
+    """lambda ||W - W_theorem|| <= |q|/(C (C-1)) ||Mdot|| + the four other norms: t/C =
+    epsilon/(C-1) - q/(C (C-1)).
+    """
     arguments, head, weight_decay = budget_problem()
     terms, shares = account(head, weight_decay, **arguments)
     means, rbar = arguments["means"], arguments["mean_residuals"]
@@ -359,7 +444,9 @@ def test_the_other_terms_bound_how_far_the_theorem_is_off():
     q = rbar.sum() / 4
     predicted = epsilon / 3 * centred
     np.testing.assert_allclose(np.asarray(terms.theorem), predicted - q / 12 * centred, atol=1e-15)
-    others = sum(shares[f"budget_{name}_norm"] for name in ("mean", "asymmetry", "within", "gradient"))
+    others = sum(
+        shares[f"budget_{name}_norm"] for name in ("mean", "asymmetry", "within", "gradient")
+    )
     bound = (abs(q) / 12 * np.linalg.norm(centred) + others) / (weight_decay * np.linalg.norm(head))
     assert float(theorem) <= bound
 
@@ -367,11 +454,18 @@ def test_the_other_terms_bound_how_far_the_theorem_is_off():
 def test_the_bound_is_met_where_one_term_alone_disturbs_the_theorem():
     head, means, _, residuals, weight_decay = symmetric_problem(**SOLUTIONS["quasi_interpolation"])
     disturbance = np.random.default_rng(0).standard_normal(head.shape)
-    arguments = {"mean_residuals": residuals, "means": means, "covariance": 0 * head, "gradient": disturbance}
+    arguments = {
+        "mean_residuals": residuals,
+        "means": means,
+        "covariance": 0 * head,
+        "gradient": disturbance,
+    }
     moved = head + disturbance / weight_decay
     _, shares = account(moved, weight_decay, **arguments)
     assert shares["budget_residual"] < 1e-13
-    theorem = theory.theorem_residual(*numbers(np.trace(residuals) / 4, moved, means - means.mean(0), weight_decay))
+    theorem = theory.theorem_residual(
+        *numbers(np.trace(residuals) / 4, moved, means - means.mean(0), weight_decay)
+    )
     bound = shares["budget_gradient_norm"] / (weight_decay * np.linalg.norm(moved))
     assert float(theorem) == pytest.approx(bound, rel=1e-10)
 
@@ -414,12 +508,19 @@ def test_norm_imbalance_decays_as_gradient_flow_of_a_linear_net_does():
     """Fourth-order Runge-Kutta on 1/2 ||Y - X W_1 W_2||^2/N + lambda/2 (||W_1||^2 + ||W_2||^2)."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((12, 4)), rng.standard_normal((12, 3))
-    weights, weight_decay, step = [rng.standard_normal((4, 5)), 0.3 * rng.standard_normal((5, 3))], 0.05, 0.01
+    weights, weight_decay, step = (
+        [rng.standard_normal((4, 5)), 0.3 * rng.standard_normal((5, 3))],
+        0.05,
+        0.01,
+    )
 
     def slope(weights):
         first, second = weights
         residual = (y - x @ first @ second) / len(x)
-        return [x.T @ residual @ second.T - weight_decay * first, (x @ first).T @ residual - weight_decay * second]
+        return [
+            x.T @ residual @ second.T - weight_decay * first,
+            (x @ first).T @ residual - weight_decay * second,
+        ]
 
     def moved(weights, slopes, by):
         return [w + by * s for w, s in zip(weights, slopes, strict=True)]
@@ -432,7 +533,8 @@ def test_norm_imbalance_decays_as_gradient_flow_of_a_linear_net_does():
         k3 = slope(moved(weights, k2, step / 2))
         k4 = slope(moved(weights, k3, step))
         weights = [
-            w + step / 6 * (a + 2 * b + 2 * c + d) for w, a, b, c, d in zip(weights, k1, k2, k3, k4, strict=True)
+            w + step / 6 * (a + 2 * b + 2 * c + d)
+            for w, a, b, c, d in zip(weights, k1, k2, k3, k4, strict=True)
         ]
     predicted = theory.norm_imbalance(step * np.arange(1001), np.full(1001, weight_decay))
     np.testing.assert_allclose(np.array(imbalance) / imbalance[0], predicted, rtol=1e-6)

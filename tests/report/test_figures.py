@@ -1,4 +1,6 @@
-"""Figures of small made-up histories: that they are drawn at all, without a warning, and what they are drawn from."""
+"""Figures of small made-up histories: that they are drawn at all, without a warning, and what
+they are drawn from.
+"""
 
 import os
 import subprocess
@@ -24,7 +26,11 @@ DEFAULTS = {
     "init_scale": (1.0,),
     "seed": (0, 1),
 }
-WITHOUT_DECAY = {"collapse_against_epoch.png", "collapse_against_lambda.png", "class_mean_cosines.png"}
+WITHOUT_DECAY = {
+    "collapse_against_epoch.png",
+    "collapse_against_lambda.png",
+    "class_mean_cosines.png",
+}
 WITHOUT_CLOCK = {
     *WITHOUT_DECAY,
     "equilibrium_against_epoch.png",
@@ -38,7 +44,9 @@ TERMS = ("theorem", "mean", "asymmetry", "within", "gradient")
 
 @pytest.fixture
 def without_layout(monkeypatch):
-    """Measuring every text to place the panels takes most of the time of a figure; pixels take much of the rest."""
+    """Measuring every text to place the panels takes most of the time of a figure; pixels take
+    much of the rest.
+    """
     write = draw._write
 
     def write_plainly(figure, path):
@@ -62,8 +70,9 @@ def unwritten(monkeypatch):
 
 
 def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
-    """Random measurements in (0, 1), except that nothing has diverged or gone out, weight decay 0 has no equilibrium,
-    the clock runs at 1000 a unit of decay and epoch, the shares of the budget sum to 1, and no closed form is known.
+    """Random measurements in (0, 1), except that nothing has diverged or gone out, weight decay 0
+    has no equilibrium, the clock runs at 1000 a unit of decay and epoch, the shares of the budget
+    sum to 1, and no closed form is known.
 
     fields: of the config, ("loss", "cross_entropy") or the like.
     """
@@ -77,7 +86,9 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
     decay = np.array(grid.columns()["weight_decay"])
     for epoch in epochs:
         metrics = {
-            name: rng.uniform(0.01, 0.99, (grid.size, *(sizes[dim] for dim in variable.dims))).astype(np.float32)
+            name: rng.uniform(
+                0.01, 0.99, (grid.size, *(sizes[dim] for dim in variable.dims))
+            ).astype(np.float32)
             for name, variable in histories.VOCABULARY.items()
         }
         metrics["finite"][:] = 1
@@ -85,15 +96,27 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
         metrics["relaxation_time"] = 2 * decay * metrics["flow_time"]
         metrics["mode_eigenvalues"] = -np.sort(-metrics["mode_eigenvalues"])
         metrics["budget_gradient"] = 1 - sum(metrics[f"budget_{term}"] for term in TERMS[:-1])
-        undefined = {"equilibrium_residual", "theorem_residual", "norm_target", "relaxation_time", "symmetric_nc3"}
-        undefined |= {"predicted_head_norm_sq", "predicted_head_cosine", *(f"budget_{term}" for term in TERMS)}
+        undefined = {
+            "equilibrium_residual",
+            "theorem_residual",
+            "norm_target",
+            "relaxation_time",
+            "symmetric_nc3",
+        }
+        undefined |= {
+            "predicted_head_norm_sq",
+            "predicted_head_cosine",
+            *(f"budget_{term}" for term in TERMS),
+        }
         for name in undefined:
             metrics[name][decay == 0] = np.nan
         for name in ("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"):
             metrics[name][:] = np.nan
         metrics[histories.COSINES] = rng.uniform(-1, 1, (grid.size, classes, classes))
         names = tuple(f"class {i}" for i in range(classes))
-        newest = histories.one_epoch(epoch, metrics, grid=grid, layers=LAYERS, label_names=names, attrs=attrs)
+        newest = histories.one_epoch(
+            epoch, metrics, grid=grid, layers=LAYERS, label_names=names, attrs=attrs
+        )
         joined = histories.append(joined, newest)
     return joined
 
@@ -107,7 +130,9 @@ def changed(history, **values):
 
 
 def diverge(history, **where):
-    """`history` with the runs at `where` diverged from the second epoch on. Clocks and decay go on."""
+    """`history` with the runs at `where` diverged from the second epoch on. Clocks and decay go
+    on.
+    """
     history = history.copy(deep=True)
     for name in set(histories.VOCABULARY) - {"effective_decay", "flow_time", "relaxation_time"}:
         history[name][where | {"epoch": slice(1, None)}] = 0 if name == "finite" else np.nan
@@ -123,7 +148,11 @@ def save(history, folder):
 
 def words(figure):
     """All that is written in a figure's legend."""
-    return [text.get_text() for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
+    return [
+        text.get_text()
+        for legend in figure.legends
+        for text in (legend.get_title(), *legend.get_texts())
+    ]
 
 
 def assert_drawn(paths, names):
@@ -181,7 +210,10 @@ def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
 @pytest.mark.parametrize(
     "history",
     [
-        pytest.param(make_history(epochs=(1,), classes=2, weight_decay=(1e-3,), seed=(0,)), id="one run, two classes"),
+        pytest.param(
+            make_history(epochs=(1,), classes=2, weight_decay=(1e-3,), seed=(0,)),
+            id="one run, two classes",
+        ),
         pytest.param(diverge(make_history(epochs=(0, 1))), id="all diverged"),
     ],
 )
@@ -194,7 +226,8 @@ def test_unusual_histories_are_drawn(history, tmp_path):
     "history",
     [
         pytest.param(
-            diverge(make_history(epochs=(10, 20))).isel(epoch=[1]), id="diverged before the first measurement"
+            diverge(make_history(epochs=(10, 20))).isel(epoch=[1]),
+            id="diverged before the first measurement",
         ),
         pytest.param(changed(make_history(), epsilon=1.0), id="all put out"),
         pytest.param(make_history(epochs=(1,), weight_decay=(1e-3, 0.0, 1e-5)), id="unsorted"),
@@ -246,14 +279,20 @@ def test_many_weight_decays_share_a_colour_bar():
 
 
 def test_many_classes_are_not_labelled():
-    few, many = (figures.class_mean_cosines(make_history(epochs=(1,), classes=c)).axes[0] for c in (4, 31))
+    few, many = (
+        figures.class_mean_cosines(make_history(epochs=(1,), classes=c)).axes[0] for c in (4, 31)
+    )
     assert (len(few.get_xticklabels()), len(many.get_xticklabels())) == (4, 0)
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_every_setting_of_another_axis_has_its_own_figures(tmp_path):
-    paths = draw.draw_all(make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path)
-    names = {n.replace(".png", f"-learning_rate={lr}.png") for n in WITHOUT_DECAY for lr in (0.1, 0.25)}
+    paths = draw.draw_all(
+        make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=(0.1, 0.25)), tmp_path
+    )
+    names = {
+        n.replace(".png", f"-learning_rate={lr}.png") for n in WITHOUT_DECAY for lr in (0.1, 0.25)
+    }
     assert {path.name for path in paths} == names
 
 
@@ -276,7 +315,9 @@ def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "b" / "figures").iterdir()} == EVERY_FIGURE
     assert len(capsys.readouterr().out.splitlines()) == 3 + 8 + 2
     assert plot.main([plain, twin, "--out", str(tmp_path / "decayed")]) == 0
-    assert {path.name for path in (tmp_path / "decayed").iterdir()} == compared | {"theory_against_lambda.png"}
+    assert {path.name for path in (tmp_path / "decayed").iterdir()} == compared | {
+        "theory_against_lambda.png"
+    }
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -312,7 +353,9 @@ NAMES = ("[bold]", r"b$\frac$", "$1$", "_x", "-x", "a\nb", os.fsdecode(b"not\xff
 
 def test_runs_of_any_name_are_compared_under_it(tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(draw, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(
+        draw, "_write", lambda figure, path: drawn.setdefault(path.name, figure) and path
+    )
     monkeypatch.setattr(draw, "draw_all", lambda *_: [])
     history = make_history(epochs=(1,), weight_decay=(0.0,))
     folders = [save(history, tmp_path / name) for name in NAMES]
@@ -333,7 +376,9 @@ def test_classes_of_any_name_are_named_as_they_are():
     history = make_history(epochs=(1,), classes=len(NAMES)).assign_coords(label=list(NAMES))
     figure = figures.class_mean_cosines(history)
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
-        assert [shown(text) for text in axis.get_ticklabels()] == [printable(name) for name in NAMES]
+        assert [shown(text) for text in axis.get_ticklabels()] == [
+            printable(name) for name in NAMES
+        ]
     figure.draw_without_rendering()
 
 
@@ -388,8 +433,12 @@ def title_of_budget(monkeypatch, folder, *flags):
 
 
 @pytest.mark.usefixtures("unwritten")
-@pytest.mark.parametrize(("flags", "shown"), [((), "10^{-2}"), (("--weight-decay", "1e-3"), "10^{-3}")])
-def test_the_budget_is_that_of_the_most_collapsed_decay_or_of_the_one_asked_for(flags, shown, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "shown"), [((), "10^{-2}"), (("--weight-decay", "1e-3"), "10^{-3}")]
+)
+def test_the_budget_is_that_of_the_most_collapsed_decay_or_of_the_one_asked_for(
+    flags, shown, tmp_path, monkeypatch
+):
     history = make_history(epochs=(1,), weight_decay=(0.0, 1e-3, 1e-2))
     history["nc3"].loc[{"split": "train", "epoch": 1}] = [[0.01, 0.01], [0.4, 0.4], [0.3, 0.3]]
     code, titles = title_of_budget(monkeypatch, save(history, tmp_path / "run"), *flags)
@@ -398,7 +447,9 @@ def test_the_budget_is_that_of_the_most_collapsed_decay_or_of_the_one_asked_for(
 
 
 @pytest.mark.parametrize("value", ["0", "0.5", "nan"])
-def test_a_weight_decay_that_the_run_lacks_is_one_line_with_those_it_has(value, tmp_path, capsys, monkeypatch):
+def test_a_weight_decay_that_the_run_lacks_is_one_line_with_those_it_has(
+    value, tmp_path, capsys, monkeypatch
+):
     folder = save(make_history(epochs=(1,), weight_decay=(0.0, 1e-3, 1e-2)), tmp_path / "run")
     code, titles = title_of_budget(monkeypatch, folder, "--weight-decay", value)
     assert (code, titles) == (2, [])
@@ -430,7 +481,10 @@ def test_the_clock_figure_has_the_clock_as_its_axis_and_theory_dashed():
     np.testing.assert_allclose([line.get_xdata() for line in solid], [[0, 1, 10], [0, 10, 100]])
     (theory,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     np.testing.assert_allclose(theory.get_ydata(), np.exp(-theory.get_xdata()), rtol=1e-12)
-    assert (theory.get_xdata().min(), theory.get_xdata().max()) == (pytest.approx(1), pytest.approx(100))
+    assert (theory.get_xdata().min(), theory.get_xdata().max()) == (
+        pytest.approx(1),
+        pytest.approx(100),
+    )
 
 
 def test_norm_imbalance_is_drawn_as_a_share_of_its_start():
@@ -466,14 +520,21 @@ def test_the_law_of_an_unconstrained_model_is_in_closed_form():
 
 def test_a_run_that_decay_has_put_out_is_counted_and_not_drawn():
     history = make_history(weight_decay=(1e-3, 1e-2))
-    for figure in (figures.collapse_against_lambda({"": history}), theory_figures.theory_against_lambda({"": history})):
+    for figure in (
+        figures.collapse_against_lambda({"": history}),
+        theory_figures.theory_against_lambda({"": history}),
+    ):
         assert "put out" not in "".join(words(figure))
     out = {"split": "train", "epoch": 10, "weight_decay": 1e-2, "seed": 1}
     history["epsilon"].loc[out], history["delta"].loc[out] = 0.6666, 0.3333  # a bias meets the sum
     history["nc3"].loc[{"split": "train", "epoch": 10, "weight_decay": 1e-2}] = [0.25, 3.75]
     figure = figures.collapse_against_lambda({"": history})
     assert "1 runs that weight decay has put out are not shown" in words(figure)[0]
-    (line,) = [line for line in figure.axes[3].lines if 0.25 in line.get_ydata() and line.get_linestyle() != "--"]
+    (line,) = [
+        line
+        for line in figure.axes[3].lines
+        if 0.25 in line.get_ydata() and line.get_linestyle() != "--"
+    ]
     assert 3.75 not in line.get_ydata()
     assert "put out" in words(theory_figures.theory_against_lambda({"": history}))[0]
 
@@ -491,8 +552,13 @@ VALUES = {
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
 def test_values_of_any_span_are_drawn_in_limits_that_hold_them(values):
     history = make_history(epochs=(10,), weight_decay=(1e-3, 1e-2))
-    history["nc3"].loc[{"split": "train", "epoch": 10}] = np.reshape(values, (2, 2)).astype(np.float32)
-    history["nc3_centered"], history["nc3_floor"] = history["nc3"], history["nc3"].sel(split="train", drop=True)
+    history["nc3"].loc[{"split": "train", "epoch": 10}] = np.reshape(values, (2, 2)).astype(
+        np.float32
+    )
+    history["nc3_centered"], history["nc3_floor"] = (
+        history["nc3"],
+        history["nc3"].sel(split="train", drop=True),
+    )
     figure = figures.collapse_against_lambda({"": history})
     figure.set_layout_engine("none")
     figure.draw_without_rendering()
@@ -507,7 +573,9 @@ def test_values_of_any_span_are_drawn_in_limits_that_hold_them(values):
 
 
 def test_compared_histories_are_named():
-    figure = figures.collapse_against_lambda({"wide": make_history(), "narrow": make_history(seed=(0,))})
+    figure = figures.collapse_against_lambda(
+        {"wide": make_history(), "narrow": make_history(seed=(0,))}
+    )
     assert words(figure)[1:] == ["wide", "narrow"]
     assert "n = 1 to 2 seeds" in words(figure)[0]
 
@@ -530,16 +598,24 @@ def test_another_netcdf_file_is_not_taken_for_a_history(tmp_path, capsys):
 
 def test_importing_plots_imports_neither_matplotlib_nor_jax():
     code = "import sys, ncjax.cli.plot; print({'matplotlib', 'jax'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 def test_a_layer_without_equilibrium_has_no_panel_and_captions_fit_what_is_left():
     """As below batch normalization."""
     history = make_history()
     history["equilibrium_residual"].loc[{"layer": "layer_1"}] = np.nan
-    for figure in (theory_figures.equilibrium_against_epoch(history), figures.collapse_against_epoch(history)):
+    for figure in (
+        theory_figures.equilibrium_against_epoch(history),
+        figures.collapse_against_epoch(history),
+    ):
         titles = [axes.get_title() for axes in figure.axes]
         assert "layer 1" not in titles
         lines = figure.legends[0].get_title().get_text().splitlines()
         assert max(map(len, lines)) <= 19 * figure.get_figwidth()
-    assert "head" in [axes.get_title() for axes in theory_figures.equilibrium_against_epoch(history).axes]
+    assert "head" in [
+        axes.get_title() for axes in theory_figures.equilibrium_against_epoch(history).axes
+    ]

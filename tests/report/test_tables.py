@@ -18,7 +18,8 @@ PROVENANCE = {"config": json.dumps({"model": {"widths": [64, 64]}}), "per_class"
 
 
 def make_history(seeds=2, learning_rates=None, **last):
-    """Every variable that a line reads, at `EPOCHS`; `last` holds values at the last epoch, (decay, [rate,] seed).
+    """Every variable that a line reads, at `EPOCHS`; `last` holds values at the last epoch, (decay,
+    [rate,] seed).
 
     Those of earlier epochs are far off: a line about the end must not read them.
     """
@@ -29,19 +30,32 @@ def make_history(seeds=2, learning_rates=None, **last):
         coords["learning_rate"] = list(learning_rates)
         dims.insert(1, "learning_rate")
     shape = [len(coords[name]) for name in dims]
-    defaults = {"nc1": 0.3, "nc3": 0.4, "epsilon": 0.1, "relaxation_time": 5.0, "finite": 1.0, "weight_norm_sq": 2.0}
+    defaults = {
+        "nc1": 0.3,
+        "nc3": 0.4,
+        "epsilon": 0.1,
+        "relaxation_time": 5.0,
+        "finite": 1.0,
+        "weight_norm_sq": 2.0,
+    }
     defaults |= {"delta": 0.0, "nc1_rank": 9.0, "accuracy": 0.9}
-    defaults |= dict.fromkeys(("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"), np.nan)
+    defaults |= dict.fromkeys(
+        ("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"), np.nan
+    )
     further = dict.fromkeys(("nc1", "nc1_rank", "nc3", "epsilon", "delta", "accuracy"), "split")
     further["weight_norm_sq"] = "layer"
     variables = {}
     for name, default in (defaults | last).items():
-        end = np.broadcast_to(np.reshape(default, (*np.shape(default), *[1] * (len(shape) - np.ndim(default)))), shape)
+        end = np.broadcast_to(
+            np.reshape(default, (*np.shape(default), *[1] * (len(shape) - np.ndim(default)))), shape
+        )
         values = np.stack([np.full(shape, 77.0), end], axis=-1)
         extra = [further[name]] if name in further else []
         if extra:  # the other split and layer are off, too
             mine = 0 if extra == ["split"] else 1
-            values = np.stack([values if i == mine else np.full_like(values, 55.0) for i in range(2)], axis=-1)
+            values = np.stack(
+                [values if i == mine else np.full_like(values, 55.0) for i in range(2)], axis=-1
+            )
         variables[name] = ((*dims, "epoch", *extra), values)
     return xr.Dataset(variables, coords)
 
@@ -50,25 +64,34 @@ def test_a_run_that_is_too_short_names_the_decays_and_the_epochs_that_would_do()
     history = make_history(relaxation_time=[np.nan, 0.7, 7.0])
     # The clock is proportional to epochs: 100 * 3/0.7 = 428.6.
     (line,) = tables._short(history)
-    assert line == "short of equilibrium (2 lambda t below 3) at lambda = 0.001: the same schedule needs 429 epochs"
+    assert (
+        line == "short of equilibrium (2 lambda t below 3) at lambda = 0.001: "
+        "the same schedule needs 429 epochs"
+    )
 
 
 def test_every_short_decay_has_its_own_epochs_from_its_slowest_run():
     history = make_history(
-        seeds=1, learning_rates=(0.1, 0.2), relaxation_time=[[[np.nan]] * 2, [[0.1], [0.2]], [[1.0], [2.0]]]
+        seeds=1,
+        learning_rates=(0.1, 0.2),
+        relaxation_time=[[[np.nan]] * 2, [[0.1], [0.2]], [[1.0], [2.0]]],
     )
     (line,) = tables._short(history)
     assert "at lambda = 0.001, 0.01" in line
     assert line.endswith("needs 3,000, 300 epochs")
 
 
-@pytest.mark.parametrize("clock", [[np.nan, 3.0, 30.0], [np.nan] * 3, [0.0] * 3], ids=["long", "no_clock", "epoch_0"])
+@pytest.mark.parametrize(
+    "clock", [[np.nan, 3.0, 30.0], [np.nan] * 3, [0.0] * 3], ids=["long", "no_clock", "epoch_0"]
+)
 def test_a_run_that_is_long_enough_or_has_no_clock_is_not_called_short(clock):
     assert tables._short(make_history(relaxation_time=clock)) == []
 
 
 def closed_form_history(error=0.0, **changes):
-    """An unconstrained-feature model: predictions at the decays above 0, met but for a relative error of epsilon."""
+    """An unconstrained-feature model: predictions at the decays above 0, met but for a relative
+    error of epsilon.
+    """
     epsilon = np.array([[0.5, 0.5], [0.1, 0.1], [0.2, 0.2]])
     predicted = np.where(np.arange(3)[:, None] > 0, epsilon, np.nan)
     values = {
@@ -82,10 +105,16 @@ def closed_form_history(error=0.0, **changes):
 
 def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
     error = np.array([[0, 0], [1e-9, -3e-9], [0, 2e-9]])
-    history = closed_form_history(error, weight_norm_sq=[[2, 2], [2, 2 + 2e-8], [2, 2]], nc3=[0.4, 0.4, 0.4 + 5e-10])
+    history = closed_form_history(
+        error, weight_norm_sq=[[2, 2], [2, 2 + 2e-8], [2, 2]], nc3=[0.4, 0.4, 0.4 + 5e-10]
+    )
     (line,) = tables._closed_form(history)
-    assert line.startswith("closed form: epsilon met to 1e-06 by 4 of 4 finite runs that have one; ")
-    assert re.findall(r"(\S+(?: \(absolute\))?) (\d\S*e-\d+)", line.partition("those: ")[2].replace(",", "")) == [
+    assert line.startswith(
+        "closed form: epsilon met to 1e-06 by 4 of 4 finite runs that have one; "
+    )
+    assert re.findall(
+        r"(\S+(?: \(absolute\))?) (\d\S*e-\d+)", line.partition("those: ")[2].replace(",", "")
+    ) == [
         ("epsilon", "3e-09"),
         ("||W_L||^2", "1e-08"),
         ("nc3 (absolute)", "5e-10"),
@@ -127,7 +156,9 @@ def test_least_ignores_runs_that_decay_has_put_out_and_runs_that_diverged():
 
 def test_least_names_other_settings():
     nc1, _ = tables._least(
-        make_history(seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2])
+        make_history(
+            seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2]
+        )
     )
     assert nc1.startswith("nc1 is least at lambda=0.001, learning_rate=0.2: 0.2; 0.6 at lambda=0")
 
@@ -165,15 +196,26 @@ def shown(history):
     columns = [(name, name, {"split": "train"}) for name in ("accuracy", "nc1", "nc3", "epsilon")]
     with mock.patch.object(tables, "_COLLAPSE", tuple(columns)):
         tables.show_collapse(history.assign_attrs(PROVENANCE | history.attrs), console)
-    cells = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()]
+    cells = [
+        re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()
+    ]
     header, *rows = [row for row in cells if len(row) > 1]
-    return [dict(zip(header, row, strict=True)) for row in rows], tables._degenerate(history.assign_attrs(PROVENANCE))
+    return [dict(zip(header, row, strict=True)) for row in rows], tables._degenerate(
+        history.assign_attrs(PROVENANCE)
+    )
 
 
 def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_collapsed():
-    out = {"epsilon": [[0.1, 0.1], [0.1, 0.9], [0.9, 0.9]], "delta": [[0.0, 0.0], [0.0, 0.1], [0.1, 0.1]]}
+    out = {
+        "epsilon": [[0.1, 0.1], [0.1, 0.9], [0.9, 0.9]],
+        "delta": [[0.0, 0.0], [0.0, 0.1], [0.1, 0.1]],
+    }
     rows, lines = shown(
-        make_history(**out, accuracy=[[0.9, 0.9], [0.8, 1.0], [1.0, 1.0]], nc1=[[0.2, 0.2], [0.3, 0.0], [0.0, 0.0]])
+        make_history(
+            **out,
+            accuracy=[[0.9, 0.9], [0.8, 1.0], [1.0, 1.0]],
+            nc1=[[0.2, 0.2], [0.3, 0.0], [0.0, 0.0]],
+        )
     )
     assert [row["put out"] for row in rows] == ["0 of 2", "1 of 2", "2 of 2"]
     assert [row["accuracy"] for row in rows] == ["0.9", "0.8", "-"]
@@ -186,14 +228,18 @@ def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_coll
 
 
 def test_class_means_of_lower_rank_are_named_with_their_decays():
-    (line,) = tables._degenerate(make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE))
+    (line,) = tables._degenerate(
+        make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE)
+    )
     assert line.startswith("nc1_rank is below 9 in 3 runs at lambda = 0.001, 0.01: ")
     narrow = PROVENANCE | {"config": json.dumps({"model": {"widths": [64, 3]}})}
     assert tables._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
 
 
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
-    (line,) = tables._degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
+    (line,) = tables._degenerate(
+        make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"})
+    )
     assert line.startswith("one example in each class: nc1 and cdnv ")
 
 

@@ -1,4 +1,6 @@
-"""One run of a WORKDIR in Python: its weights against the whole checkpoint, its outputs against NumPy, the example."""
+"""One run of a WORKDIR in Python: its weights against the whole checkpoint, its outputs against
+NumPy, the example.
+"""
 
 import json
 import re
@@ -42,14 +44,18 @@ def test_features_and_logits_are_those_of_a_forward_pass_in_numpy(copied, precis
     (copied / "config.json").write_text(json.dumps(config))
     forge(copied, 6, lambda leaf: leaf.astype(precision) * (1 + 1e-10), config=config)
     run = ncjax.load_run(copied, **RUN)
-    images = np.random.default_rng(1).standard_normal((2500, 32)).astype(np.float32)  # more than one batch of rows
+    images = (
+        np.random.default_rng(1).standard_normal((2500, 32)).astype(np.float32)
+    )  # more than one batch of rows
     training = run.dataset.train.images.astype(np.float64)
     center = training.mean(0)
     x = (images - center) * 2 / np.linalg.norm(training - center, axis=1).mean()
     for name in ("layer_1", "layer_2"):
         x = np.maximum(x @ run.params[name]["kernel"].astype(np.float64), 0)
     f = x @ run.params["head"]["kernel"] + run.params["head"].get("bias", 0)
-    tolerance = {"rtol": 1e-12, "atol": 1e-12} if precision == "float64" else {"rtol": 1e-4, "atol": 1e-5}
+    tolerance = (
+        {"rtol": 1e-12, "atol": 1e-12} if precision == "float64" else {"rtol": 1e-4, "atol": 1e-5}
+    )
     for found, expected in ((run.features(images), x), (run.logits(images), f)):
         assert found.dtype == precision
         np.testing.assert_allclose(found, expected, **tolerance)
@@ -76,7 +82,10 @@ def test_only_its_own_chunks_are_read(copied, recwarn):
 def test_of_damaged_checkpoints_alone_nothing_is_loaded(copied):
     for epoch in (4, 6):
         (copied / "checkpoints" / str(epoch) / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.warns(UserWarning, match="is not used"), pytest.raises(InputError, match="none of its checkpoints"):
+    with (
+        pytest.warns(UserWarning, match="is not used"),
+        pytest.raises(InputError, match="none of its checkpoints"),
+    ):
         ncjax.load_run(copied, **RUN)
 
 
@@ -87,7 +96,9 @@ def test_an_epoch_may_be_chosen_and_its_config_is_the_checkpoints(copied):
     with pytest.warns(UserWarning, match=r"config\.train\.batch_size is 7 here and 16 there"):
         run = ncjax.load_run(copied, epoch=4, **RUN)
     assert run.config["train"]["batch_size"] == 16
-    np.testing.assert_array_equal(run.params["head"]["kernel"], whole_checkpoint(copied, 4)["head.kernel"][2])
+    np.testing.assert_array_equal(
+        run.params["head"]["kernel"], whole_checkpoint(copied, 4)["head.kernel"][2]
+    )
     (copied / "config.json").unlink()
     assert ncjax.load_run(copied, **RUN).epoch == 6
 
@@ -113,7 +124,10 @@ def test_what_names_no_run_is_refused_with_the_values_there_are(trained, argumen
 def test_numbers_are_the_same_up_to_rounding_and_may_come_from_a_history(trained):
     history = xr.load_dataset(trained / "history.nc", engine="scipy")
     for weight_decay in (1e-3 * (1 + 1e-10), np.float64(1e-3), history.weight_decay[1]):
-        assert ncjax.load_run(trained, weight_decay=weight_decay, seed=1).coordinates["weight_decay"] == 1e-3
+        assert (
+            ncjax.load_run(trained, weight_decay=weight_decay, seed=1).coordinates["weight_decay"]
+            == 1e-3
+        )
 
 
 def test_folders_without_a_run_and_wrong_images_are_refused(trained, tmp_path):
@@ -128,24 +142,36 @@ def test_folders_without_a_run_and_wrong_images_are_refused(trained, tmp_path):
 
 def test_runs_are_numbered_with_the_last_axis_fastest():
     axes = {"weight_decay": [0.0, 1.0], "momentum": [0.5], "seed": [3, 1, 2]}
-    numbered = [(place.coordinates["weight_decay"], place.coordinates["seed"]) for place in load.places(axes)]
+    numbered = [
+        (place.coordinates["weight_decay"], place.coordinates["seed"])
+        for place in load.places(axes)
+    ]
     assert numbered == [(0, 3), (0, 1), (0, 2), (1, 3), (1, 1), (1, 2)]
     assert load.find(axes, {"weight_decay": 1, "seed": 1}).number == 4
 
 
 def test_importing_ncjax_or_asking_for_help_waits_for_no_jax():
-    code = "import sys, ncjax, ncjax.cli.show; assert not {'jax', 'xarray', 'rich'} & set(sys.modules)"
+    code = (
+        "import sys, ncjax, ncjax.cli.show; assert not {'jax', 'xarray', 'rich'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert ncjax.__version__
     with pytest.raises(AttributeError, match="has no attribute 'load_runs'"):
         _ = ncjax.load_runs  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_examples_of_the_documentation_run_and_find_what_the_history_says(trained, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_documentation_run_and_find_what_the_history_says(
+    trained, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
     texts = [(ROOT / name).read_text() for name in ("docs/library.md", "README.md")]
-    examples = [e for text in texts for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_run" in e]
+    examples = [
+        e
+        for text in texts
+        for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "load_run" in e
+    ]
     assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -155,7 +181,9 @@ def test_the_examples_of_the_documentation_run_and_find_what_the_history_says(tr
     scope["plt"].close("all")
     recorded = scope["run"].history.sel(split="test", epoch=6)
     for name in ("nc1", "nc3", "cdnv", "nc4"):
-        assert float(scope["metrics"][name]) == pytest.approx(float(recorded[name]), rel=1e-3, abs=1e-5)
+        assert float(scope["metrics"][name]) == pytest.approx(
+            float(recorded[name]), rel=1e-3, abs=1e-5
+        )
     assert (tmp_path / "cosines.png").stat().st_size > 1000
     assert "nc1" in capsys.readouterr().out
 
@@ -165,7 +193,12 @@ def test_a_workdir_of_an_older_version_lacks_the_younger_fields_and_is_still_its
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = ncjax.load_run(copied, **RUN).params
-        for section, field in (("data", "pad"), ("model", "normalization"), ("model", "norms"), ("train", "augment")):
+        for section, field in (
+            ("data", "pad"),
+            ("model", "normalization"),
+            ("model", "norms"),
+            ("train", "augment"),
+        ):
             del config[section][field]
         (copied / "config.json").write_text(json.dumps(config))
         np.testing.assert_array_equal(

@@ -64,15 +64,22 @@ def test_clocks_count_flow_time(finished):
     # Three steps an epoch at a cosine rate from 0.1, momentum 0.9.
     expected = 0.1 / (1 - 0.9) * sum(0.5 * (1 + np.cos(np.pi * step / 18)) for step in range(18))
     np.testing.assert_allclose(history["flow_time"].isel(epoch=-1).values, expected)
-    np.testing.assert_allclose(history["relaxation_time"].isel(epoch=-1, weight_decay=1).values, 0.02 * expected)
+    np.testing.assert_allclose(
+        history["relaxation_time"].isel(epoch=-1, weight_decay=1).values, 0.02 * expected
+    )
     assert np.isnan(history["relaxation_time"].isel(weight_decay=0).values).all()
 
 
 def test_what_no_device_measures_stands_beside_what_one_does(finished):
     _, history = finished
-    np.testing.assert_array_equal(history["effective_decay"].isel(seed=0, epoch=0).values, [0, 1e-2])
+    np.testing.assert_array_equal(
+        history["effective_decay"].isel(seed=0, epoch=0).values, [0, 1e-2]
+    )
     # The modes of square B: their sum is its trace, W_L M at 1 - epsilon without bias.
-    modes, epsilon = history["mode_eigenvalues"].values, history["epsilon"].sel(split="train").values
+    modes, epsilon = (
+        history["mode_eigenvalues"].values,
+        history["epsilon"].sel(split="train").values,
+    )
     assert (np.diff(modes) <= 0).all()
     np.testing.assert_allclose(modes.sum(-1) / 3, 1 - epsilon, rtol=1e-4)
     for name in ("closed_form_epsilon", "closed_form_nc3", "closed_form_norm_sq"):
@@ -80,29 +87,45 @@ def test_what_no_device_measures_stands_beside_what_one_does(finished):
 
 
 def test_decoupled_decay_is_measured_at_the_lambda_that_it_acts_as(tmp_path):
-    changes = {"train__decay": "decoupled", "sweep__momentum": (0.0, 0.75), "sweep__seed": 0, "train__epochs": 1}
+    changes = {
+        "train__decay": "decoupled",
+        "sweep__momentum": (0.0, 0.75),
+        "sweep__seed": 0,
+        "train__epochs": 1,
+    }
     history = run(tmp_path, **changes).isel(epoch=-1, seed=0)
     np.testing.assert_allclose(history["effective_decay"].values, [[0, 0], [1e-2, 2.5e-3]])
     penalty = (history["loss"] - history["fit_loss"]).sel(split="train").values
     norms = history["weight_norm_sq"].sum("layer").values
-    np.testing.assert_allclose(penalty, history["effective_decay"].values / 2 * norms, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        penalty, history["effective_decay"].values / 2 * norms, rtol=1e-4, atol=1e-7
+    )
     clock = 2 * history["effective_decay"] * history["flow_time"]
     np.testing.assert_allclose(history["relaxation_time"].values[1], clock.values[1])
 
 
 def test_adam_has_no_clock_and_cross_entropy_no_lemma_2(tmp_path, capsys):
-    choice = {"train__optimizer": "adam", "loss": "cross_entropy", "sweep__learning_rate": 0.01, "sweep__seed": 0}
+    choice = {
+        "train__optimizer": "adam",
+        "loss": "cross_entropy",
+        "sweep__learning_rate": 0.01,
+        "sweep__seed": 0,
+    }
     history = run(tmp_path, **choice, train__epochs=4)
     assert history["relaxation_time"].isnull().all()
     assert history["flow_time"].isnull().all()
     assert history["lemma2_residual"].isnull().all()
     assert history["budget_residual"].notnull().all()
-    assert (history["loss"].sel(split="train").isel(epoch=-1) < history["loss"].sel(split="train").isel(epoch=0)).all()
+    assert (
+        history["loss"].sel(split="train").isel(epoch=-1)
+        < history["loss"].sel(split="train").isel(epoch=0)
+    ).all()
     assert "short of equilibrium" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("precision", "atol"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
+    ("precision", "atol"),
+    [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)],
 )
 def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precision, atol, tmp_path):
     config = default_config()
@@ -112,7 +135,9 @@ def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precisio
     assert history["epoch"].size == 4
     for name in ("budget_residual", "lemma2_residual"):
         assert float(history[name].max()) < atol, name
-    shares = sum(history[f"budget_{term}"] for term in ("theorem", "mean", "asymmetry", "within", "gradient"))
+    shares = sum(
+        history[f"budget_{term}"] for term in ("theorem", "mean", "asymmetry", "within", "gradient")
+    )
     np.testing.assert_allclose(shares.sel(weight_decay=1e-3).values, 1, atol=100 * atol)
 
 
@@ -132,7 +157,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(finished, capsys):
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 6])
-def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch, stop_at, capsys):
+def test_an_interrupted_run_continues_to_the_same_bits(
+    finished, tmp_path, monkeypatch, stop_at, capsys
+):
     workdir, _ = finished
     measured = tables.Progress.measured
 
@@ -147,7 +174,9 @@ def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monke
             run(tmp_path)
     run(tmp_path)
     assert (tmp_path / "history.nc").read_bytes() == (workdir / "history.nc").read_bytes()
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert epochs == list(range(7))
     for a, b in zip(final_leaves(tmp_path), final_leaves(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -184,7 +213,12 @@ def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, cap
         train__epochs=1,
         units="torch",
     )
-    assert dict(history["finite"].sizes) == {"weight_decay": 1, "learning_rate": 3, "seed": 1, "epoch": 2}
+    assert dict(history["finite"].sizes) == {
+        "weight_decay": 1,
+        "learning_rate": 3,
+        "seed": 1,
+        "epoch": 2,
+    }
     np.testing.assert_allclose(history["weight_decay"].values, [1.5e-3])
     np.testing.assert_allclose(history["learning_rate"].values, np.array([0.05, 0.1, 0.2]) * 2 / 3)
     assert history["weight_decay"].attrs["torch_weight_decay"] == [1e-3]
@@ -192,7 +226,9 @@ def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, cap
 
 
 def test_a_diverged_run_is_counted_in_the_table(tmp_path, capsys):
-    history = run(tmp_path, sweep__learning_rate=(0.1, 1e8), sweep__weight_decay=(1e-3,), train__epochs=3)
+    history = run(
+        tmp_path, sweep__learning_rate=(0.1, 1e8), sweep__weight_decay=(1e-3,), train__epochs=3
+    )
     assert history["finite"].isel(epoch=-1).values.ravel().tolist() == [1, 1, 0, 0]
     out = capsys.readouterr().out
     assert "2 of 2" in out

@@ -17,7 +17,8 @@ from ncjax.runs import processes as distributed
 from ncjax.storage import checkpoint, history, lock
 from tests import chaos, meshes
 
-# Of `meshes.make_config`, as a command line; a schedule of its own lets a run of 1 epoch go on to 3.
+# Of `meshes.make_config`, as a command line; a schedule of its own lets a run of 1 epoch go on to
+# 3.
 FLAGS = (
     "--config.data.name=synthetic",
     "--config.data.num_classes=3",
@@ -44,7 +45,9 @@ def start(workdir, cache, *flags, count=2, devices=2):
     """Processes that train together by one command line."""
     joined = (f"--coordinator=localhost:{free_port()}", f"--processes={count}")
     return [
-        chaos.start((*flags, *joined, f"--process={i}"), workdir, cache, JAX_NUM_CPU_DEVICES=str(devices))
+        chaos.start(
+            (*flags, *joined, f"--process={i}"), workdir, cache, JAX_NUM_CPU_DEVICES=str(devices)
+        )
         for i in range(count)
     ]
 
@@ -93,7 +96,9 @@ def cache(tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_equal_one(reference, tmp_path, cache):
     """2 x 2 devices: runs lie in two processes, and so do the halves of each batch's sums."""
-    said = train_together(tmp_path / "run", cache, *FLAGS, "--config.train.epochs=3", "--config.mesh.data=2")
+    said = train_together(
+        tmp_path / "run", cache, *FLAGS, "--config.train.epochs=3", "--config.mesh.data=2"
+    )
     assert "2 x 2 devices (run x data) of 2 processes" in said
     check_equal(tmp_path / "run", reference)
 
@@ -145,7 +150,10 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(lost, uninterrupted,
     for process in (processes[1 - lost], processes[lost]):
         _, err = process.communicate(timeout=60)
         assert process.returncode not in (0, None)
-        assert "this or another process was lost or never came; started again in all processes, this continues:" in err
+        assert (
+            "this or another process was lost or never came; started again in all processes, this "
+            "continues:" in err
+        )
         assert "Traceback" not in err
     if lost:
         assert "continuing from epoch" in train_together(workdir, cache, *LONG)
@@ -172,7 +180,9 @@ def test_a_signal_to_one_process_stops_all_at_one_epoch(tmp_path, cache):
 def test_processes_of_different_configs_are_refused(tmp_path, cache):
     joined = (*FLAGS, f"--coordinator=localhost:{free_port()}", "--processes=2")
     processes = [
-        chaos.start((*joined, f"--process={i}", f"--config.train.epochs={2 + i}"), tmp_path / "run", cache)
+        chaos.start(
+            (*joined, f"--process={i}", f"--config.train.epochs={2 + i}"), tmp_path / "run", cache
+        )
         for i in range(2)
     ]
     for process in processes:
@@ -183,14 +193,23 @@ def test_processes_of_different_configs_are_refused(tmp_path, cache):
 
 BAD = [
     (["--coordinator=localhost"], "--coordinator: got 'localhost'; name process 0 as host:port"),
-    (["--coordinator=localhost:x", "--processes=2", "--process=0"], "--coordinator: got 'localhost:x'"),
+    (
+        ["--coordinator=localhost:x", "--processes=2", "--process=0"],
+        "--coordinator: got 'localhost:x'",
+    ),
     (["--coordinator=localhost:12355"], "--processes: got None"),
     (["--coordinator=localhost:12355", "--processes=0", "--process=0"], "--processes: got 0"),
-    (["--coordinator=localhost:12355", "--processes=2"], "--process: got None; must be an integer from 0 to 1"),
+    (
+        ["--coordinator=localhost:12355", "--processes=2"],
+        "--process: got None; must be an integer from 0 to 1",
+    ),
     (["--coordinator=localhost:12355", "--processes=2", "--process=2"], "--process: got 2"),
     (["--processes=2"], "--coordinator: got ''"),
     (["--coordinator=localhost:12355", "--processes=two", "--process=0"], "two"),
-    (["--coordinator=no.host.invalid:12355", "--processes=2", "--process=1"], "got 'no.host.invalid:12355'; "),
+    (
+        ["--coordinator=no.host.invalid:12355", "--processes=2", "--process=1"],
+        "got 'no.host.invalid:12355'; ",
+    ),
 ]
 
 
@@ -205,7 +224,11 @@ def test_a_process_that_cannot_be_is_one_line(flags, message, tmp_path, capsys):
 
 def test_a_port_that_is_taken_is_one_line(tmp_path, capsys):
     with socket.create_server(("", 0)) as taken:
-        flags = [f"--coordinator=localhost:{taken.getsockname()[1]}", "--processes=2", "--process=0"]
+        flags = [
+            f"--coordinator=localhost:{taken.getsockname()[1]}",
+            "--processes=2",
+            "--process=0",
+        ]
         assert train.main(["ncjax", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     assert "Address already in use" in capsys.readouterr().err
 
@@ -237,7 +260,9 @@ def check_same(workdir):
 
 @pytest.fixture
 def beside(monkeypatch):
-    """beside(position): another process, whose checksum at that position is another; None: the same."""
+    """beside(position): another process, whose checksum at that position is another; None: the
+    same.
+    """
 
     def start(position):
         def gather(mine):
@@ -248,13 +273,16 @@ def beside(monkeypatch):
 
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
-        monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
+        monkeypatch.setattr(
+            "jax.experimental.multihost_utils.sync_global_devices", lambda name: None
+        )
 
     return start
 
 
 @pytest.mark.parametrize(
-    ("position", "what"), [(0, "another config"), (1, "another data"), (2, "another PRNG"), (3, "another version")]
+    ("position", "what"),
+    [(0, "another config"), (1, "another data"), (2, "another PRNG"), (3, "another version")],
 )
 def test_a_process_that_would_train_something_else_is_refused(beside, tmp_path, position, what):
     beside(position)
@@ -281,8 +309,15 @@ def test_processes_of_different_folders_are_refused(tmp_path, cache, way):
     folders = [tmp_path / "run", tmp_path / "other"]
     if way == "no checkpoints":  # on hosts that do not share them, one --workdir is two folders too
         train_alone(folders[0], 1)
-    flags = (*FLAGS, "--config.train.epochs=3", f"--coordinator=localhost:{free_port()}", "--processes=2")
-    processes = [chaos.start((*flags, f"--process={i}"), folder, cache) for i, folder in enumerate(folders)]
+    flags = (
+        *FLAGS,
+        "--config.train.epochs=3",
+        f"--coordinator=localhost:{free_port()}",
+        "--processes=2",
+    )
+    processes = [
+        chaos.start((*flags, f"--process={i}"), folder, cache) for i, folder in enumerate(folders)
+    ]
     for process, folder in zip(processes, folders, strict=True):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2

@@ -9,7 +9,18 @@ from ncjax.training import mesh
 
 def test_everything_that_decides_bits_is_there_as_text():
     found = provenance.arithmetic(mesh.make_mesh(2), runs=2)
-    names = {"ncjax", "jax", "jaxlib", "flax", "optax", "numpy", "XLA_FLAGS", "platform", "device", "mesh"}
+    names = {
+        "ncjax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "numpy",
+        "XLA_FLAGS",
+        "platform",
+        "device",
+        "mesh",
+    }
     assert names <= found.keys()
     assert {"python", "orbax-checkpoint"} <= provenance.versions().keys() - found.keys()
     assert all(isinstance(value, str) for value in found.values())
@@ -18,8 +29,13 @@ def test_everything_that_decides_bits_is_there_as_text():
 
 def test_meshes_and_runs_differ():
     two, one = mesh.make_mesh(4, run=2), mesh.make_mesh(4, run=1)
-    changed = provenance.differences(provenance.arithmetic(one, runs=4), provenance.arithmetic(two, runs=2))
-    assert changed == ["mesh is '1 x 1' here and '2 x 1' there", "runs at once is '4' here and '2' there"]
+    changed = provenance.differences(
+        provenance.arithmetic(one, runs=4), provenance.arithmetic(two, runs=2)
+    )
+    assert changed == [
+        "mesh is '1 x 1' here and '2 x 1' there",
+        "runs at once is '4' here and '2' there",
+    ]
 
 
 def test_the_random_bits_are_those_of_the_settings():

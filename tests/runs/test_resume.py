@@ -1,4 +1,6 @@
-"""What a run makes of the WORKDIR that it finds: damaged, mended, grown, of another config, or gone under its feet."""
+"""What a run makes of the WORKDIR that it finds: damaged, mended, grown, of another config, or
+gone under its feet.
+"""
 
 import contextlib
 import errno
@@ -52,17 +54,24 @@ def flip(path, at=0.5):
 
 def data_file(workdir, epoch):
     """The largest file of a checkpoint: the numbers themselves."""
-    return max((workdir / "checkpoints" / str(epoch) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    return max(
+        (workdir / "checkpoints" / str(epoch) / "state").rglob("*"),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def run(workdir, **changes):
     """`changes` to the small config, with __ for a dot."""
     config = chaos.small_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return loop.record(plan.prepare(config, workdir))
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_continues(workdir, finished, capfd):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_continues(
+    workdir, finished, capfd
+):
     flip(data_file(workdir, 6))
     run(workdir)
     err = capfd.readouterr().err
@@ -84,7 +93,11 @@ def test_a_truncated_newest_checkpoint_is_named_in_one_line(workdir, finished, c
 def test_where_no_checkpoint_is_sound_nothing_is_trained_and_nothing_removed(workdir, capfd):
     for epoch in (4, 6):
         flip(data_file(workdir, epoch))
-    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     with pytest.raises(InputError, match="no checkpoint in it can be trusted"):
         run(workdir)
     assert [line[:21] for line in capfd.readouterr().err.splitlines()] == [
@@ -102,13 +115,17 @@ def test_a_damaged_history_is_refused_by_name(workdir, damage):
         flip(path)
     else:
         path.write_bytes(whole[: len(whole) // 2 if damage == "truncated" else 0])
-    with pytest.raises(InputError, match=r"^history: got '.*/history\.nc'; does not match history\.nc\.sha256"):
+    with pytest.raises(
+        InputError, match=r"^history: got '.*/history\.nc'; does not match history\.nc\.sha256"
+    ):
         run(workdir)
     path.write_bytes(whole)
     run(workdir)
 
 
-def test_a_history_that_lost_epochs_is_not_taken_for_what_the_checkpoint_saw(workdir, finished, capfd):
+def test_a_history_that_lost_epochs_is_not_taken_for_what_the_checkpoint_saw(
+    workdir, finished, capfd
+):
     path = workdir / "history.nc"
     history.save(history.up_to(history.load(path), 4), path)
     run(workdir)
@@ -127,7 +144,10 @@ def test_a_missing_history_is_not_trained_around(workdir, capfd):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"sweep__learning_rate": (0.05,)}, r"config.sweep.learning_rate is \[0.05\] here and \[0.1\] there"),
+        (
+            {"sweep__learning_rate": (0.05,)},
+            r"config.sweep.learning_rate is \[0.05\] here and \[0.1\] there",
+        ),
         ({"model__widths": (4, 8)}, r"config.model.widths is \[4, 8\] here and \[8, 8\] there"),
         ({"sweep__seed": (0,)}, r"config.sweep.seed is \[0\] here and \[0, 1\] there"),
         ({"train__optimizer": "adam"}, "config.train.optimizer is 'adam' here and 'sgd' there"),
@@ -142,7 +162,8 @@ def test_without_config_json_the_checkpoints_say_what_they_are_of(workdir, chang
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe{}", b"[1]", b'{"train": 3}', b'{"train": {"epochs": "6"}}', DEEP]
+    "content",
+    [b"", b"{", b"\xff\xfe{}", b"[1]", b'{"train": 3}', b'{"train": {"epochs": "6"}}', DEEP],
 )
 def test_a_damaged_config_json_is_one_error(workdir, content):
     (workdir / "config.json").write_bytes(content)
@@ -151,7 +172,19 @@ def test_a_damaged_config_json_is_one_error(workdir, content):
 
 
 @pytest.mark.parametrize(
-    "damage", ["lost", "cut", "flipped", "twice", "shuffled", "junk", "no_metrics", "other_type", "deep", "bom"]
+    "damage",
+    [
+        "lost",
+        "cut",
+        "flipped",
+        "twice",
+        "shuffled",
+        "junk",
+        "no_metrics",
+        "other_type",
+        "deep",
+        "bom",
+    ],
 )
 def test_metrics_are_mended(workdir, finished, damage):
     path = workdir / "metrics.jsonl"
@@ -181,7 +214,9 @@ def test_metrics_are_mended(workdir, finished, damage):
 
 
 def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
-    """The history keeps only the newest cosines: nothing but the line itself can tell that they changed."""
+    """The history keeps only the newest cosines: nothing but the line itself can tell that they
+    changed.
+    """
     path = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[2]["metrics"][history.COSINES][0][0][1] += 0.5
@@ -191,7 +226,9 @@ def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
 
 
 @pytest.mark.parametrize(
-    "fixed", [{"train__schedule": "constant"}, {"train__schedule_epochs": 6}], ids=["constant", "set"]
+    "fixed",
+    [{"train__schedule": "constant"}, {"train__schedule_epochs": 6}],
+    ids=["constant", "set"],
 )
 def test_a_run_grows_to_the_bits_of_one_that_was_as_long_at_once(tmp_path, fixed):
     epochs = {"log__epochs": (0, 2, 4)}
@@ -269,7 +306,9 @@ def test_a_workdir_removed_under_a_run_is_one_line(tmp_path, monkeypatch, capfd,
 
 
 @pytest.mark.parametrize("target", ["history.nc", "metrics.jsonl", "checkpoints"])
-def test_a_full_disk_is_one_line_and_leaves_a_workdir_that_continues(tmp_path, finished, monkeypatch, capfd, target):
+def test_a_full_disk_is_one_line_and_leaves_a_workdir_that_continues(
+    tmp_path, finished, monkeypatch, capfd, target
+):
     workdir = tmp_path / "run"
 
     def full(*_, **__):
@@ -297,7 +336,9 @@ def test_a_full_disk_is_one_line_and_leaves_a_workdir_that_continues(tmp_path, f
     finished[1].check(chaos.Outcome.of(workdir))
 
 
-def test_a_checkpoint_that_could_not_be_written_in_the_background_is_reported(tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_that_could_not_be_written_in_the_background_is_reported(
+    tmp_path, monkeypatch, capfd
+):
     """Saving is asynchronous: the disk fills once the call has returned."""
     workdir = tmp_path / "run"
     close = checkpoint.ocp.training.Checkpointer.close
@@ -326,7 +367,9 @@ tables.Progress.measured = limit
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [512, 20_000])  # not even a line; not a history, nor a checkpoint
-def test_a_real_limit_of_file_sizes_is_one_line_and_leaves_a_workdir_that_continues(tmp_path, finished, size):
+def test_a_real_limit_of_file_sizes_is_one_line_and_leaves_a_workdir_that_continues(
+    tmp_path, finished, size
+):
     workdir = tmp_path / "run"
     flags = chaos.SMALL
     child = LIMITED.format(size=size) + chaos.CHILD
@@ -342,7 +385,9 @@ def test_a_real_limit_of_file_sizes_is_one_line_and_leaves_a_workdir_that_contin
 def test_sha256sum_agrees(workdir):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
-    subprocess.run(["sha256sum", "--check", "--strict", "history.nc.sha256"], cwd=workdir, check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "history.nc.sha256"], cwd=workdir, check=True
+    )
 
 
 def test_a_history_is_loaded_without_its_checksum(workdir):
@@ -386,11 +431,15 @@ METADATA = [
 
 
 @pytest.mark.parametrize("content", METADATA, ids=lambda content: content[:30].decode())
-def test_whatever_metadata_of_a_checkpoint_are_the_one_before_continues(workdir, finished, capfd, content):
+def test_whatever_metadata_of_a_checkpoint_are_the_one_before_continues(
+    workdir, finished, capfd, content
+):
     (workdir / "checkpoints" / "6" / "_CHECKPOINT_METADATA").write_bytes(content)
     run(workdir)
     err = capfd.readouterr().err
-    assert err.startswith(f"warning: checkpoint 6 in {workdir} is not used: its metadata cannot be read")
+    assert err.startswith(
+        f"warning: checkpoint 6 in {workdir} is not used: its metadata cannot be read"
+    )
     assert err.count("\n") == 1
     finished[1].check(chaos.Outcome.of(workdir))
 
@@ -399,7 +448,9 @@ _NO_HISTORY = {
     "it lacks nc3:": lambda recorded: recorded.drop_vars("nc3"),
     "its coordinates": lambda recorded: recorded.rename(split="spilt"),
     "its seed is 0 and not 0, 1:": lambda recorded: recorded.isel(seed=[0]),
-    "its weight_decay is ": lambda recorded: recorded.assign_coords(weight_decay=2 * recorded.weight_decay),
+    "its weight_decay is ": lambda recorded: recorded.assign_coords(
+        weight_decay=2 * recorded.weight_decay
+    ),
     "its attribute config": lambda recorded: recorded.assign_attrs(config="{"),
 }
 
@@ -427,7 +478,11 @@ def test_a_history_that_is_replaced_while_it_is_read_is_not_called_damaged(workd
 
 
 def everything(workdir):
-    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_other_data_are_refused_and_named(workdir, monkeypatch):
@@ -440,14 +495,20 @@ def test_other_data_are_refused_and_named(workdir, monkeypatch):
 
     before = everything(workdir)
     monkeypatch.setattr(plan, "load_data", flipped)
-    with pytest.raises(InputError, match=r"^config\.data\.name: got 'synthetic'; .*: test_images differ"):
+    with pytest.raises(
+        InputError, match=r"^config\.data\.name: got 'synthetic'; .*: test_images differ"
+    ):
         run(workdir)
     assert everything(workdir) == before
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("jax_threefry_partitionable", False), ("jax_default_prng_impl", "rbg"), ("jax_random_seed_offset", 1)],
+    [
+        ("jax_threefry_partitionable", False),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_random_seed_offset", 1),
+    ],
 )
 def test_other_random_bits_are_refused_and_named(workdir, monkeypatch, setting, value):
     import jax
@@ -455,7 +516,9 @@ def test_other_random_bits_are_refused_and_named(workdir, monkeypatch, setting, 
     before, usual = everything(workdir), getattr(jax.config, setting)
     jax.config.update(setting, value)
     try:
-        with pytest.raises(InputError, match=rf"^--workdir: .*: {setting} is '{value}' here and '{usual}' there"):
+        with pytest.raises(
+            InputError, match=rf"^--workdir: .*: {setting} is '{value}' here and '{usual}' there"
+        ):
             run(workdir)
     finally:
         jax.config.update(setting, usual)
@@ -465,20 +528,27 @@ def test_other_random_bits_are_refused_and_named(workdir, monkeypatch, setting, 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("jaxlib", lambda patch: patch.setattr(provenance, "versions", lambda: {"jaxlib": "0.0.1"})),
+        (
+            "jaxlib",
+            lambda patch: patch.setattr(provenance, "versions", lambda: {"jaxlib": "0.0.1"}),
+        ),
         ("XLA_FLAGS", lambda patch: patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")),
         ("NVIDIA_TF32_OVERRIDE", lambda patch: patch.setenv("NVIDIA_TF32_OVERRIDE", "1")),
         ("device", lambda patch: patch.setattr(provenance, "processor", lambda: "Z80")),
     ],
 )
-def test_other_arithmetic_continues_and_is_named_once(workdir, finished, monkeypatch, capfd, name, change):
+def test_other_arithmetic_continues_and_is_named_once(
+    workdir, finished, monkeypatch, capfd, name, change
+):
     change(monkeypatch)
     run(workdir)  # nothing is left to train
     assert "warning" not in capfd.readouterr().err
     shutil.rmtree(workdir / "checkpoints" / "6")
     run(workdir)
     err = capfd.readouterr().err
-    assert err.startswith(f"warning: {workdir} continues to rounding, not to the same bits: {name} is ")
+    assert err.startswith(
+        f"warning: {workdir} continues to rounding, not to the same bits: {name} is "
+    )
     assert err.count("\n") == 1
     finished[1].check(chaos.Outcome.of(workdir))  # JAX had started before the change
 
@@ -501,7 +571,9 @@ def test_any_name_of_a_folder_will_do(tmp_path, finished):
 
 @pytest.mark.parametrize("name", ["a\\b", "logs:", "gs:", "\udce9"])
 @pytest.mark.parametrize("parent", [False, True])
-def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_made(tmp_path, capfd, name, parent):
+def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_made(
+    tmp_path, capfd, name, parent
+):
     workdir = tmp_path / name / "run" if parent else tmp_path / name
     assert train.main(["ncjax", f"--workdir={workdir}", *chaos.SMALL]) == 2
     err = capfd.readouterr().err
@@ -522,7 +594,9 @@ def test_folders_that_are_buckets_to_orbax_are_refused(root):
     plan.check_path("--workdir", Path("/data") / root[1:] / "run")
 
 
-def test_a_run_whose_lock_was_removed_stops_before_it_writes(tmp_path, monkeypatch, finished, capfd):
+def test_a_run_whose_lock_was_removed_stops_before_it_writes(
+    tmp_path, monkeypatch, finished, capfd
+):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_epoch(patch, 3, (workdir / ".lock").unlink)
@@ -557,7 +631,9 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inodes", [10, 25, 41, 43, 48, 53])  # in each of its three saves, in its folders and its files
+@pytest.mark.parametrize(
+    "inodes", [10, 25, 41, 43, 48, 53]
+)  # in each of its three saves, in its folders and its files
 def test_no_inodes_are_one_line_and_an_end_and_it_continues(tmp_path, small_disk, finished, inodes):
     workdir = small_disk(inodes) / "run"
     _, err = chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path), 1)
@@ -574,6 +650,7 @@ def test_another_prng_of_the_environment_is_one_line(workdir, tmp_path, variable
     name, _, value = variable.partition("=")
     _, err = chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path, **{name: value}), 2)
     assert err.startswith(
-        f"error: --workdir: got '{workdir}'; its checkpoints are of other random bits: {name.lower()}"
+        f"error: --workdir: got '{workdir}'; its checkpoints are of other random bits: "
+        f"{name.lower()}"
     )
     assert err.count("\n") == 1

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: what was computed is saved, the way on is named, and the run ends at the same bits."""
+"""Ctrl-C and SIGTERM: what was computed is saved, the way on is named, and the run ends at the
+same bits.
+"""
 
 import os
 import shlex
@@ -63,7 +65,9 @@ def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     folder = tmp_path / "run 1" / "checkpoints"
     assert checkpoint.epochs_in(folder)[-1] == epoch
     assert checkpoint.read_facts(folder, epoch).measured == list(range(epoch + 1))
-    assert history.load(tmp_path / "run 1" / "history.nc")["epoch"].values.tolist() == list(range(epoch + 1))
+    assert history.load(tmp_path / "run 1" / "history.nc")["epoch"].values.tolist() == list(
+        range(epoch + 1)
+    )
     assert train.main(argv) == 0
     out = capfd.readouterr().out
     assert f"continuing from epoch {epoch}" in out
@@ -101,7 +105,9 @@ def test_a_save_that_failed_is_not_passed_off_as_one_that_continues(tmp_path, mo
     assert "No space left on device" in capfd.readouterr().err
 
 
-def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(tmp_path, monkeypatch):
+def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(
+    tmp_path, monkeypatch
+):
     """Between the question whether to save and the question whether to stop."""
     asked = signals.Requests.signum.fget
 
@@ -137,10 +143,14 @@ with Requests() as requests:
 """
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM")]
+)
 def test_a_second_signal_exits_at_once(first, second):
     child = TWICE.format(first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, cwd=chaos.ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", child], capture_output=True, text=True, cwd=chaos.ROOT
+    )
     assert done.returncode == EXIT_CODES[signal.Signals[second]]
     assert done.stdout == ""
     assert done.stderr == f"{first}: stopping after this chunk and a checkpoint; again: at once\n"

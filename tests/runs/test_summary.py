@@ -31,13 +31,19 @@ def quickly(monkeypatch):
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys, quickly):
     flags = ["--config.model.widths=8,6", "--config.sweep.seed=0,1,2"]
     workdir = tmp_path / "run"
-    assert train.main(["ncjax", *DRY, *flags, "--config.train.epochs=5", f"--workdir={workdir}"]) == 0
+    assert (
+        train.main(["ncjax", *DRY, *flags, "--config.train.epochs=5", f"--workdir={workdir}"]) == 0
+    )
     rows = [line.strip("│ \n").split("│") for line in capsys.readouterr().out.splitlines()]
     said = {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
     assert not workdir.exists()
     assert said["weight_decay"] == "0.001"
     assert said["seed"] == "0, 1, 2"
-    assert [said[f"{name}.kernel"] for name in ("layer_1", "layer_2", "head")] == ["32 x 8", "8 x 6", "6 x 3"]
+    assert [said[f"{name}.kernel"] for name in ("layer_1", "layer_2", "head")] == [
+        "32 x 8",
+        "8 x 6",
+        "6 x 3",
+    ]
     assert said["parameters"] == "322 a run, 966 in all"
     assert said["epochs"] == "5 of 3 steps"
     assert said["measured at"] == "0, 1, 2, 3, 4, 5"
@@ -84,7 +90,11 @@ def test_a_run_says_its_plan_before_it_trains_and_where_its_profile_is(tmp_path,
 
 @pytest.mark.parametrize(
     ("seconds", "epochs", "said"),
-    [(0.5, 100, "about 50 s of training left"), (2.0, 600, "about 20 min"), (36.0, 1000, "about 10 h 0 min")],
+    [
+        (0.5, 100, "about 50 s of training left"),
+        (2.0, 600, "about 20 min"),
+        (36.0, 1000, "about 10 h 0 min"),
+    ],
 )
 def test_what_is_left_is_said_in_a_unit_one_can_read(seconds, epochs, said, tmp_path):
     program = sweep.make_program(preflight.prepare(small_config(), tmp_path))
@@ -105,7 +115,9 @@ def test_a_profile_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert "config.profile.dir: got" in capsys.readouterr().err
 
 
-def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_otherwise(tmp_path, monkeypatch):
+def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_otherwise(
+    tmp_path, monkeypatch
+):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:

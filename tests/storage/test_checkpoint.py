@@ -1,4 +1,6 @@
-"""checkpoint: what is saved comes back bit for bit, of all runs or of one, or it is said where it is damaged."""
+"""checkpoint: what is saved comes back bit for bit, of all runs or of one, or it is said where
+it is damaged.
+"""
 
 import errno
 import json
@@ -22,13 +24,21 @@ DEEP = b"[" * 100_000  # deeper than Python's JSON goes
 
 
 def states(seed):
-    """Stacked over runs: nested, of several types, with NaN and -0, a leaf of one number per run, lists."""
+    """Stacked over runs: nested, of several types, with NaN and -0, a leaf of one number per
+    run, lists.
+    """
     rng = np.random.default_rng(seed)
     kernel = rng.standard_normal((RUNS, 40, 30)).astype(np.float32)
     kernel[1, 0, :3] = np.nan, -0.0, np.inf
     return {
-        "params": {"layer_1": {"kernel": jnp.asarray(kernel)}, "head": {"kernel": jnp.asarray(kernel[:, :3, :2] + 1)}},
-        "opt_state": [jnp.asarray(kernel * 2), {"count": jnp.asarray(rng.integers(9, size=RUNS), jnp.int32)}],
+        "params": {
+            "layer_1": {"kernel": jnp.asarray(kernel)},
+            "head": {"kernel": jnp.asarray(kernel[:, :3, :2] + 1)},
+        },
+        "opt_state": [
+            jnp.asarray(kernel * 2),
+            {"count": jnp.asarray(rng.integers(9, size=RUNS), jnp.int32)},
+        ],
         "epoch": jnp.full(RUNS, seed, jnp.int32),
     }
 
@@ -123,7 +133,9 @@ def damage_run(folder, epoch, run):
 @pytest.mark.parametrize("run", range(RUNS))
 def test_a_flipped_bit_is_found_in_its_leaf_and_run(folder, run):
     damage_run(folder, 5, run)
-    with pytest.raises(Damaged, match=rf"^the checksum of params\.layer_1\.kernel does not match in run {run}$"):
+    with pytest.raises(
+        Damaged, match=rf"^the checksum of params\.layer_1\.kernel does not match in run {run}$"
+    ):
         loaded(folder, 5)
     loaded(folder, 2)
 
@@ -144,18 +156,26 @@ def test_checksums_are_of_bits():
     assert first[0] != second[0]
     assert first[1] == second[1]
     transposed = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    assert checkpoint.checksums({"x": transposed}) == checkpoint.checksums({"x": np.ascontiguousarray(transposed)})
+    assert checkpoint.checksums({"x": transposed}) == checkpoint.checksums(
+        {"x": np.ascontiguousarray(transposed)}
+    )
 
 
 @pytest.mark.parametrize("exchange", ["folders", "states", "metadata"])
 def test_exchanged_checkpoints_are_found(folder, exchange):
     names = {"folders": "", "states": "state", "metadata": "_CHECKPOINT_METADATA"}
-    one, other, aside = folder / "2" / names[exchange], folder / "5" / names[exchange], folder.parent / "aside"
+    one, other, aside = (
+        folder / "2" / names[exchange],
+        folder / "5" / names[exchange],
+        folder.parent / "aside",
+    )
     one.rename(aside)
     other.rename(one)
     aside.rename(other)
     for epoch in (2, 5):
-        with pytest.raises(Damaged, match="it holds epoch" if exchange != "states" else "checksum of"):
+        with pytest.raises(
+            Damaged, match="it holds epoch" if exchange != "states" else "checksum of"
+        ):
             loaded(folder, epoch)
         with pytest.raises(Damaged):
             checkpoint.read_run(folder, epoch, 0)
@@ -164,17 +184,39 @@ def test_exchanged_checkpoints_are_found(folder, exchange):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda sealed: sealed["facts"]["measured"].pop(), "the checksum of its metadata does not match"),
-        (lambda sealed: sealed["facts"]["axes"].update(seed=[9, 1, 2]), "the checksum of its metadata does not match"),
-        (lambda sealed: sealed["facts"]["crc32"].popitem(), "the checksum of its metadata does not match"),
-        (lambda sealed: sealed.update(seal=sealed["seal"] + 1), "the checksum of its metadata does not match"),
+        (
+            lambda sealed: sealed["facts"]["measured"].pop(),
+            "the checksum of its metadata does not match",
+        ),
+        (
+            lambda sealed: sealed["facts"]["axes"].update(seed=[9, 1, 2]),
+            "the checksum of its metadata does not match",
+        ),
+        (
+            lambda sealed: sealed["facts"]["crc32"].popitem(),
+            "the checksum of its metadata does not match",
+        ),
+        (
+            lambda sealed: sealed.update(seal=sealed["seal"] + 1),
+            "the checksum of its metadata does not match",
+        ),
         (lambda sealed: sealed["facts"].pop("axes"), "cannot be read"),
         (lambda sealed: sealed["facts"].update(other=1), "cannot be read"),
         (lambda sealed: sealed.pop("facts"), "cannot be read"),
         (lambda sealed: sealed.pop("seal"), "cannot be read"),
         (lambda sealed: sealed.update(facts=[1]), "cannot be read"),
     ],
-    ids=["measured", "axes", "crc32", "seal", "no axes", "one more", "no facts", "no seal", "a list"],
+    ids=[
+        "measured",
+        "axes",
+        "crc32",
+        "seal",
+        "no axes",
+        "one more",
+        "no facts",
+        "no seal",
+        "a list",
+    ],
 )
 def test_changed_facts_are_found(folder, change, reason):
     path = folder / "5" / "_CHECKPOINT_METADATA"
@@ -185,7 +227,9 @@ def test_changed_facts_are_found(folder, change, reason):
         checkpoint.read_facts(folder, 5)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"custom_metadata": null}', DEEP])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"custom_metadata": null}', DEEP]
+)
 def test_metadata_that_are_none_are_found(folder, content):
     (folder / "5" / "_CHECKPOINT_METADATA").write_bytes(content)
     with pytest.raises(Damaged, match="its metadata cannot be read"):
@@ -204,12 +248,16 @@ def test_every_missing_or_truncated_file_is_found_or_needed_by_nobody(folder, ca
                 path.write_bytes(content[: len(content) // 2])
             if checkpoint.epochs_in(folder) == [2, 5]:
                 try:
-                    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(loaded(folder, 5)[0])]
+                    leaves = [
+                        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(loaded(folder, 5)[0])
+                    ]
                     assert leaves == expected, path
                 except Damaged as reason:
                     found.append((path, str(reason)))
             path.write_bytes(content)
-    assert {numbers(folder, 5), folder / "5" / "_CHECKPOINT_METADATA"} <= {path for path, _ in found}
+    assert {numbers(folder, 5), folder / "5" / "_CHECKPOINT_METADATA"} <= {
+        path for path, _ in found
+    }
     assert not [reason for _, reason in found if "\n" in reason]
     assert "Traceback" not in capfd.readouterr().err
 
@@ -224,7 +272,13 @@ def test_an_unfinished_checkpoint_does_not_count(folder):
 
 @pytest.mark.parametrize(
     ("keep", "marked", "left"),
-    [(1, (), [5]), (2, (), [4, 5]), (1, (1, 3), [1, 3, 5]), (3, (0, 4), [0, 3, 4, 5]), (9, (), [0, 1, 2, 3, 4, 5])],
+    [
+        (1, (), [5]),
+        (2, (), [4, 5]),
+        (1, (1, 3), [1, 3, 5]),
+        (3, (0, 4), [0, 3, 4, 5]),
+        (9, (), [0, 1, 2, 3, 4, 5]),
+    ],
 )
 def test_the_newest_and_the_marked_are_kept(tmp_path, keep, marked, left):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep, marked)
@@ -233,7 +287,9 @@ def test_the_newest_and_the_marked_are_kept(tmp_path, keep, marked, left):
     checkpoints.close()
     assert checkpoint.epochs_in(tmp_path / "checkpoints") == left
     for epoch in left:
-        np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", epoch, 1)["params"]["w"], epoch)
+        np.testing.assert_array_equal(
+            checkpoint.read_run(tmp_path / "checkpoints", epoch, 1)["params"]["w"], epoch
+        )
 
 
 def test_arrays_may_be_donated_once_save_returns(tmp_path):
@@ -252,7 +308,9 @@ def test_saving_an_epoch_again_replaces_it(tmp_path):
     checkpoints.save({"params": {"w": jnp.zeros((RUNS, 2))}}, facts(1))
     checkpoints.save({"params": {"w": jnp.ones((RUNS, 2))}}, facts(1))
     checkpoints.close()
-    np.testing.assert_array_equal(checkpoint.read_run(tmp_path / "checkpoints", 1, 0)["params"]["w"], 1)
+    np.testing.assert_array_equal(
+        checkpoint.read_run(tmp_path / "checkpoints", 1, 0)["params"]["w"], 1
+    )
 
 
 def test_deleting(folder):
@@ -293,7 +351,9 @@ def test_a_save_whose_folders_cannot_be_made_leaves_no_thread_waiting(tmp_path, 
         patch.setattr(os, "mkdir", full)
         with pytest.raises(OSError, match="No space left on device"):
             checkpoints.save(states(1), facts(1))
-    waiting = [thread for thread in threading.enumerate() if type(thread).__name__ == "_SignalingThread"]
+    waiting = [
+        thread for thread in threading.enumerate() if type(thread).__name__ == "_SignalingThread"
+    ]
     for thread in waiting:
         thread.join(timeout=5)
     assert not [thread for thread in waiting if thread.is_alive()]
@@ -327,8 +387,15 @@ OLD = ("data", "random_bits", "arithmetic")
 def test_a_checkpoint_of_before_they_were_stored_has_no_checksums_of_data(folder):
     path = folder / "5" / "_CHECKPOINT_METADATA"
     content = json.loads(path.read_text())
-    old = {name: value for name, value in content["custom_metadata"]["facts"].items() if name not in OLD}
-    content["custom_metadata"] = {"facts": old, "seal": zlib.crc32(json.dumps(old, sort_keys=True).encode())}
+    old = {
+        name: value
+        for name, value in content["custom_metadata"]["facts"].items()
+        if name not in OLD
+    }
+    content["custom_metadata"] = {
+        "facts": old,
+        "seal": zlib.crc32(json.dumps(old, sort_keys=True).encode()),
+    }
     path.write_text(json.dumps(content))
     found = checkpoint.read_facts(folder, 5)
     assert [getattr(found, name) for name in OLD] == [{}, {}, {}]

@@ -34,7 +34,9 @@ def metrics(epoch):
 
 def labelled(epoch, grid):
     attrs = {"device": "cpu", "config": "{}"}
-    return history.one_epoch(epoch, metrics(epoch), grid=grid, layers=LAYERS, label_names=LABELS, attrs=attrs)
+    return history.one_epoch(
+        epoch, metrics(epoch), grid=grid, layers=LAYERS, label_names=LABELS, attrs=attrs
+    )
 
 
 def grown(epochs, grid):
@@ -60,7 +62,9 @@ def test_each_run_stands_at_its_own_coordinates(grid):
     for r in range(grid.size):
         here = dataset.sel({"epoch": 7} | {name: columns[name][r] for name in grid.dims})
         np.testing.assert_array_equal(here["nc1"].sel(split="test"), metrics(7)["nc1"][r, 1])
-        np.testing.assert_array_equal(here["weight_norm_sq"].sel(layer="head"), metrics(7)["weight_norm_sq"][r, 1])
+        np.testing.assert_array_equal(
+            here["weight_norm_sq"].sel(layer="head"), metrics(7)["weight_norm_sq"][r, 1]
+        )
         np.testing.assert_array_equal(here["finite"], metrics(7)["finite"][r])
         cosine = here[history.COSINES].sel(label="eel", other_label="cat")
         np.testing.assert_array_equal(cosine, metrics(7)[history.COSINES][r, 2, 0])
@@ -69,9 +73,21 @@ def test_each_run_stands_at_its_own_coordinates(grid):
 def test_dimensions_run_from_the_grid_over_epochs_to_what_was_measured(grid):
     dataset = labelled(0, grid)
     assert dataset["nc1"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "split")
-    assert dataset["weight_norm_sq"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "layer")
+    assert dataset["weight_norm_sq"].dims == (
+        "weight_decay",
+        "learning_rate",
+        "seed",
+        "epoch",
+        "layer",
+    )
     assert dataset["flow_time"].dims == ("weight_decay", "learning_rate", "seed", "epoch")
-    assert dataset["mode_eigenvalues"].dims == ("weight_decay", "learning_rate", "seed", "epoch", "mode")
+    assert dataset["mode_eigenvalues"].dims == (
+        "weight_decay",
+        "learning_rate",
+        "seed",
+        "epoch",
+        "mode",
+    )
     assert dataset["split"].values.tolist() == ["train", "test"]
     assert dataset["mode"].values.tolist() == [1, 2, 3]
     assert dataset["layer"].values.tolist() == list(LAYERS)
@@ -90,9 +106,13 @@ def test_growing_keeps_earlier_epochs_bitwise_and_only_the_newest_cosines(grid):
     for epoch in (0, 3, 10):
         for name in history.VOCABULARY:
             expected = metrics(epoch)[name].reshape(2, 2, 3, *metrics(epoch)[name].shape[1:])
-            np.testing.assert_array_equal(dataset[name].sel(epoch=epoch).values, expected, err_msg=name)
+            np.testing.assert_array_equal(
+                dataset[name].sel(epoch=epoch).values, expected, err_msg=name
+            )
     assert "epoch" not in dataset[history.COSINES].dims
-    np.testing.assert_array_equal(dataset[history.COSINES].values.reshape(12, 3, 3), metrics(10)[history.COSINES])
+    np.testing.assert_array_equal(
+        dataset[history.COSINES].values.reshape(12, 3, 3), metrics(10)[history.COSINES]
+    )
     assert dataset.attrs == {"device": "cpu", "config": "{}"}
 
 
@@ -104,18 +124,25 @@ def test_up_to_cuts_the_epochs_after(epoch, kept, grid):
 def test_extinct_runs_are_those_whose_outputs_weight_decay_has_put_to_0(grid):
     dataset = grown([0, 3], grid)
     dataset["epsilon"][:] = 0.5
-    dataset["epsilon"].loc[{"split": "train", "epoch": 3, "weight_decay": 1e-3, "seed": [4, 5, 6]}] = [
+    dataset["epsilon"].loc[
+        {"split": "train", "epoch": 3, "weight_decay": 1e-3, "seed": [4, 5, 6]}
+    ] = [
         0.9985,
         0.9995,
         1.0,
     ]
     dataset["delta"][:] = 0.0
-    dataset["epsilon"].loc[{"split": "test", "epoch": 3}] = 1.0  # which tells nothing: the training split decides
+    dataset["epsilon"].loc[{"split": "test", "epoch": 3}] = (
+        1.0  # which tells nothing: the training split decides
+    )
     out = history.extinct(dataset)
     assert out.dims == ("weight_decay", "learning_rate", "seed", "epoch")
     assert not out.sel(epoch=0).any()
-    np.testing.assert_array_equal(out.sel(epoch=3).any(["learning_rate"]), [[False] * 3, [False, True, True]])
-    # Where a bias meets the sum of the outputs, epsilon is (C-1)/C of what decay has put out, and delta the rest of 1.
+    np.testing.assert_array_equal(
+        out.sel(epoch=3).any(["learning_rate"]), [[False] * 3, [False, True, True]]
+    )
+    # Where a bias meets the sum of the outputs, epsilon is (C-1)/C of what decay has put out, and
+    # delta the rest of 1.
     dataset["epsilon"][:], dataset["delta"][:] = 2 / 3, 1 / 3
     assert history.extinct(dataset).all()
     dataset["delta"][:] = 0.4  # worse than nothing is no case of it
@@ -128,14 +155,20 @@ def test_saving_and_loading_return_every_bit_and_attribute(grid, tmp_path):
     dataset, path = grown([0, 3], grid), tmp_path / "history.nc"
     history.save(dataset, path)
     loaded = history.load(path)
-    xr.testing.assert_identical(loaded, dataset)  # names, attributes, values; not bits of NaN, nor types
+    xr.testing.assert_identical(
+        loaded, dataset
+    )  # names, attributes, values; not bits of NaN, nor types
     for name in dataset.data_vars:
         assert loaded[name].dtype == dataset[name].dtype == np.float32
         assert loaded[name].values.tobytes() == dataset[name].values.tobytes(), name
 
 
 def test_a_loaded_history_grows_as_one_that_stayed_in_memory(grid, tmp_path):
-    straight, resumed, path = tmp_path / "straight.nc", tmp_path / "resumed.nc", tmp_path / "history.nc"
+    straight, resumed, path = (
+        tmp_path / "straight.nc",
+        tmp_path / "resumed.nc",
+        tmp_path / "history.nc",
+    )
     history.save(grown([0, 3, 10], grid), straight)
     history.save(grown([0, 3], grid), path)
     history.save(history.append(history.load(path), labelled(10, grid)), resumed)
@@ -144,7 +177,8 @@ def test_a_loaded_history_grows_as_one_that_stayed_in_memory(grid, tmp_path):
 
 
 def written_before_the_floor_was_one(grid):
-    """A history in which nc3_floor is the nc3 of a symmetric solution, as it was defined; and its true floor.
+    """A history in which nc3_floor is the nc3 of a symmetric solution, as it was defined; and its
+    true floor.
 
     nc3 and nc3_centered are those of random heads (3, 4) and class means.
     """
@@ -162,7 +196,9 @@ def written_before_the_floor_was_one(grid):
     dataset["nc3_centered"].loc[{"split": "train"}] = duality(centred_heads, centred)
     symmetric = dataset["symmetric_nc3"]
     old = dataset.drop_vars(["symmetric_nc3", "nc3_floor"]).assign(nc3_floor=symmetric)
-    old["nc3_floor"].attrs["definition"] = "nc3 of a symmetric solution at equilibrium with the same mean outputs"
+    old["nc3_floor"].attrs["definition"] = (
+        "nc3 of a symmetric solution at equilibrium with the same mean outputs"
+    )
     return old, duality(heads, centred_heads)
 
 
@@ -180,7 +216,9 @@ def test_an_older_history_is_read_with_todays_names_and_its_true_floor(grid, tmp
     history.save(loaded, tmp_path / "again.nc")
     assert_same_bits(history.load(tmp_path / "again.nc"), loaded)
     appended = history.append(loaded, labelled(10, grid))
-    np.testing.assert_array_equal(appended["nc3_floor"].sel(epoch=10), labelled(10, grid)["nc3_floor"].sel(epoch=10))
+    np.testing.assert_array_equal(
+        appended["nc3_floor"].sel(epoch=10), labelled(10, grid)["nc3_floor"].sel(epoch=10)
+    )
 
 
 def test_a_history_of_today_without_symmetric_nc3_keeps_its_floor(grid, tmp_path):
@@ -209,7 +247,9 @@ def test_a_damaged_history_is_named(damage, checksum, grid, tmp_path):
     path = tmp_path / "history.nc"
     history.save(grown([0], grid), path)
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "junk": b"no netCDF at all", "truncated": whole[: len(whole) // 2]}[damage])
+    path.write_bytes(
+        {"empty": b"", "junk": b"no netCDF at all", "truncated": whole[: len(whole) // 2]}[damage]
+    )
     reason = r"does not match history\.nc\.sha256"
     if not checksum:
         (tmp_path / "history.nc.sha256").unlink()

@@ -27,7 +27,9 @@ with lock.owned(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds tmp_path."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, cwd=chaos.ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, cwd=chaos.ROOT
+    )
     try:
         assert process.stdout.readline() == b"held\n"
         yield process
@@ -41,7 +43,9 @@ def test_a_second_process_is_refused_and_told_whose_the_workdir_is(holder, tmp_p
     with pytest.raises(InputError) as refusal, lock.owned(tmp_path):
         pass
     message = str(refusal.value)
-    assert message.startswith(f"--workdir: got '{tmp_path}'; process {holder.pid} on {socket.gethostname()}, since ")
+    assert message.startswith(
+        f"--workdir: got '{tmp_path}'; process {holder.pid} on {socket.gethostname()}, since "
+    )
     assert "choose another WORKDIR" in message
     assert "\n" not in message
 
@@ -69,7 +73,11 @@ def test_a_process_that_died_holds_nothing(holder, tmp_path, signum):
 def test_it_is_let_go_of_when_it_is_left_however_it_is_left(tmp_path):
     with pytest.raises(ZeroDivisionError), lock.owned(tmp_path):
         raise ZeroDivisionError
-    with lock.owned(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()} on"), lock.owned(tmp_path):
+    with (
+        lock.owned(tmp_path),
+        pytest.raises(InputError, match=f"process {os.getpid()} on"),
+        lock.owned(tmp_path),
+    ):
         pass
     with lock.owned(tmp_path):
         pass
@@ -79,7 +87,10 @@ def test_it_is_let_go_of_when_it_is_left_however_it_is_left(tmp_path):
 def test_an_owner_that_cannot_be_read_is_another_process(tmp_path, content):
     with lock.owned(tmp_path):
         (tmp_path / ".lock").write_bytes(content)
-        with pytest.raises(InputError, match="another process is training in it"), lock.owned(tmp_path):
+        with (
+            pytest.raises(InputError, match="another process is training in it"),
+            lock.owned(tmp_path),
+        ):
             pass
 
 

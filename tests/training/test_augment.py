@@ -1,4 +1,6 @@
-"""augment: random views are shifts and mirror images of what they are views of, by the key alone."""
+"""augment: random views are shifts and mirror images of what they are views of, by the key
+alone.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,12 @@ IMAGES = jnp.asarray(np.random.default_rng(0).integers(1, 256, (200, 6, 5, 2)), 
 def find_view(view, image, mirrored):
     """(row, column) of the corner of the view in the padded image; None: it is no view of it."""
     padded = np.pad(image[:, ::-1] if mirrored else image, [(4, 4), (4, 4), (0, 0)])
-    places = [(i, j) for i in range(9) for j in range(9) if np.array_equal(padded[i : i + 6, j : j + 5], view)]
+    places = [
+        (i, j)
+        for i in range(9)
+        for j in range(9)
+        if np.array_equal(padded[i : i + 6, j : j + 5], view)
+    ]
     return places[0] if len(places) == 1 else None
 
 
@@ -23,8 +30,12 @@ def test_none_is_the_images_themselves():
 def test_crops_are_shifts_by_up_to_4_pixels_each_as_likely():
     views = np.asarray(augment("crop", jax.random.key(0), IMAGES))
     assert views.dtype == np.uint8
-    corners = [find_view(view, image, mirrored=False) for view, image in zip(views, np.asarray(IMAGES), strict=True)]
-    # A view whose every pixel is border (a corner at 0 or 8 both ways leaves some) would be ambiguous: none is.
+    corners = [
+        find_view(view, image, mirrored=False)
+        for view, image in zip(views, np.asarray(IMAGES), strict=True)
+    ]
+    # A view whose every pixel is border (a corner at 0 or 8 both ways leaves some) would be
+    # ambiguous: none is.
     assert None not in corners
     counts = np.zeros((2, 9))
     for corner in corners:
@@ -37,9 +48,13 @@ def test_crops_are_shifts_by_up_to_4_pixels_each_as_likely():
 
 def test_half_of_the_images_are_mirrored():
     views = np.asarray(augment("crop_flip", jax.random.key(3), IMAGES))
-    mirrored = [find_view(view, image, True) is not None for view, image in zip(views, np.asarray(IMAGES), strict=True)]
+    mirrored = [
+        find_view(view, image, True) is not None
+        for view, image in zip(views, np.asarray(IMAGES), strict=True)
+    ]
     straight = [
-        find_view(view, image, False) is not None for view, image in zip(views, np.asarray(IMAGES), strict=True)
+        find_view(view, image, False) is not None
+        for view, image in zip(views, np.asarray(IMAGES), strict=True)
     ]
     assert all(a != b for a, b in zip(mirrored, straight, strict=True))
     assert 70 < sum(mirrored) < 130  # of 200: five standard deviations are 35

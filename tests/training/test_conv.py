@@ -53,18 +53,25 @@ def test_values_and_gradients_are_those_of_lax_conv(height, width, window, strid
             found.append((y, *pull(weights)))
         return found
 
-    shape = jax.eval_shape(lambda: reference(jnp.asarray(x), jnp.asarray(kernel), strides, padding)).shape
+    shape = jax.eval_shape(
+        lambda: reference(jnp.asarray(x), jnp.asarray(kernel), strides, padding)
+    ).shape
     for found, expected in zip(*with_gradients(x, kernel, rng.standard_normal(shape)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     if not isinstance(padding, str):
         found = convolve(jnp.asarray(x), jnp.asarray(kernel), strides, padding)
-        np.testing.assert_allclose(found, by_definition(x, kernel, strides, padding), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            found, by_definition(x, kernel, strides, padding), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.usefixtures("float64")
 def test_under_vmap_every_run_has_its_own_kernel():
     rng = np.random.default_rng(1)
-    x, kernels = jnp.asarray(rng.standard_normal((3, 2, 6, 6, 2))), jnp.asarray(rng.standard_normal((3, 3, 3, 2, 5)))
+    x, kernels = (
+        jnp.asarray(rng.standard_normal((3, 2, 6, 6, 2))),
+        jnp.asarray(rng.standard_normal((3, 3, 3, 2, 5))),
+    )
     found = jax.vmap(lambda x, kernel: convolve(x, kernel, (2, 2), [(1, 1), (1, 1)]))(x, kernels)
     for run in range(3):
         expected = reference(x[run], kernels[run], (2, 2), [(1, 1), (1, 1)])
@@ -73,15 +80,25 @@ def test_under_vmap_every_run_has_its_own_kernel():
 
 @pytest.mark.usefixtures("float64")
 def test_nn_conv_takes_it_in_place_of_its_own():
-    settings = {"features": 4, "kernel_size": (3, 3), "strides": 2, "padding": 1, "param_dtype": jnp.float64}
+    settings = {
+        "features": 4,
+        "kernel_size": (3, 3),
+        "strides": 2,
+        "padding": 1,
+        "param_dtype": jnp.float64,
+    }
     ours, theirs = nn.Conv(conv_general_dilated=convolve, **settings), nn.Conv(**settings)
     x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 7, 8, 3)))
     params = ours.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(0), x))
-    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        ours.apply(params, x), theirs.apply(params, x), rtol=1e-12, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("other", [{"rhs_dilation": (1, 2)}, {"lhs_dilation": (2, 1)}, {"feature_group_count": 2}])
+@pytest.mark.parametrize(
+    "other", [{"rhs_dilation": (1, 2)}, {"lhs_dilation": (2, 1)}, {"feature_group_count": 2}]
+)
 def test_what_it_has_not_is_refused(other):
     with pytest.raises(NotImplementedError, match="no dilations and no groups"):
         convolve(jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 4)), (1, 1), "SAME", **other)

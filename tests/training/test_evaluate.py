@@ -13,15 +13,22 @@ from tests.helpers import oracle_geometry, oracle_nc3_floor, oracle_split, oracl
 
 SIZES = {"train": 30, "test": 11}
 NAMES = ("layer_1", "layer_2", "head")
-SQUARE, CENTERED, CROSS_ENTROPY = Objective(), Objective(targets="centered"), Objective("cross_entropy")
+SQUARE, CENTERED, CROSS_ENTROPY = (
+    Objective(),
+    Objective(targets="centered"),
+    Objective("cross_entropy"),
+)
 SYMMETRIC = {"predicted_head_norm_sq", "predicted_head_cosine", "symmetric_nc3"}
 
 
 def make_problem(head_bias):
-    """Random layers; the head, half a least-squares fit of the training split and some noise, learns its classes."""
+    """Random layers; the head, half a least-squares fit of the training split and some noise,
+    learns its classes.
+    """
     rng = np.random.default_rng(0)
     params = {
-        name: {"kernel": 0.7 * rng.standard_normal(s)} for name, s in zip(NAMES, ((6, 8), (8, 7), (7, 3)), strict=True)
+        name: {"kernel": 0.7 * rng.standard_normal(s)}
+        for name, s in zip(NAMES, ((6, 8), (8, 7), (7, 3)), strict=True)
     }
     if head_bias != "none":
         params["head"]["bias"] = 0.1 * rng.standard_normal(3)
@@ -62,7 +69,11 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             residual = y - share
             fit = -np.mean(np.log(share[np.arange(len(x)), labels]))
         metrics = oracle_split(h, f, labels, w[2].T, residual)
-        metrics |= {"fit_loss": fit, "loss": fit + penalty, "accuracy": np.mean(f.argmax(1) == labels)}
+        metrics |= {
+            "fit_loss": fit,
+            "loss": fit + penalty,
+            "accuracy": np.mean(f.argmax(1) == labels),
+        }
         by_split.append(metrics)
         if not by_split[1:]:
             back2 = -(residual @ w[2].T) * (z2 > 0) / len(x)
@@ -80,28 +91,42 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             predictions = oracle_predictions(h, residual, labels, w, gradients[2].T, weight_decay)
     expected = {name: [metrics[name] for metrics in by_split] for name in by_split[0]}
     expected["class_mean_cosine"] = by_split[0]["class_mean_cosine"]
-    return expected | predictions | oracle_geometry(w[2].T, "head") | {
-        "nc3_floor": oracle_nc3_floor(w[2].T),
-        "weight_norm_sq": norms_sq,
-        "norm_target": residual_dot_logit / weight_decay if weight_decay else np.nan,
-        "equilibrium_residual": [
-            np.linalg.norm(weight_decay * a + g) / np.linalg.norm(weight_decay * a) if weight_decay else np.nan
-            for a, g in zip(w, gradients, strict=True)
-        ],
-        "lemma2_residual": max(abs(loss - r) for r in right) / loss if objective.loss == "square" else np.nan,
-        "finite": 1.0,
-    }  # fmt: skip
+    return (
+        expected
+        | predictions
+        | oracle_geometry(w[2].T, "head")
+        | {
+            "nc3_floor": oracle_nc3_floor(w[2].T),
+            "weight_norm_sq": norms_sq,
+            "norm_target": residual_dot_logit / weight_decay if weight_decay else np.nan,
+            "equilibrium_residual": [
+                np.linalg.norm(weight_decay * a + g) / np.linalg.norm(weight_decay * a)
+                if weight_decay
+                else np.nan
+                for a, g in zip(w, gradients, strict=True)
+            ],
+            "lemma2_residual": max(abs(loss - r) for r in right) / loss
+            if objective.loss == "square"
+            else np.nan,
+            "finite": 1.0,
+        }
+    )
 
 
 def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
-    """What theory says of the head, by loops over classes and examples; columns are classes, as in docs/theory.md."""
+    """What theory says of the head, by loops over classes and examples; columns are classes, as
+    in docs/theory.md.
+    """
     head = w[2].T
     average = np.full((3, 3), 1 / 3)
     means = np.stack([h[labels == c].mean(0) for c in range(3)], axis=1)
     mean_residual = np.stack([residual[labels == c].mean(0) for c in range(3)], axis=1)
     center = means.mean(1)
     within = np.mean(
-        [np.outer(r - mean_residual[:, c], x - means[:, c]) for r, x, c in zip(residual, h, labels, strict=True)],
+        [
+            np.outer(r - mean_residual[:, c], x - means[:, c])
+            for r, x, c in zip(residual, h, labels, strict=True)
+        ],
         axis=0,
     )
     t, q, asymmetry = oracle_symmetric_part(mean_residual)
@@ -116,7 +141,11 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
     }
     whole = weight_decay * head
     undefined = weight_decay == 0
-    theorem = np.nan if undefined else np.mean(np.diag(mean_residual)) / (2 * weight_decay) * (means.T - center)
+    theorem = (
+        np.nan
+        if undefined
+        else np.mean(np.diag(mean_residual)) / (2 * weight_decay) * (means.T - center)
+    )
     exists = not undefined and a * t > 0 and total * q > -0.02 * a * t
     # W W^T of the symmetric solution, and the angle between it and the simplex ETF.
     outer = (
@@ -131,7 +160,10 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
         "predicted_head_cosine": outer[0, 1] / outer[0, 0],
         "symmetric_nc3": 2 - 2 * np.sqrt(np.sum(outer * (np.eye(3) - average)) / np.trace(outer)),
         "normalized_margin": a / np.prod([np.linalg.norm(matrix) for matrix in w]),
-        **{f"budget_{n}": np.nan if undefined else np.sum(x * whole) / np.sum(whole**2) for n, x in terms.items()},
+        **{
+            f"budget_{n}": np.nan if undefined else np.sum(x * whole) / np.sum(whole**2)
+            for n, x in terms.items()
+        },
         **{f"budget_{n}_norm": np.linalg.norm(x) for n, x in terms.items()},
         "budget_residual": 0.0,
     }
@@ -139,26 +171,38 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
 
 @functools.cache
 def compiled(head_bias, objective, dtype, rows, held):
-    """One compilation for all tests that read the same batch sizes (`rows` and `held` are globals of evaluate)."""
-    model = models.HomogeneousMLP(widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype)
+    """One compilation for all tests that read the same batch sizes (`rows` and `held` are
+    globals of evaluate).
+    """
+    model = models.HomogeneousMLP(
+        widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype
+    )
 
     def measure(params, weight_decay, data):
         decayed, variables = models.is_decayed(params, head_bias, "decayed"), {"params": params}
-        return evaluate.evaluate(variables, weight_decay, data, model=model, decayed=decayed, objective=objective)
+        return evaluate.evaluate(
+            variables, weight_decay, data, model=model, decayed=decayed, objective=objective
+        )
 
     return jax.jit(measure)
 
 
-def evaluated(params, splits, center, scale, weight_decay, head_bias, objective=SQUARE, dtype=np.float64):
+def evaluated(
+    params, splits, center, scale, weight_decay, head_bias, objective=SQUARE, dtype=np.float64
+):
     with jax.enable_x64(True):
         train, test = (evaluate.Split(*map(jnp.asarray, split)) for split in splits.values())
         data = evaluate.Data(train, test, jnp.asarray(center, dtype), jnp.asarray(scale, dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         measure = compiled(head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_ROWS)
-        return {name: np.asarray(v) for name, v in measure(params, jnp.asarray(weight_decay, dtype), data).items()}
+        return {
+            name: np.asarray(v)
+            for name, v in measure(params, jnp.asarray(weight_decay, dtype), data).items()
+        }
 
 
-# (rows of a batch, most rows held, head bias, objective). In batches of at most 8, both splits need padding.
+# (rows of a batch, most rows held, head bias, objective). In batches of at most 8, both splits need
+# padding.
 CASES = {
     "one_batch": (256, 2048, "none", SQUARE),
     "features_held": (8, 2048, "free", SQUARE),
@@ -173,15 +217,20 @@ def assert_metrics(got, expected, rtol, atol):
         np.testing.assert_allclose(got[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize(("rows", "held", "head_bias", "objective"), CASES.values(), ids=CASES.keys())
-def test_every_metric_equals_numpy_however_the_splits_are_batched(rows, held, head_bias, objective, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "held", "head_bias", "objective"), CASES.values(), ids=CASES.keys()
+)
+def test_every_metric_equals_numpy_however_the_splits_are_batched(
+    rows, held, head_bias, objective, monkeypatch
+):
     monkeypatch.setattr(evaluate, "_ROWS", rows)
     monkeypatch.setattr(evaluate, "_HELD_ROWS", held)
     problem = make_problem(head_bias)
     got, expected = (f(*problem, head_bias, objective) for f in (evaluated, oracle))
     assert_metrics(got, expected, rtol=1e-9, atol=1e-12)
     undefined = {name for name, value in got.items() if np.isnan(value).any()}
-    # Lemma 2 is of the square loss; centred targets ask for no sum of the outputs, and this head has one.
+    # Lemma 2 is of the square loss; centred targets ask for no sum of the outputs, and this head
+    # has one.
     expected = {CROSS_ENTROPY: {"lemma2_residual"}, CENTERED: SYMMETRIC, SQUARE: set()}
     assert undefined == expected[objective]
 
@@ -199,7 +248,10 @@ def test_without_decay_only_the_equilibrium_is_undefined():
     undefined = {name for name, value in got.items() if np.isnan(value).any()}
     terms = {"theorem", "mean", "asymmetry", "within", "gradient"}
     shares = {f"budget_{term}" for term in terms}
-    assert undefined == {"equilibrium_residual", "norm_target", "theorem_residual"} | SYMMETRIC | shares
+    assert (
+        undefined
+        == {"equilibrium_residual", "norm_target", "theorem_residual"} | SYMMETRIC | shares
+    )
     assert got["budget_residual"] < 1e-12
     np.testing.assert_array_equal(got["loss"], got["fit_loss"])
 

@@ -1,4 +1,6 @@
-"""The mesh: runs and batches spread over devices give one device's numbers, by one collective a step or none."""
+"""The mesh: runs and batches spread over devices give one device's numbers, by one collective a
+step or none.
+"""
 
 import json
 import subprocess
@@ -24,14 +26,20 @@ def measured():
     command = [sys.executable, "-m", "tests.meshes"]
     cache = chaos.ROOT / ".jax_cache"
     with chaos.tempfile.TemporaryDirectory() as folder:
-        environment = chaos.environment(cache, JAX_NUM_CPU_DEVICES="4", JAX_COMPILATION_CACHE_DIR=str(cache))
-        done = subprocess.run([*command, folder], capture_output=True, text=True, cwd=chaos.ROOT, env=environment)
+        environment = chaos.environment(
+            cache, JAX_NUM_CPU_DEVICES="4", JAX_COMPILATION_CACHE_DIR=str(cache)
+        )
+        done = subprocess.run(
+            [*command, folder], capture_output=True, text=True, cwd=chaos.ROOT, env=environment
+        )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["4x1", "2x2", "1x4", "4 programs", "batch normalization, 2x2", "4x1, then 1x4"])
+@pytest.mark.parametrize(
+    "case", ["4x1", "2x2", "1x4", "4 programs", "batch normalization, 2x2", "4x1, then 1x4"]
+)
 def test_histories_equal_those_of_one_device(measured, case):
     """After three epochs in float64; four devices do not divide the batch of 18."""
     assert measured["deviations"][case] < 1e-9
@@ -53,7 +61,9 @@ def test_a_spread_batch_needs_one_all_reduce_a_step(measured, mesh):
 
 @pytest.mark.slow
 def test_measuring_adds_up_sums_and_gathers_nothing(measured):
-    """Class sums, a gradient and scatter of one run: fewer numbers than one split's features would be."""
+    """Class sums, a gradient and scatter of one run: fewer numbers than one split's features
+    would be.
+    """
     moved = measured["collectives"]["2x2, measuring"]
     assert set(moved) == {"all-reduce"}
     assert len(moved["all-reduce"]) == 4
@@ -66,9 +76,15 @@ def plan(tmp_path, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": 3}, r"^config.mesh.data: got 3; there is no more than 2 cpu devices \(JAX_NUM_CPU_DEVICES"),
+        (
+            {"data": 3},
+            r"^config.mesh.data: got 3; there is no more than 2 cpu devices \(JAX_NUM_CPU_DEVICES",
+        ),
         ({"run": 4}, r"^config.mesh.run: got 4; there is no more than 2 cpu devices, so at most 2"),
-        ({"run": 2, "data": 2}, r"^config.mesh.run: got 2; there is no more than 2 cpu devices, so at most 1"),
+        (
+            {"run": 2, "data": 2},
+            r"^config.mesh.run: got 2; there is no more than 2 cpu devices, so at most 1",
+        ),
         (
             {"data": 2, **meshes.NORMALIZED, "train__batch_size": 25},
             r"^config.mesh.data: got 2; batch normalization needs a divisor of the batch of 25",
@@ -89,7 +105,8 @@ def test_devices_not_asked_for_go_to_runs(runs, run, data, shape):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"mesh.run": 2}, {"mesh.data": 2}, {"sweep.runs_per_program": 1}, {"profile.dir": "trace"}]
+    "fields",
+    [{"mesh.run": 2}, {"mesh.data": 2}, {"sweep.runs_per_program": 1}, {"profile.dir": "trace"}],
 )
 def test_where_a_run_is_computed_is_no_other_run(fields):
     mine, other = configuration.default_config(), configuration.default_config()
@@ -99,7 +116,12 @@ def test_where_a_run_is_computed_is_no_other_run(fields):
 
 @pytest.mark.parametrize(
     ("most", "slices", "runs"),
-    [(0, [(0, 10)], 10), (4, [(0, 4), (4, 8), (8, 10)], 4), (9, [(0, 5), (5, 10)], 6), (1, None, 1)],
+    [
+        (0, [(0, 10)], 10),
+        (4, [(0, 4), (4, 8), (8, 10)], 4),
+        (9, [(0, 5), (5, 10)], 6),
+        (1, None, 1),
+    ],
 )
 def test_a_grid_is_cut_into_equal_programs(tmp_path, most, slices, runs):
     fields = {"sweep__seed": tuple(range(5)), "sweep__runs_per_program": most}
@@ -123,7 +145,9 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
     assert 1 <= fitted.runs < 10
     assert fitted.bytes_per_device <= 0.9 * limit
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1000)
-    with pytest.raises(InputError, match=r"^config.model.widths: got \(8, 8\); one run needs .* bytes of a device"):
+    with pytest.raises(
+        InputError, match=r"^config.model.widths: got \(8, 8\); one run needs .* bytes of a device"
+    ):
         sweep.make_program(big)
 
 
@@ -146,7 +170,9 @@ def test_states_that_wait_lie_in_the_hosts_memory_and_come_back_as_they_were(tmp
 
 
 def test_flops_of_a_network_are_those_of_its_matmuls():
-    """Six a weight and position, four in the first layer; 3x3 convolutions of stride 2 halve the sides, rounding up."""
+    """Six a weight and position, four in the first layer; 3x3 convolutions of stride 2 halve the
+    sides, rounding up.
+    """
     dense = models.HomogeneousMLP((5, 7), 3)
     assert sweep.training_flops(dense, (2, 2, 1)) == 4 * 4 * 5 + 6 * (5 * 7 + 7 * 3)
     conv = models.HomogeneousConvNet((5, 7), 3)
@@ -163,4 +189,8 @@ def test_shares_of_a_batch_are_the_batch():
             patch.setattr(parallel.lax, "axis_index", lambda axis, device=device: device)
             rows, mine = parallel.Share(3).part(jax.numpy.asarray(whole))
             parts.append((rows.tolist(), mine.tolist()))
-    assert parts == [([0, 1, 2], [True] * 3), ([3, 4, 5], [True] * 3), ([6, 7, 7], [True, True, False])]
+    assert parts == [
+        ([0, 1, 2], [True] * 3),
+        ([3, 4, 5], [True] * 3),
+        ([6, 7, 7], [True, True, False]),
+    ]

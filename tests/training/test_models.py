@@ -37,7 +37,9 @@ def test_forward_pass_equals_numpy(options, activated):
         assert (h < 0).any()  # so that an activation makes a difference
         h = np.maximum(h, 0) if number in activated else h
     expected = h @ np.asarray(params["head"]["kernel"], np.float64) + [1, -2, 3]
-    np.testing.assert_allclose(np.asarray(model.apply({"params": params}, x)), expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(model.apply({"params": params}, x)), expected, rtol=2e-5, atol=1e-6
+    )
     np.testing.assert_allclose(
         np.asarray(model.apply({"params": params}, x, method="features")), h, rtol=2e-5, atol=1e-6
     )
@@ -47,7 +49,9 @@ def test_logits_of_features_are_the_outputs():
     model, params, x = network(use_head_bias=True)
     features = model.apply({"params": params}, x, method="features")
     outputs = model.apply({"params": params}, features, method="logits")
-    np.testing.assert_array_equal(np.asarray(outputs), np.asarray(model.apply({"params": params}, x)))
+    np.testing.assert_array_equal(
+        np.asarray(outputs), np.asarray(model.apply({"params": params}, x))
+    )
     assert features.shape == (4, 5)
 
 
@@ -59,7 +63,9 @@ def test_degree_1_in_every_layer_and_in_the_input(scaled, linear_head_depth):
     if scaled == "input":
         after = model.apply({"params": params}, 4 * x)
     else:
-        after = model.apply({"params": {**params, scaled: {"kernel": 4 * params[scaled]["kernel"]}}}, x)
+        after = model.apply(
+            {"params": {**params, scaled: {"kernel": 4 * params[scaled]["kernel"]}}}, x
+        )
     np.testing.assert_array_equal(np.asarray(after), 4 * before)  # a power of two costs no rounding
     assert np.abs(before).max() > 0.1
 
@@ -96,14 +102,20 @@ def test_float64_is_float64_throughout():
 
 def test_layer_names_stand_in_forward_order_beyond_nine_layers():
     params = network(widths=(2,) * 11)[1]
-    shuffled = dict(sorted(params.items()))  # layer_10 before layer_2, as a dict that went through a pytree
+    shuffled = dict(
+        sorted(params.items())
+    )  # layer_10 before layer_2, as a dict that went through a pytree
     assert models.layer_names(shuffled) == (*(f"layer_{k}" for k in range(1, 12)), "head")
 
 
 @pytest.mark.parametrize(("head_bias", "decays"), [("free", False), ("decayed", True)])
 def test_all_leaves_but_a_free_head_bias_decay(head_bias, decays):
     params = network(use_head_bias=True)[1]
-    expected = {"layer_1": {"kernel": True}, "layer_2": {"kernel": True}, "head": {"kernel": True, "bias": decays}}
+    expected = {
+        "layer_1": {"kernel": True},
+        "layer_2": {"kernel": True},
+        "head": {"kernel": True, "bias": decays},
+    }
     assert models.is_decayed(params, head_bias, "decayed") == expected
 
 
@@ -125,7 +137,9 @@ def convolved(x, kernel):
     rows, columns = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
     y = np.zeros((len(x), rows, columns, kernel.shape[-1]))
     for i, j in np.ndindex(rows, columns):
-        y[:, i, j] = np.einsum("bklc,klcd->bd", padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel)
+        y[:, i, j] = np.einsum(
+            "bklc,klcd->bd", padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel
+        )
     return y
 
 
@@ -136,8 +150,12 @@ def test_convolutional_forward_pass_equals_numpy():
     for name in ("layer_1", "layer_2"):
         h = np.maximum(convolved(h, np.asarray(params[name]["kernel"])), 0)
     h = h.reshape(5, 2 * 2 * 4)
-    np.testing.assert_allclose(model.apply(variables, x, method="features"), h, rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose(model.apply(variables, x), h @ params["head"]["kernel"], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        model.apply(variables, x, method="features"), h, rtol=1e-12, atol=1e-13
+    )
+    np.testing.assert_allclose(
+        model.apply(variables, x), h @ params["head"]["kernel"], rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -166,7 +184,9 @@ def test_batch_normalization_is_of_the_batch_in_training_and_of_running_statisti
     params = {name: dict(leaves) for name, leaves in variables["params"].items()}
     rng = np.random.default_rng(4)
     for name in ("norm_1", "norm_2"):
-        params[name] = {leaf: jnp.asarray(rng.uniform(0.5, 2, a.shape)) for leaf, a in params[name].items()}
+        params[name] = {
+            leaf: jnp.asarray(rng.uniform(0.5, 2, a.shape)) for leaf, a in params[name].items()
+        }
     stats = {
         name: {leaf: jnp.asarray(rng.uniform(0.5, 2, a.shape)) for leaf, a in leaves.items()}
         for name, leaves in variables["batch_stats"].items()
@@ -192,7 +212,9 @@ def test_batch_normalization_is_of_the_batch_in_training_and_of_running_statisti
     for name, leaves in statistics.items():
         for leaf, value in leaves.items():
             np.testing.assert_allclose(noted["batch_stats"][name][leaf], value, rtol=1e-12)
-    np.testing.assert_allclose(model.apply(state, x), expected(training=False)[0], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        model.apply(state, x), expected(training=False)[0], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_norms_decay_or_not_whatever_the_head_bias_does():

@@ -13,7 +13,10 @@ from ncjax.training import optim
     ("name", "shape"),
     [
         ("constant", {0: 1, 50: 1, 99: 1}),
-        ("cosine", {0: 1, 25: (1 + np.sqrt(0.5)) / 2, 50: 0.5, 75: (1 - np.sqrt(0.5)) / 2, 100: 0, 150: 0}),
+        (
+            "cosine",
+            {0: 1, 25: (1 + np.sqrt(0.5)) / 2, 50: 0.5, 75: (1 - np.sqrt(0.5)) / 2, 100: 0, 150: 0},
+        ),
         ("step", {0: 1, 33: 1, 34: 0.1, 66: 0.1, 67: 0.01, 99: 0.01}),
     ],
 )
@@ -23,7 +26,16 @@ def test_schedule_at_chosen_steps_of_100(name, shape):
 
 
 def trained(
-    schedule, gradients, start, *, name="sgd", decay="coupled", momentum=0.5, decayed=True, weight_decay=0.125, **eps
+    schedule,
+    gradients,
+    start,
+    *,
+    name="sgd",
+    decay="coupled",
+    momentum=0.5,
+    decayed=True,
+    weight_decay=0.125,
+    **eps,
 ):
     """The path of one leaf under given gradients at learning rate 0.25."""
     params = {"w": jnp.asarray(start, jnp.float32)}
@@ -49,7 +61,9 @@ def test_three_steps_of_momentum_with_coupled_decay_are_exact(decay):
         m = 0.5 * m + (np.array(gradient) + decay * w)
         w = w - 0.25 * m
         expected.append(w)
-    np.testing.assert_array_equal(trained("constant", GRADIENTS, START, decayed=decay > 0), np.stack(expected))
+    np.testing.assert_array_equal(
+        trained("constant", GRADIENTS, START, decayed=decay > 0), np.stack(expected)
+    )
 
 
 @pytest.mark.parametrize("decay", [0.125, 0.0], ids=["decayed", "free"])
@@ -61,14 +75,19 @@ def test_three_steps_of_momentum_with_decoupled_decay_are_exact(decay):
         expected.append(w)
     got = trained("constant", GRADIENTS, START, decay="decoupled", decayed=decay > 0)
     np.testing.assert_array_equal(got, np.stack(expected))
-    assert not np.array_equal(got, trained("constant", GRADIENTS, START, decayed=decay > 0)) or not decay
+    assert (
+        not np.array_equal(got, trained("constant", GRADIENTS, START, decayed=decay > 0))
+        or not decay
+    )
 
 
 @pytest.mark.parametrize("decayed", [True, False], ids=["decayed", "free"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
 def test_three_steps_of_adam_and_adamw_equal_numpy(name, decayed, eps):
-    """Kingma & Ba's algorithm 1 with decay in the gradient, and Loshchilov & Hutter's algorithm 2 without."""
+    """Kingma & Ba's algorithm 1 with decay in the gradient, and Loshchilov & Hutter's algorithm
+    2 without.
+    """
     decay, beta_1, beta_2 = 0.125 if decayed else 0.0, 0.5, 0.999
     w, m, v, expected = np.array(START), np.zeros(2), np.zeros(2), []
     for step, (gradient, share) in enumerate(zip(GRADIENTS, (1, 0.1, 0.01), strict=True), start=1):
@@ -86,7 +105,9 @@ def settled(name, decay, momentum, steps, weight_decay=0.25):
     """Where steps on the quadratic (w - 3)^2/2 + (v + 1)^2 come to rest, and the gradient there."""
     curvature, target = np.array([1.0, 2.0]), np.array([3.0, -1.0])
     numbers = (jnp.asarray(v) for v in (weight_decay, 0.05, momentum))
-    tx = optim.make_optimizer(name, decay, *numbers, decayed={"w": True}, schedule="constant", total_steps=1)
+    tx = optim.make_optimizer(
+        name, decay, *numbers, decayed={"w": True}, schedule="constant", total_steps=1
+    )
 
     def step(carry, _):
         params, state = carry
@@ -100,8 +121,12 @@ def settled(name, decay, momentum, steps, weight_decay=0.25):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize(("name", "decay"), [("sgd", "coupled"), ("sgd", "decoupled"), ("adam", "coupled")])
-def test_an_optimizer_comes_to_rest_where_the_gradient_balances_the_effective_decay(name, decay, momentum):
+@pytest.mark.parametrize(
+    ("name", "decay"), [("sgd", "coupled"), ("sgd", "decoupled"), ("adam", "coupled")]
+)
+def test_an_optimizer_comes_to_rest_where_the_gradient_balances_the_effective_decay(
+    name, decay, momentum
+):
     with jax.enable_x64(True):
         w, gradient = settled(name, decay, momentum, 2000)
     effective = optim.effective_decay(name, decay, np.array([0.25]), np.array([momentum]))
@@ -110,7 +135,9 @@ def test_an_optimizer_comes_to_rest_where_the_gradient_balances_the_effective_de
 
 
 def test_adamw_comes_to_rest_at_no_critical_point_of_a_decayed_loss():
-    """Its steady step is sign(g) + lambda w: where |lambda w| < 1 throughout, it ends near g = 0, whatever lambda."""
+    """Its steady step is sign(g) + lambda w: where |lambda w| < 1 throughout, it ends near g =
+    0, whatever lambda.
+    """
     with jax.enable_x64(True):
         w, gradient = settled("adamw", "decoupled", 0.9, 40_000)
     np.testing.assert_allclose(w, [3, -1], rtol=1e-3)

@@ -1,4 +1,6 @@
-"""The compiled program: one trace, bitwise chunks, paired and isolated runs, and steps computed by hand."""
+"""The compiled program: one trace, bitwise chunks, paired and isolated runs, and steps computed
+by hand.
+"""
 
 import operator
 
@@ -22,13 +24,22 @@ COLUMNS = {
 
 
 def setup(
-    columns=COLUMNS, *, dtype=np.float32, devices=2, batch_size=16, head_bias="none", schedule="cosine", **choices
+    columns=COLUMNS,
+    *,
+    dtype=np.float32,
+    devices=2,
+    batch_size=16,
+    head_bias="none",
+    schedule="cosine",
+    **choices,
 ):
     """`choices`: fields of the recipe that have a default."""
     raw = dataset.load("synthetic", num_classes=3, per_class=20)
     mesh = parallel.make_mesh(4, run=devices)
     model = models.HomogeneousMLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
-    recipe = program.Recipe(model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices)
+    recipe = program.Recipe(
+        model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices
+    )
     arrays = program.place_data(raw, mesh, np.dtype(dtype).name)
     return recipe, mesh, arrays, program.start(recipe, mesh, columns, arrays)
 
@@ -47,7 +58,8 @@ def advance(recipe, mesh, arrays, start, *epochs, measured=False):
 
 def leaves_equal(a, b):
     return all(
-        np.array_equal(x, y, equal_nan=True) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y, equal_nan=True)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -105,7 +117,9 @@ def test_batches_partition_the_epoch_and_change_with_epoch_and_seed():
 def test_first_place_of_a_batch_is_uniform_over_examples():
     recipe, *_ = setup(batch_size=20)
     with jax.enable_x64(True):
-        first = jax.vmap(lambda epoch: program.batch_indices(jax.random.key(3), epoch, recipe)[0, 0])(jnp.arange(6000))
+        first = jax.vmap(
+            lambda epoch: program.batch_indices(jax.random.key(3), epoch, recipe)[0, 0]
+        )(jnp.arange(6000))
     counts = np.bincount(np.asarray(first), minlength=60)
     # Chi-squared with 59 degrees of freedom exceeds 110 with probability 6e-5.
     assert ((counts - 100) ** 2 / 100).sum() < 110
@@ -116,7 +130,9 @@ def test_a_diverged_run_is_marked_and_leaves_its_neighbours_bitwise_alone():
     wild_columns = COLUMNS | {"learning_rate": [0.1, 1e6, 0.1, 0.1]}
     wild, metrics = advance(*setup(wild_columns), 3, measured=True)
     for run in (0, 2, 3):
-        assert leaves_equal(*(jax.tree.map(operator.itemgetter(run), states) for states in (tame, wild)))
+        assert leaves_equal(
+            *(jax.tree.map(operator.itemgetter(run), states) for states in (tame, wild))
+        )
     assert metrics["finite"].tolist() == [1, 0, 1, 1]
     for name, values in metrics.items():
         if name != "finite":
@@ -128,7 +144,9 @@ def test_a_diverged_run_is_marked_and_leaves_its_neighbours_bitwise_alone():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
     two, expected = advance(*setup(dtype=np.float64), 2, measured=True)
-    monkeypatch.setattr(parallel, "group_sizes", lambda runs, platform, convolves: (1, 2 if devices == 1 else 1))
+    monkeypatch.setattr(
+        parallel, "group_sizes", lambda runs, platform, convolves: (1, 2 if devices == 1 else 1)
+    )
     other, metrics = advance(*setup(dtype=np.float64, devices=devices), 2, measured=True)
     for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
@@ -137,17 +155,27 @@ def test_grouping_and_mesh_change_nothing_but_rounding(devices, monkeypatch):
 
 
 def test_a_group_of_one_gives_products_no_batch_dimension():
-    """Three runs of two vectors each, one or three side by side: the same products, batched in the latter alone."""
+    """Three runs of two vectors each, one or three side by side: the same products, batched in
+    the latter alone.
+    """
     kernels, inputs = jnp.arange(18.0).reshape(3, 2, 3), jnp.arange(24.0).reshape(3, 4, 2)
 
     def products(group):
-        return lambda: program._in_groups(lambda kernel, x: {"outputs": x @ kernel}, group, kernels, inputs)
+        return lambda: program._in_groups(
+            lambda kernel, x: {"outputs": x @ kernel}, group, kernels, inputs
+        )
 
     for group, batch_axes in ((1, ((), ())), (3, ((0,), (0,)))):
-        (loop,) = (eqn for eqn in jax.make_jaxpr(products(group))().eqns if eqn.primitive.name == "scan")
-        (product,) = (eqn for eqn in loop.params["jaxpr"].eqns if eqn.primitive.name == "dot_general")
+        (loop,) = (
+            eqn for eqn in jax.make_jaxpr(products(group))().eqns if eqn.primitive.name == "scan"
+        )
+        (product,) = (
+            eqn for eqn in loop.params["jaxpr"].eqns if eqn.primitive.name == "dot_general"
+        )
         assert product.params["dimension_numbers"][1] == batch_axes
-        np.testing.assert_allclose(products(group)()["outputs"], np.asarray(inputs) @ np.asarray(kernels), rtol=1e-6)
+        np.testing.assert_allclose(
+            products(group)()["outputs"], np.asarray(inputs) @ np.asarray(kernels), rtol=1e-6
+        )
 
 
 SQUARE = Objective()
@@ -162,33 +190,60 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("head_bias", "batch_size", "choice"),
     [
-        *((head_bias, batch_size, "plain") for head_bias in ("none", "free", "decayed") for batch_size in (0, 16)),
+        *(
+            (head_bias, batch_size, "plain")
+            for head_bias in ("none", "free", "decayed")
+            for batch_size in (0, 16)
+        ),
         *(("free", 16, choice) for choice in ("decoupled", "centered", "cross_entropy")),
     ],
 )
 def test_two_epochs_equal_numpy_by_hand(head_bias, batch_size, choice):
     """SGD with momentum on the seed's loss, written out with explicit gradients in float64."""
-    options = {"dtype": np.float64, "batch_size": batch_size, "head_bias": head_bias, "schedule": "cosine"}
+    options = {
+        "dtype": np.float64,
+        "batch_size": batch_size,
+        "head_bias": head_bias,
+        "schedule": "cosine",
+    }
     recipe, mesh, arrays, start = setup(**options, **CHOICES[choice])
     weights = {name: np.asarray(leaf)[3] for name, leaf in _flat(start[0].params).items()}
     with jax.enable_x64(True):
-        batches = [np.asarray(program.batch_indices(jax.random.key(1), jnp.int32(epoch), recipe)) for epoch in range(2)]
+        batches = [
+            np.asarray(program.batch_indices(jax.random.key(1), jnp.int32(epoch), recipe))
+            for epoch in range(2)
+        ]
     states, _ = advance(recipe, mesh, arrays, start, 2)
     expected = _by_hand(
-        weights, batches, arrays, weight_decay=1e-3, bias_decays=head_bias == "decayed", **CHOICES[choice]
+        weights,
+        batches,
+        arrays,
+        weight_decay=1e-3,
+        bias_decays=head_bias == "decayed",
+        **CHOICES[choice],
     )
     for name, leaf in _flat(states.params).items():
         np.testing.assert_allclose(leaf[3], expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
 
 
 def _flat(params):
-    return {f"{layer}/{leaf}": value for layer, leaves in params.items() for leaf, value in leaves.items()}
+    return {
+        f"{layer}/{leaf}": value
+        for layer, leaves in params.items()
+        for leaf, value in leaves.items()
+    }
 
 
-def _by_hand(weights, batches, arrays, *, weight_decay, bias_decays, objective=SQUARE, decay="coupled"):
-    images, center, scale = (np.asarray(a, np.float64) for a in (arrays.train.images, arrays.center, arrays.scale))
+def _by_hand(
+    weights, batches, arrays, *, weight_decay, bias_decays, objective=SQUARE, decay="coupled"
+):
+    images, center, scale = (
+        np.asarray(a, np.float64) for a in (arrays.train.images, arrays.center, arrays.scale)
+    )
     x_all = (images - center) * scale
-    y_all = np.eye(3)[np.asarray(arrays.train.labels)] - (1 / 3 if objective.targets == "centered" else 0)
+    y_all = np.eye(3)[np.asarray(arrays.train.labels)] - (
+        1 / 3 if objective.targets == "centered" else 0
+    )
     weights = dict(weights)
     momenta = {name: np.zeros_like(w) for name, w in weights.items()}
     total = 6 * len(batches[0])
@@ -204,7 +259,11 @@ def _by_hand(weights, batches, arrays, *, weight_decay, bias_decays, objective=S
         residual = (f - y) / len(index)
         back2 = (residual @ weights["head/kernel"].T) * (z2 > 0)
         back1 = (back2 @ weights["layer_2/kernel"].T) * (z1 > 0)
-        gradients = {"layer_1/kernel": x.T @ back1, "layer_2/kernel": h1.T @ back2, "head/kernel": h2.T @ residual}
+        gradients = {
+            "layer_1/kernel": x.T @ back1,
+            "layer_2/kernel": h1.T @ back2,
+            "head/kernel": h2.T @ residual,
+        }
         if "head/bias" in weights:
             gradients["head/bias"] = residual.sum(0)
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
@@ -219,14 +278,18 @@ def _by_hand(weights, batches, arrays, *, weight_decay, bias_decays, objective=S
 def test_flow_time_is_the_sum_of_learning_rates():
     recipe, *_ = setup(schedule="step", batch_size=16)
     assert recipe.steps_per_epoch == 3
-    times = program.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6]))
+    times = program.flow_time(
+        recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6])
+    )
     # 18 steps: six at the full rate, six at a tenth, six at a hundredth.
     np.testing.assert_allclose(times, [[0, 0.3, 0.666], [0, 1.2, 2.664]], rtol=1e-12)
 
 
 def test_adam_has_no_flow_time():
     recipe, *_ = setup(optimizer="adam")
-    times = program.flow_time(recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6]))
+    times = program.flow_time(
+        recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6])
+    )
     np.testing.assert_array_equal(times, np.full((2, 3), np.nan))
 
 

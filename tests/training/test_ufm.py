@@ -1,6 +1,7 @@
 """The unconstrained-feature model trained by our own code, against its closed forms, in float64.
 
-Depth 3 with three classes stands for all in the default suite; the other depths and class numbers are slow to compile.
+Depth 3 with three classes stands for all in the default suite; the other depths and class numbers
+are slow to compile.
 """
 
 import importlib.util
@@ -20,11 +21,20 @@ RELATIVE_DECAYS = (0.4, 0.7, 1.3)
 SLOW = pytest.mark.slow
 CASES = [
     pytest.param(
-        depth, classes, head_bias, targets, marks=() if (depth, classes, targets) == (3, 3, "one_hot") else SLOW
+        depth,
+        classes,
+        head_bias,
+        targets,
+        marks=() if (depth, classes, targets) == (3, 3, "one_hot") else SLOW,
     )
     for depth in (2, 3, 4)
     for classes in (3, 10)
-    for head_bias, targets in (("none", "one_hot"), ("free", "one_hot"), ("decayed", "one_hot"), ("none", "centered"))
+    for head_bias, targets in (
+        ("none", "one_hot"),
+        ("free", "one_hot"),
+        ("decayed", "one_hot"),
+        ("none", "centered"),
+    )
     if head_bias != "decayed" or (depth, classes) == (2, 3)
     if targets == "one_hot" or (depth, classes) == (2, 3)
 ]
@@ -40,14 +50,19 @@ def ufm_config():
 
 
 @pytest.mark.parametrize(("depth", "classes", "head_bias", "targets"), CASES)
-def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, head_bias, targets, ufm_config, tmp_path):
+def test_a_trained_unconstrained_model_meets_its_closed_form(
+    depth, classes, head_bias, targets, ufm_config, tmp_path
+):
     setting = Setting(classes, head_bias, targets)
     gamma = closed_forms.unconstrained_gamma(depth, PER_CLASS, setting)
     last = closed_forms.critical_decays(gamma, depth, setting)[1]
     weight_decay = np.array(RELATIVE_DECAYS) * last
 
     config = ufm_config()
-    config.data.num_classes, config.model.widths = classes, (16 if classes == 3 else 32,) * (depth - 1)
+    config.data.num_classes, config.model.widths = (
+        classes,
+        (16 if classes == 3 else 32,) * (depth - 1),
+    )
     config.model.head_bias, config.targets = head_bias, targets
     config.sweep.weight_decay, config.sweep.seed = tuple(weight_decay), (0,)
     # At depth 4 three strong classes diverge from the config's own initialization.
@@ -68,9 +83,13 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, hea
     np.testing.assert_allclose(alive["epsilon"], expected.epsilon, rtol=1e-6)
     np.testing.assert_allclose(alive["delta"], expected.delta, rtol=1e-6, atol=1e-9)
     for layer in history["layer"].values:
-        np.testing.assert_allclose(alive["weight_norm_sq"].sel(layer=layer), expected.weight_norm_sq, rtol=1e-6)
+        np.testing.assert_allclose(
+            alive["weight_norm_sq"].sel(layer=layer), expected.weight_norm_sq, rtol=1e-6
+        )
     if setting.sum_is_fitted:
-        np.testing.assert_allclose(alive["nc3"], 2 - 2 * np.sqrt((classes - 1) / classes), rtol=1e-6)
+        np.testing.assert_allclose(
+            alive["nc3"], 2 - 2 * np.sqrt((classes - 1) / classes), rtol=1e-6
+        )
         np.testing.assert_allclose(alive["predicted_head_cosine"], 0, atol=1e-6)
     else:
         assert (alive["nc3"] < 1e-6).all()
@@ -81,7 +100,9 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(depth, classes, hea
     np.testing.assert_allclose(alive["predicted_head_norm_sq"], expected.weight_norm_sq, rtol=1e-6)
     np.testing.assert_allclose(alive["norm_target"], expected.weight_norm_sq, rtol=1e-6)
     modes = alive["mode_eigenvalues"].transpose("weight_decay", "mode").values
-    np.testing.assert_allclose(modes[:, : setting.modes], np.tile(expected.margin[:, None], setting.modes), rtol=1e-6)
+    np.testing.assert_allclose(
+        modes[:, : setting.modes], np.tile(expected.margin[:, None], setting.modes), rtol=1e-6
+    )
     np.testing.assert_allclose(modes[:, setting.modes :], 0, atol=1e-6)
     if head_bias == "free":  # the theorem as stated
         assert (alive["theorem_residual"] < 1e-6).all()

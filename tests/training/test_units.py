@@ -1,5 +1,5 @@
-"""units = torch: the numbers of a PyTorch recipe give PyTorch's trajectory. PyTorch itself where it is installed, and
-always its documented update rules, written out in its own units."""
+"""units = torch: the numbers of a PyTorch recipe give PyTorch's trajectory. PyTorch itself where it
+is installed, and always its documented update rules, written out in its own units."""
 
 import functools
 
@@ -18,7 +18,14 @@ CASES = {
     "sgd": ("square", "sgd", 0.3, 0.9, 2e-2, 2.0),
     "adam": ("square", "adam", 0.02, 0.8, 5e-2, 2.0),
     "adamw": ("square", "adamw", 0.02, 0.9, 0.5, 2.0),
-    "adamw_at_eps": ("square", "adamw", 0.02, 0.9, 0.5, 1e-7),  # gradients no larger than Adam's eps
+    "adamw_at_eps": (
+        "square",
+        "adamw",
+        0.02,
+        0.9,
+        0.5,
+        1e-7,
+    ),  # gradients no larger than Adam's eps
     "cross_entropy": ("cross_entropy", "sgd", 0.3, 0.9, 2e-2, 2.0),
     "cross_entropy_adam": ("cross_entropy", "adam", 0.02, 0.8, 5e-2, 2.0),
 }
@@ -26,7 +33,9 @@ CASES = {
 
 @functools.cache
 def trained_by_us(case, folder):
-    """Start, inputs, labels and end of ten full-batch steps in float64; weights (in, out), the head's bias last."""
+    """Start, inputs, labels and end of ten full-batch steps in float64; weights (in, out), the
+    head's bias last.
+    """
     loss, optimizer, learning_rate, momentum, weight_decay, input_scale = CASES[case]
     config = default_config()
     config.data.name, config.data.num_classes, config.data.per_class = "synthetic", CLASSES, 8
@@ -35,7 +44,11 @@ def trained_by_us(case, folder):
     config.loss, config.train.optimizer, config.units = loss, optimizer, "torch"
     config.train.epochs, config.train.batch_size, config.train.schedule = STEPS, 0, "constant"
     config.train.precision = "float64"
-    config.sweep.learning_rate, config.sweep.momentum, config.sweep.weight_decay = learning_rate, momentum, weight_decay
+    config.sweep.learning_rate, config.sweep.momentum, config.sweep.weight_decay = (
+        learning_rate,
+        momentum,
+        weight_decay,
+    )
     sweep = loop.Sweep(plan.prepare(config, folder))
 
     def weights():
@@ -44,15 +57,21 @@ def trained_by_us(case, folder):
 
     start = weights()
     with jax.enable_x64(True):
-        inputs = np.asarray(sweep.data.normalize(sweep.data.train.images)).reshape(-1, len(start[0]))
+        inputs = np.asarray(sweep.data.normalize(sweep.data.train.images)).reshape(
+            -1, len(start[0])
+        )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "evaluate", lambda *_, **__: {})  # most of the program, and not of interest here
+        patch.setattr(
+            program, "evaluate", lambda *_, **__: {}
+        )  # most of the program, and not of interest here
         sweep.advance(STEPS, measured=False)
     return start, inputs, np.asarray(sweep.data.train.labels), weights()
 
 
 def torch_gradients(weights, x, labels, loss):
-    """Of MSELoss(), the mean over examples and outputs, or CrossEntropyLoss(), the mean over examples."""
+    """Of MSELoss(), the mean over examples and outputs, or CrossEntropyLoss(), the mean over
+    examples.
+    """
     first, head, bias = weights
     z = x @ first
     h = np.maximum(z, 0)
@@ -92,7 +111,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_in_torch_units_equal_pytorchs_update_rules(case, folder):
     start, inputs, labels, end = trained_by_us(case, folder)
-    for ours, first, expected in zip(end, start, trained_by_the_rules(start, inputs, labels, case), strict=True):
+    for ours, first, expected in zip(
+        end, start, trained_by_the_rules(start, inputs, labels, case), strict=True
+    ):
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
         assert np.linalg.norm(expected - first) > 0.01 * np.linalg.norm(first)
 
@@ -103,7 +124,9 @@ def test_ten_steps_in_torch_units_equal_pytorch(case, folder):
     loss, optimizer, learning_rate, momentum, weight_decay, _ = CASES[case]
     start, inputs, labels, end = trained_by_us(case, folder)
     net = torch.nn.Sequential(
-        torch.nn.Linear(*start[0].shape, bias=False), torch.nn.ReLU(), torch.nn.Linear(*start[1].shape)
+        torch.nn.Linear(*start[0].shape, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Linear(*start[1].shape),
     ).double()
     parameters = [net[0].weight, net[2].weight, net[2].bias]
     with torch.no_grad():
