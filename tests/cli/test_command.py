@@ -391,11 +391,11 @@ def another_user(tmp_path):
 
 PREFLIGHT = """
 import os, sys
-from ncjax import config, preflight
+from ncjax import config, plan
 assert not os.access(".", os.W_OK)
 settings = config.default_config()
 settings.data.name = "synthetic"
-preflight.examine(settings, sys.argv[1])
+plan.examine(settings, sys.argv[1])
 print("sound")
 """
 
