@@ -26,6 +26,7 @@ MEASURES = {
     "etf_error": "etf_error",
     "norms of means": "nc2_equinorm_means",
     "nc1": "nc1",
+    "total scatter": "nc1_trace_ratio",
     "nc3": "nc3",
     "cosine std of head": "nc2_cosine_std_head",
     "2 lambda t": "relaxation_time",
@@ -39,7 +40,7 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         "train__epochs": 2000,
         "sweep__learning_rate": 0.01,  # deep linear heads diverge at more
         "sweep__weight_decay": (1e-3, 3e-3),
-        "sweep__seed": (0, 1, 2),
+        "sweep__seed": common.SEEDS,
     }
     return {
         f"linear head of depth {depth}": common.recorded(

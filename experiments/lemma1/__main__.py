@@ -43,7 +43,10 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
         asks_for_a_sum = "centred" not in name
         if not asks_for_a_sum:
             outputs -= 1
-        cells = (final["fit_loss"], outputs.where(abs(outputs) > 1e-6, 0), final["nc3"])
+        # ||1^T W_L||^2 = ||W_L||^2 + the products of C (C-1) pairs.
+        cosine = (common.sum_of_rows(final) - 1) / (num_classes - 1)
+        small = (one.where(abs(one) > 1e-6, 0) for one in (outputs, cosine))
+        cells = (final["fit_loss"], *small, final["nc3"])
         columns = [
             *map(common.per_decay, cells),
             common.per_decay(if_sum_were_0(final, num_classes)),
@@ -62,6 +65,7 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
             "lambda",
             "fit loss",
             "sum of outputs",
+            "cosine of rows",
             "nc3",
             "loss if the sum were 0",
             "1/(2C)",

@@ -19,7 +19,7 @@ LONGER = {
     "train__epochs": 14_000,
     "checkpoint__every": 1000,
     "sweep__weight_decay": (1e-5, 3e-5),
-    "sweep__seed": (0, 1, 2, 3, 4),
+    "sweep__seed": common.SEEDS,
 }
 
 
@@ -164,9 +164,9 @@ def _figure(by_setting):
         ax.set_ylabel(r"norm, of $\Vert\lambda W_L\Vert$", size=panels.SIZE)
         ax.set_ylim(0, 0.8)
     axes[1].legend(fontsize=panels.SMALL, frameon=False)
+    seeds = panels.caption_of(list(by_setting.values()))
     figure.supxlabel(
-        "means over n = 2 seeds; error bars of the first panel: least to greatest",
-        size=panels.SMALL,
+        f"{seeds}; error bars of the first panel: least to greatest", size=panels.SMALL
     )
     return figure
 

@@ -1,4 +1,6 @@
-"""`ncjax COMMAND`: help and version wait for nothing, and a command is run as its own module runs it."""
+"""`ncjax COMMAND`: help and version wait for nothing, and a command is run as its own module
+runs it.
+"""
 
 import subprocess
 import sys
@@ -34,7 +36,9 @@ def test_no_command_and_an_unknown_one_are_one_line_and_exit_code_2(words, monke
     assert "COMMAND" in err
 
 
-@pytest.mark.parametrize(("words", "code"), [(("nowhere.npz",), 2), (("--help",), 0), (("--", "-nowhere.npz"), 2)])
+@pytest.mark.parametrize(
+    ("words", "code"), [(("nowhere.npz",), 2), (("--help",), 0), (("--", "-nowhere.npz"), 2)]
+)
 def test_a_command_gets_the_words_after_its_name(words, code, monkeypatch, capsys):
     assert call(monkeypatch, "measure", *words) == code
     chosen = capsys.readouterr()

@@ -130,3 +130,31 @@ def test_cells_are_mean_and_sd_and_the_least_is_bold():
         "0.01",
         "3",
     ]
+
+
+@pytest.mark.parametrize("pattern", ["decay_*.nc", "depth_*.nc", "digits*.nc"])
+def test_tables_of_digits_are_of_five_seeds_or_more(pattern):
+    paths = sorted((ROOT / "experiments" / "histories").glob(pattern))
+    assert len(paths) >= 4
+    for path in paths:
+        with netcdf_file(path, mmap=False) as file:
+            assert file.variables["seed"][:].tolist()[:5] == list(range(5)), path.name
+            if pattern.startswith("decay") and "decoupled" not in path.name:
+                assert file.variables["weight_decay"][0] == 0, path.name
+
+
+def test_decay_has_both_losses_for_every_optimizer():
+    text = (ROOT / "experiments" / "decay" / "README.md").read_text()
+    by_loss = [table.split("\n\n")[0] for table in text.split("<!-- table: decay.")[1:]]
+    assert [
+        re.findall(r"^\| (SGD, \w+|Adam\w*(?:, \w+)?) \|", table, re.MULTILINE) for table in by_loss
+    ] == 2 * [4 * ["SGD, coupled"] + 3 * ["SGD, decoupled"] + 4 * ["Adam, coupled"] + 5 * ["AdamW"]]
+
+
+@pytest.mark.parametrize("common_row", [0.0, 0.1, 10.0])
+def test_the_sum_of_the_heads_rows_follows_from_the_floor_of_nc3(common_row):
+    head = np.random.default_rng(0).normal(size=(10, 32)) + common_row
+    centred = np.linalg.norm(head - head.mean(axis=0)) / np.linalg.norm(head)
+    run = xr.Dataset({"nc3_floor": 2 - 2 * centred}, {"label": range(10)})
+    direct = np.sum(head.sum(axis=0) ** 2) / np.sum(head**2)
+    assert float(common.sum_of_rows(run)) == pytest.approx(direct, rel=1e-12)
