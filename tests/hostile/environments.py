@@ -35,14 +35,14 @@ _MEASURED: dict[str, dict[str, str | None]] = {
     **{
         f"{name}={value}": {name: value}
         for name, value in (
-            *(("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")),
+            *(("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16"),),
             *(("JAX_DEFAULT_MATMUL_PRECISION", "nonsense"),),
             *(("JAX_NUMPY_DTYPE_PROMOTION", "strict"), ("JAX_NUMPY_RANK_PROMOTION", "raise")),
             *(("JAX_TRANSFER_GUARD", "disallow"), ("JAX_CHECK_TRACER_LEAKS", "1")),
             *(("JAX_DEFAULT_DTYPE_BITS", "32"),),
             *(("JAX_ENABLE_COMPILATION_CACHE", "0"), ("JAX_COMPILATION_CACHE_DIR", "/dev/null")),
             *(("JAX_COMPILATION_CACHE_DIR", "/nonexistent/x"), ("JAX_COMPILATION_CACHE_DIR", "")),
-            *(("XLA_FLAGS", "--nonsense")),
+            *(("XLA_FLAGS", "--nonsense"),),
             *(("XLA_FLAGS", "--xla_force_host_platform_device_count=3"),),
             *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("XLA_FLAGS", "x")),
             *(("XLA_FLAGS", " "),),
@@ -86,7 +86,7 @@ _CONTINUED: dict[str, dict[str, str | None]] = {
         *(("JAX_NUMPY_RANK_PROMOTION", "raise"),),
         *(("JAX_NUMPY_DTYPE_PROMOTION", "strict"), ("JAX_DEBUG_NANS", "1")),
         *(("JAX_DISABLE_JIT", "1"),),
-        *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")),
+        *(("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"),),
         *(("XLA_FLAGS", "--xla_backend_optimization_level=0"),),
         *(("JAX_PLATFORMS", "nonsense"), ("JAX_NUM_CPU_DEVICES", "100000")),
         *(("JAX_TRANSFER_GUARD", "disallow"),),

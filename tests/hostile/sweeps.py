@@ -57,7 +57,7 @@ _OTHERS = (
     *("--config.data.input_scale=1e-50", "--config.data.input_scale=1e39"),
     *("--config.data.input_scale=1e300",),
     *("--config.data.input_scale=1e-300", "--config.data.input_scale=1e18"),
-    *("--config.units=torch --config.sweep.weight_decay=1e308"),
+    *("--config.units=torch --config.sweep.weight_decay=1e308",),
     *("--config.train.schedule_epochs=2147483647",),
     *(f"--config.units=torch --config.sweep.learning_rate={x}" for x in ("1e-323", "1e38")),
 )  # fmt: skip
