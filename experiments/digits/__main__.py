@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import xarray as xr
 
 from experiments import common
+from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import figures, theory_figures
-from ncjax.storage.history import BUDGET_TERMS
 
 # Heading: the variable, and what selects one number a run of it.
 COLLAPSE = {

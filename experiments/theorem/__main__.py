@@ -9,8 +9,8 @@ import xarray as xr
 
 from configs import digits, ufm
 from experiments import common
+from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import panels
-from ncjax.storage.history import BUDGET_TERMS
 
 TERMS = tuple(BUDGET_TERMS)
 # Small lambdas take long to relax: 2 lambda t is 3.1 at the least of these.

@@ -304,7 +304,7 @@ def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -
 
 
 def _ordered(found: "Measurement") -> dict[str, float]:
-    from ncjax.storage.history import VOCABULARY
+    from ncjax.metrics.vocabulary import VOCABULARY
 
     return {name: found.metrics[name] for name in VOCABULARY if name in found.metrics}
 
@@ -330,8 +330,8 @@ def _print(
 ) -> None:
     from rich.table import Table
 
+    from ncjax.metrics.vocabulary import VOCABULARY
     from ncjax.report import tables
-    from ncjax.storage.history import VOCABULARY
 
     if len(found) > 1:
         table = Table(title="Layers in forward order")

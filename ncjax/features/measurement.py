@@ -4,7 +4,7 @@ metrics after them.
 `prepare` turns the first pass's sums into a `Reference` for the second, `find` turns that pass's
 deviations into a `Measurement`. What is small, (C, p) at most, is float64 here, on the host, in
 units in which no square of it leaves float64 (`Units`). Metrics bear the names of
-`history.VOCABULARY` and are computed by `collapse` and `theory`, as those of training are.
+`VOCABULARY` and are computed by `collapse` and `theory`, as those of training are.
 
 Classes without an example are left out: all is measured for the C classes that have one, with their
 rows of the head and their outputs.

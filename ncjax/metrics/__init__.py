@@ -1,1 +1,41 @@
-"""Defines the measurements and the theory beside them: pure arrays, no files."""
+"""What the numbers are: the vocabulary of metrics, their formulas and the theory, of arrays alone.
+
+Public are the metrics one by one, imported when asked for: `ncjax.metrics.nc1(features, labels)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ncjax.metrics.functions import (
+        cdnv,
+        etf_error,
+        nc1,
+        nc1_trace_ratio,
+        nc2_equiangular,
+        nc2_equinorm,
+        nc3,
+        nc4,
+    )
+
+__all__ = [
+    "cdnv",
+    "etf_error",
+    "nc1",
+    "nc1_trace_ratio",
+    "nc2_equiangular",
+    "nc2_equinorm",
+    "nc3",
+    "nc4",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from ncjax.metrics import functions
+
+        return getattr(functions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,7 +4,9 @@ float32-safe, vmappable.
 Two passes over batches, so that no N x p feature matrix is ever held:
 
     sums = add up `class_sums(...)` over batches;       means = class_means(sums)
-    scatter = add up `class_scatter(..., means, ...)`;  metrics = measure(means, scatter, head)
+    scatter = add up `class_scatter(..., means, ...)`
+
+`vocabulary` computes the metrics from what they have summed.
 
 Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G],
 Sigma_W = mean (h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head, r = y - f an
@@ -120,10 +122,9 @@ def class_scatter(
     along_means, along_head, along_centred = jnp.split(
         along, [num_classes, 2 * num_classes], axis=1
     )
-    # argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2, and h - mu_G
-    # is the deviation plus the centred mean of h's class: a common offset costs no digits.
+    # h - mu_G is the deviation plus the centred mean of h's class.
     gram = _gram(centred)
-    nearness = along_centred + gram[labels] - jnp.diagonal(gram)[None] / 2
+    nearest = nearest_mean(along_centred + gram[labels], jnp.diagonal(gram))
     return Scatter(
         examples=one_hot.sum(0),
         within=one_hot.T @ jnp.sum(deviation**2, axis=1),
@@ -131,12 +132,8 @@ def class_scatter(
         in_row_space=jnp.sum(along_head**2),
         residuals=jnp.sum(residual_deviation**2),
         covariance=residual_deviation.T @ deviation,
-        disagreements=jnp.sum(valid * (winners != jnp.argmax(nearness, axis=1))),
+        disagreements=jnp.sum(valid * (winners != nearest)),
     )
-
-
-def _float64(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(array.astype(jnp.float64) for array in arrays)
 
 
 def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
@@ -180,15 +177,44 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
     return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
 
 
-def nc1(along_means: Float[Array, " k"], frame: Frame, num_classes: int) -> Float[Array, ""]:
-    """tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2, s_j the singular values of
-    Mdot/sqrt(C).
+def span(
+    rows: Float[Array, "C p"], tolerance: float, most: int
+) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
+    """Returns singular values and right singular vectors (rows) of a matrix.
 
-    `along_means` holds u_j^T Sigma_W u_j. NaN where the centred means vanish (rank 0).
+    They are 0 beyond the first `most`, and where a value is below `tolerance` times the largest.
     """
-    kept = frame.singular_values > 0
-    ratios = jnp.where(kept, along_means / jnp.where(kept, frame.singular_values, 1) ** 2, 0)
-    return jnp.where(frame.rank > 0, ratios.sum() / num_classes, jnp.nan)
+    singular_values, basis = row_space(rows)
+    kept = (singular_values > tolerance * singular_values[0]) & (jnp.arange(len(rows)) < most)
+    return singular_values * kept, basis * kept[:, None]
+
+
+def nearest_mean(
+    products: Float[Array, "B C"], square_norms: Float[Array, " C"]
+) -> Int[Array, " B"]:
+    """Returns argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2.
+
+    Args:
+      products: <h - mu_G, mu_c - mu_G>, so that a common offset of all features costs no digits.
+      square_norms: ||mu_c - mu_G||^2.
+    """
+    return jnp.argmax(products - square_norms[None] / 2, axis=1)
+
+
+def nc1(
+    along_means: Float[Array, " k"], spectrum: Float[Array, " k"], num_classes: int
+) -> Float[Array, ""]:
+    """Returns tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2.
+
+    NaN where the centred means vanish.
+
+    Args:
+      along_means: u_j^T Sigma_W u_j for each left singular vector u_j of Mdot.
+      spectrum: s_j, the singular values of Mdot/sqrt(C); those that are 0 do not count.
+    """
+    kept = spectrum > 0
+    ratios = jnp.where(kept, along_means / jnp.where(kept, spectrum, 1) ** 2, 0)
+    return jnp.where(kept.any(), ratios.sum() / num_classes, jnp.nan)
 
 
 def _gram(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
@@ -387,38 +413,3 @@ def _interpolation(
         "sqi_gap": jnp.abs(delta - epsilon / (num_classes - 1)),
         "output_asymmetry": asymmetry / num_classes,
     }
-
-
-def measure_head(head: Float[Array, "C p"]) -> dict[str, Array]:
-    """Geometry of the head alone, and the NC3 that it cannot go below, float64."""
-    with jax.enable_x64(True):
-        (rows,) = _float64(head)
-        return geometry(rows, "head") | {"nc3_floor": nc3_floor(rows, jnp.ones(len(rows)))}
-
-
-def measure(
-    means: ClassMeans, scatter: Scatter, frame: Frame, head: Float[Array, "C p"]
-) -> dict[str, Array]:
-    """Every measurement on one split, as float64 scalars (`class_mean_cosine` is (C, C));
-    `frame` spans the means.
-    """
-    with jax.enable_x64(True):
-        mu, mean_residuals, rows = _float64(means.features, means.residuals, head)
-        scatter = Scatter(*_float64(*scatter))
-        total = scatter.examples.sum()
-        centred = centred_means(mu)
-        trace_within = scatter.within.sum() / total
-        num_classes = len(mu)
-        return {
-            "nc1": nc1(scatter.along_means / total, frame, num_classes),
-            "nc1_rank": frame.rank.astype(jnp.float64),
-            "nc1_trace_ratio": trace_within / (jnp.sum(centred**2) / num_classes),
-            "nc1_row_space": scatter.in_row_space / total / trace_within,
-            **between_means(centred, scatter.within / scatter.examples),
-            "nc3": self_duality(rows, centred),
-            "nc3_centered": self_duality(rows - rows.mean(0, keepdims=True), centred),
-            "nc4": scatter.disagreements / total,
-            **quasi_interpolation(mean_residuals),
-            "output_spread": jnp.sqrt(scatter.residuals / total / num_classes),
-            "class_mean_cosine": cosines(centred),
-        }

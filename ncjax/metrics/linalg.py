@@ -41,8 +41,7 @@ def symmetric_part(matrix: Float[Array, "C C"]) -> SymmetricPart:
 
 
 def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
-    """Singular values, descending, and right singular vectors as rows, of a float64 matrix with few
-    rows.
+    """Returns singular values, descending, and right singular vectors as rows, of few rows.
 
     One-sided Jacobi (Hestenes 1958): plane rotations of pairs of rows until all rows are
     orthogonal; their norms are then the singular values. No Gram matrix is formed, so a singular
@@ -59,13 +58,14 @@ def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Ar
     matrix = matrix / jnp.where(largest > 0, largest, 1)
     half = -(-rows // 2)
     padded = jnp.concatenate([matrix, jnp.zeros((2 * half - rows, columns), matrix.dtype)])
+    nearly_orthogonal = max(_NEARLY_ORTHOGONAL, 4 * float(jnp.finfo(matrix.dtype).eps))
     negligible = (rows * jnp.finfo(matrix.dtype).eps) ** 2 * jnp.sum(matrix**2)
 
     def play_round(state, _):
         x, y, oblique = state
         alpha, beta, gamma = jnp.sum(x * x, 1), jnp.sum(y * y, 1), jnp.sum(x * y, 1)
         meet = jnp.minimum(alpha, beta) > negligible
-        oblique |= jnp.any(meet & (gamma**2 > _NEARLY_ORTHOGONAL**2 * alpha * beta))
+        oblique |= jnp.any(meet & (gamma**2 > nearly_orthogonal**2 * alpha * beta))
         meet &= gamma != 0
         zeta = (beta - alpha) / (2 * jnp.where(meet, gamma, 1))
         tangent = jnp.where(

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ncjax.errors import printable
-from ncjax.storage.history import RELAXED, VOCABULARY, extinct
+from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.storage.history import RELAXED, extinct
 
 # Columns of the final tables: heading, variable, what selects one number of it. Empty columns are
 # left out.

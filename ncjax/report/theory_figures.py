@@ -13,10 +13,11 @@ import numpy as np
 import xarray as xr
 
 from ncjax.metrics import closed_forms
+from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import panels
 from ncjax.report.figures import setting_words
 from ncjax.report.panels import Panel, number
-from ncjax.storage.history import BUDGET_TERMS, RELAXED
+from ncjax.storage.history import RELAXED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

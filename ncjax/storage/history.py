@@ -5,7 +5,6 @@ split and layer.
 import hashlib
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -13,128 +12,9 @@ import xarray as xr
 from ncjax import config
 from ncjax.config import Grid
 from ncjax.errors import InputError
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage.files import write_atomically
 
-
-class Variable(NamedTuple):
-    """Dimensions after those of the grid and `epoch`, and the definition. All but the two times
-    have no unit.
-
-    Every number is of the network in eval mode, which is another one than that in training where
-    there is batch
-    normalization: outputs and features are then by running statistics.
-    """
-
-    dims: tuple[str, ...]
-    definition: str
-
-
-_SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
-BUDGET_TERMS = {
-    "theorem": "(t/C) Mdot^T, the theorem's",
-    "mean": "(q/C) 1 mu_G^T: the mean residual does not vanish",
-    "asymmetry": "E M^T/C: residuals differ between classes",
-    "within": "mean (r - rbar_c)(h - mu_c)^T: examples of a class differ",
-    "gradient": "dL/dW_L: not at equilibrium yet",
-}
-
-VOCABULARY: dict[str, Variable] = {
-    "finite": Variable(
-        (), "1 while parameters and training loss are finite; all else is NaN where it is 0"
-    ),
-    "loss": Variable(_SPLIT, "fit_loss + lambda/2 times the squared norm of what is decayed"),
-    "fit_loss": Variable(
-        _SPLIT, "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode"
-    ),
-    "accuracy": Variable(
-        _SPLIT, "share of examples whose largest output, in eval mode, is their class's"
-    ),
-    "effective_decay": Variable((), "lambda of the loss whose critical points the optimizer seeks"),
-    "flow_time": Variable((), "t = sum over steps of learning rate/(1 - momentum)"),
-    "relaxation_time": Variable(
-        (), "2 lambda t: e-folds by which squared layer norms have drawn together"
-    ),
-    "nc1": Variable(_SPLIT, "tr(Sigma_W Sigma_B^+)/C"),
-    "nc1_rank": Variable(_SPLIT, "rank of the centred class means"),
-    "nc1_trace_ratio": Variable(_SPLIT, "tr(Sigma_W)/tr(Sigma_B)"),
-    "nc1_row_space": Variable(
-        _SPLIT, "tr(P_W Sigma_W)/tr(Sigma_W), P_W onto the row space of the head"
-    ),
-    "cdnv": Variable(_SPLIT, "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)"),
-    "nc2_equinorm_means": Variable(_SPLIT, "std/mean over classes of ||mu_c - mu_G||"),
-    "nc2_equinorm_head": Variable((), "std/mean over classes of ||W_L^c||"),
-    "nc2_equiangular_means": Variable(
-        _SPLIT, "mean over pairs of |cos + 1/(C-1)|, centred class means"
-    ),
-    "nc2_equiangular_head": Variable((), "mean over pairs of |cos + 1/(C-1)|, rows of the head"),
-    "nc2_cosine_std_means": Variable(_SPLIT, "std over pairs of cos, centred class means"),
-    "nc2_cosine_std_head": Variable((), "std over pairs of cos, rows of the head"),
-    "etf_error": Variable(
-        _SPLIT, "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means"
-    ),
-    "nc3": Variable(_SPLIT, "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2"),
-    "nc3_centered": Variable(_SPLIT, "nc3 with the rows of W_L centred"),
-    "nc3_floor": Variable(
-        (),
-        "2 - 2 ||P W_L||_F/||W_L||_F, P = I - J/C: the least nc3 that any class means leave this "
-        "head",
-    ),
-    "nc4": Variable(
-        _SPLIT, "share of examples whose largest output is not that of the nearest class mean"
-    ),
-    "epsilon": Variable(
-        _SPLIT,
-        "mean residual y - f of an example's own class (f: probabilities with cross-entropy)",
-    ),
-    "delta": Variable(_SPLIT, "minus the mean residual of the other classes"),
-    "sqi_gap": Variable(_SPLIT, "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation"),
-    "output_spread": Variable(_SPLIT, "sqrt(mean ||r - rbar_c||^2/C)"),
-    "output_asymmetry": Variable(
-        _SPLIT, "||E||_F/C, E what of the mean residuals is not symmetric between classes"
-    ),
-    "weight_norm_sq": Variable(_LAYER, "||W_k||_F^2"),
-    "norm_target": Variable((), "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium"),
-    "equilibrium_residual": Variable(
-        _LAYER, "||lambda W_k + dFit/dW_k||/||lambda W_k||, Fit in eval mode"
-    ),
-    "lemma2_residual": Variable((), "largest over layers of |L - Lemma 2's right side|/L"),
-    "theorem_residual": Variable(
-        (), "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds"
-    ),
-    "symmetric_nc3": Variable(
-        (), "nc3 of a symmetric solution at equilibrium with the same mean outputs"
-    ),
-    "predicted_head_norm_sq": Variable(
-        (), "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs"
-    ),
-    "predicted_head_cosine": Variable((), "cos between rows of its head"),
-    "normalized_margin": Variable(
-        (), "gamma: margin of the class-mean outputs over the product of all ||W_k||_F"
-    ),
-    "mode_eigenvalues": Variable(
-        _MODE, "eigenvalues of the symmetric part of the class-mean outputs less the bias"
-    ),
-    "closed_form_epsilon": Variable(
-        (), "epsilon of the unconstrained-feature model; NaN for other networks"
-    ),
-    "closed_form_nc3": Variable(
-        (), "nc3 of the unconstrained-feature model; NaN for other networks"
-    ),
-    "closed_form_norm_sq": Variable(
-        (), "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks"
-    ),
-    **{
-        f"budget_{name}": Variable((), f"share of lambda W_L by projection: {term}")
-        for name, term in BUDGET_TERMS.items()
-    },
-    **{
-        f"budget_{name}_norm": Variable((), f"Frobenius norm of {term}")
-        for name, term in BUDGET_TERMS.items()
-    },
-    "budget_residual": Variable(
-        (), "||lambda W_L - sum of the budget's terms|| over the largest term's norm"
-    ),
-}
 # Measured with the others, but only the newest is kept: C^2 numbers a run.
 COSINES = "class_mean_cosine"
 _COSINES_DEFINITION = (
@@ -147,8 +27,6 @@ RELAXED = 3.0
 
 # Every history has them.
 _COORDINATES = {"weight_decay", "seed", "epoch", "split"}
-
-_TIME_UNIT = {"flow_time": "learning rate x steps", "relaxation_time": "e-folds"}
 
 
 def one_epoch(
@@ -171,16 +49,16 @@ def one_epoch(
         "other_label": list(label_names),
     }
     variables = {}
-    for name, (dims, definition) in VOCABULARY.items():
+    for name, metric in VOCABULARY.items():
         values = metrics[name].reshape(*grid.shape, 1, *metrics[name].shape[1:])
-        unit = _TIME_UNIT.get(name, "1")
-        variables[name] = (
-            (*grid.dims, "epoch", *dims),
-            values,
-            {"definition": definition, "units": unit},
-        )
+        dims = (*grid.dims, "epoch", *metric.dims)
+        variables[name] = (dims, values, metric.attributes)
     cosines = metrics[COSINES].reshape(*grid.shape, *metrics[COSINES].shape[1:])
-    cosine_attrs = {"definition": _COSINES_DEFINITION, "units": "1"}
+    cosine_attrs = {
+        "definition": _COSINES_DEFINITION,
+        "long_name": "cosine between class means",
+        "units": "1",
+    }
     variables[COSINES] = ((*grid.dims, "label", "other_label"), cosines, cosine_attrs)
     history = xr.Dataset(variables, coords, attrs)
     history["weight_decay"].attrs["definition"] = (
@@ -324,5 +202,5 @@ def _renewed(history: xr.Dataset) -> xr.Dataset:
         history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered")
     )
     share = ((2 - duality.astype(np.float64)) / (2 - centred.astype(np.float64))).clip(max=1)
-    attrs = {"definition": floor.definition, "units": "1"}
-    return history.assign(nc3_floor=(2 - 2 * share).astype(duality.dtype).assign_attrs(attrs))
+    restored = (2 - 2 * share).astype(duality.dtype).assign_attrs(floor.attributes)
+    return history.assign(nc3_floor=restored)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage.files import write_atomically
-from ncjax.storage.history import VOCABULARY
 
 
 def append(

@@ -1,5 +1,6 @@
 """Every measurement of one run, in two passes over each split."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -9,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from ncjax.metrics import collapse, theory
-from ncjax.metrics.linalg import symmetric_part
+from ncjax.metrics.statistics import Statistics, statistics_of_passes
+from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
 from ncjax.training import models
 from ncjax.training.mesh import Share
 from ncjax.training.objective import Objective, decay_penalty
@@ -106,9 +108,13 @@ def evaluate(
         )
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
 
-        def split_metrics(
-            split, first, means, frame, held
-        ) -> tuple[dict[str, Array], collapse.Scatter]:
+        def split_statistics(
+            split: Split,
+            first: _FirstPass,
+            means: collapse.ClassMeans,
+            frame: collapse.Frame,
+            held: tuple,
+        ) -> Statistics:
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 h, f = held if held else _forward(variables, data.normalize(images), model)
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
@@ -117,47 +123,77 @@ def evaluate(
                 ), ()
 
             scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            fit, penalty = (
-                first.fit / len(split.labels),
-                decay_penalty(params, decayed, weight_decay),
-            )
-            metrics = {
-                "loss": fit + penalty,
-                "fit_loss": fit,
-                "accuracy": first.correct / len(split.labels),
-            }
-            return metrics | collapse.measure(means, scatter, frame, head), scatter
-
-        train, scatter = split_metrics(data.train, train_sums, train_means, frame_train, train_held)
-        test, _ = split_metrics(data.test, test_sums, test_means, frame_test, test_held)
-        class_mean_cosine = train.pop("class_mean_cosine")
-        del test["class_mean_cosine"]
-        metrics = jax.tree.map(lambda *values: jnp.stack(values), train, test)
+            return statistics_of_passes(means, frame, scatter, head, first.correct)
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
-        norms_sq = jnp.stack([jnp.sum(params[name]["kernel"] ** 2) for name in names])
-        metrics |= collapse.measure_head(head) | {
-            "class_mean_cosine": class_mean_cosine,
-            "weight_norm_sq": norms_sq,
-        }
-        metrics |= _equilibrium(params, gradients, train_sums, weight_decay, names)
-        metrics |= _predictions(
-            train_means, scatter, gradients["head"]["kernel"].T, head, norms_sq, weight_decay
+        train = dataclasses.replace(
+            split_statistics(data.train, train_sums, train_means, frame_train, train_held),
+            residual_dot_logit=train_sums.residual_dot_logit / train_sums.classes.examples.sum(),
+            fit_gradient=gradients["head"]["kernel"].T,
+            weight_decay=weight_decay,
         )
-        lemma2 = _lemma2(
-            params, gradients, train_sums, train["loss"], norms_sq, weight_decay, names, decayed
-        )
-        # An identity of the square loss alone.
-        metrics["lemma2_residual"] = (
-            lemma2 if objective.loss == "square" else jnp.full_like(lemma2, jnp.nan)
-        )
+        test = split_statistics(data.test, test_sums, test_means, frame_test, test_held)
+        fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
+        penalty = decay_penalty(params, decayed, weight_decay)
+        loss = jnp.stack([fit + penalty for fit in fits])
+        with jax.enable_x64(True):
+            metrics = _by_split(assemble(train), assemble(test))
+            metrics |= {"loss": loss, "fit_loss": jnp.stack(fits)}
+            metrics |= _of_network(
+                params, gradients, train, train_sums, loss[0], weight_decay, names, decayed
+            )
+        if objective.loss != "square":  # an identity of the square loss alone
+            metrics["lemma2_residual"] = jnp.full((), jnp.nan)
         if not model.is_homogeneous:
             metrics |= {
-                name: jnp.full_like(metrics[name], jnp.nan)
-                for name in ("lemma2_residual", "normalized_margin")
+                name: jnp.full((), jnp.nan) for name in ("lemma2_residual", "normalized_margin")
             }
             metrics["equilibrium_residual"] = metrics["equilibrium_residual"].at[:-1].set(jnp.nan)
-        return _masked(metrics, params, train["loss"], head.dtype)
+        return _masked(metrics, params, loss[0], head.dtype)
+
+
+def _by_split(train: dict[str, Array], test: dict[str, Array]) -> dict[str, Array]:
+    """Joins the metrics of both splits; those without that dimension are of the training split."""
+    return {
+        name: jnp.stack([value, test[name]]) if "split" in VOCABULARY[name].dims else value
+        for name, value in train.items()
+    }
+
+
+def _of_network(
+    params: dict,
+    gradients: dict,
+    statistics: Statistics,
+    sums: _FirstPass,
+    loss: Array,
+    weight_decay: Array,
+    names: tuple[str, ...],
+    decayed: dict,
+) -> dict[str, Array]:
+    """Returns metrics of all layers, and (C, C) matrices of the class means."""
+    quantities = Quantities(statistics)
+    pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
+    norms_sq = jnp.stack([jnp.sum(kernel**2) for kernel, _ in pairs])
+    lemma2 = theory.lemma2_residual(
+        loss,
+        norms_sq,
+        jnp.stack([jnp.sum(kernel * gradient) for kernel, gradient in pairs]),
+        # <r, y - b> = ||r||^2 + <r, f - b>
+        (2 * sums.fit + sums.residual_dot_logit) / sums.classes.examples.sum(),
+        decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),
+        weight_decay,
+    )
+    residuals = [theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]
+    return {
+        "weight_norm_sq": norms_sq,
+        "equilibrium_residual": jnp.stack(residuals),
+        "lemma2_residual": lemma2,
+        "normalized_margin": theory.normalized_margin(
+            quantities.logit_part, norms_sq.astype(jnp.float64)
+        ),
+        "class_mean_cosine": collapse.cosines(quantities.centred),
+        "class_mean_logits": quantities.class_mean_logits,
+    }
 
 
 def _forward(variables: dict, x: Array, model: models.Network) -> tuple[Array, Array]:
@@ -217,79 +253,6 @@ def _sum_over_batches(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, to_hold = lax.scan(add, zeros, (jnp.arange(batches), *held))
     return share.sum(total), to_hold
-
-
-def _equilibrium(
-    params: dict, gradients: dict, sums: _FirstPass, weight_decay: Array, names: tuple[str, ...]
-) -> dict[str, Array]:
-    """How far each layer is from a critical point, and the norm they would all have there."""
-    pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
-    return {
-        "equilibrium_residual": jnp.stack(
-            [theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]
-        ),
-        "norm_target": theory.norm_target(
-            sums.residual_dot_logit / sums.classes.examples.sum(), weight_decay
-        ),
-    }
-
-
-def _predictions(
-    means: collapse.ClassMeans,
-    scatter: collapse.Scatter,
-    head_gradient: Array,
-    head: Array,
-    norms_sq: Array,
-    weight_decay: Array,
-) -> dict[str, Array]:
-    """What theory says of the head, from the class means and mean residuals of the training
-    split. Float64.
-    """
-    mu, residuals, covariance, gradient, head, norms_sq, weight_decay = (
-        a.astype(jnp.float64)
-        for a in (
-            *(means.features, means.residuals, scatter.covariance / scatter.examples.sum()),
-            *(head_gradient, head, norms_sq, weight_decay),
-        )
-    )
-    logits = mu @ head.T
-    terms = theory.budget(residuals, mu, covariance, gradient + weight_decay * head)
-    logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)
-    solution = theory.symmetric_solution(logit_part, residual_part, len(head), weight_decay)
-    epsilon = collapse.quasi_interpolation(residuals)["epsilon"]
-    return {
-        "theorem_residual": theory.theorem_residual(
-            epsilon, head, collapse.centred_means(mu), weight_decay
-        ),
-        "predicted_head_norm_sq": solution.head_norm_sq,
-        "predicted_head_cosine": solution.head_cosine,
-        "symmetric_nc3": solution.nc3,
-        "normalized_margin": theory.normalized_margin(logit_part, norms_sq),
-        "class_mean_logits": logits,
-        **theory.budget_account(terms, head, weight_decay),
-    }
-
-
-def _lemma2(
-    params: dict,
-    gradients: dict,
-    sums: _FirstPass,
-    loss: Array,
-    norms_sq: Array,
-    weight_decay: Array,
-    names: tuple[str, ...],
-    decayed: dict,
-) -> Array:
-    size = sums.classes.examples.sum()
-    return theory.lemma2_residual(
-        loss,
-        norms_sq,
-        jnp.stack([jnp.sum(params[name]["kernel"] * gradients[name]["kernel"]) for name in names]),
-        # <r, y - b> = ||r||^2 + <r, f - b>
-        (2 * sums.fit + sums.residual_dot_logit) / size,
-        decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),
-        weight_decay,
-    )
 
 
 def _bias(tree: dict) -> dict:

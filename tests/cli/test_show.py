@@ -16,6 +16,7 @@ from ncjax import load_run, plan
 from ncjax.cli import show
 from ncjax.config import SWEPT
 from ncjax.errors import InputError
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report.tables import mean_and_sd
 from ncjax.runs import inspect
 from ncjax.storage import checkpoint, history
@@ -87,7 +88,7 @@ def test_json_holds_the_history_at_the_epoch_and_what_the_tables_say(trained, sh
             )
             assert one["dims"] == list(expected.dims)
             np.testing.assert_array_equal(np.array(one["values"], float), expected.values)
-        kept = {*history.VOCABULARY} | ({history.COSINES} if epoch == 6 else set())
+        kept = {*VOCABULARY} | ({history.COSINES} if epoch == 6 else set())
         assert set(measurements["variables"]) == kept
         assert measurements["coordinates"]["seed"] == [0, 1]
     sweep = json.loads((trained / "config.json").read_text())["sweep"]
@@ -142,7 +143,7 @@ def test_what_was_measured_is_measured_again(trained, shown):
     assert (verification["epoch"], verification["runs"]) == (6, 4)
     assert verification["deviation"] < 1e-4
     # All but the two clocks and the three closed forms, which do not depend on weights.
-    assert verification["variables"] == len(history.VOCABULARY) + 1 - 5
+    assert verification["variables"] == len(VOCABULARY) + 1 - 5
     code, out, _ = shown(trained, "--verify", "--epoch=4", RUN)
     assert code == 0
     assert "variables of 1 run at epoch 4" in out

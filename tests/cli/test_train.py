@@ -200,7 +200,7 @@ def test_help_lists_every_field(capsys):
 
 
 def test_numbers_that_batch_normalization_makes_ambiguous_name_the_mode():
-    from ncjax.storage.history import VOCABULARY
+    from ncjax.metrics.vocabulary import VOCABULARY
 
     for name in ("fit_loss", "accuracy", "equilibrium_residual"):
         assert "eval mode" in VOCABULARY[name].definition

@@ -20,7 +20,7 @@ from ncjax.cli import measure as command_line
 from ncjax.errors import InputError
 from ncjax.features import files, measure, measurement, streaming
 from ncjax.metrics import collapse
-from ncjax.storage import history
+from ncjax.metrics.vocabulary import VOCABULARY
 from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 
 DATA = ROOT / "tests" / "data"
@@ -89,7 +89,7 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
     assert_same(no_head, {name: expected[name] for name in no_head}, rtol)
     assert "nc1" in no_head
     assert "nc4" not in no_head
-    assert {*got} <= {*history.VOCABULARY}
+    assert {*got} <= {*VOCABULARY}
 
 
 @pytest.mark.parametrize(
@@ -1011,7 +1011,7 @@ def test_the_command_says_what_the_library_finds(said):
     assert {row[0]: row[1] for row in rows} == {
         name: f"{value:.4g}" for name, value in expected.items()
     }
-    assert ["nc3", f"{expected['nc3']:.4g}", history.VOCABULARY["nc3"].definition] in rows
+    assert ["nc3", f"{expected['nc3']:.4g}", VOCABULARY["nc3"].definition] in rows
 
 
 def test_layers_classes_and_conventions_on_the_command_line(said, tmp_path):

@@ -15,6 +15,7 @@ from ncjax.cli import plot
 from ncjax.config import SWEPT, Grid
 from ncjax.errors import printable
 from ncjax.metrics import closed_forms
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import draw, figures, panels, theory_figures
 from ncjax.storage import history as histories
 
@@ -89,7 +90,7 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
             name: rng.uniform(
                 0.01, 0.99, (grid.size, *(sizes[dim] for dim in variable.dims))
             ).astype(np.float32)
-            for name, variable in histories.VOCABULARY.items()
+            for name, variable in VOCABULARY.items()
         }
         metrics["finite"][:] = 1
         metrics["effective_decay"], metrics["flow_time"] = decay, np.full(grid.size, 500.0 * epoch)
@@ -134,7 +135,7 @@ def diverge(history, **where):
     on.
     """
     history = history.copy(deep=True)
-    for name in set(histories.VOCABULARY) - {"effective_decay", "flow_time", "relaxation_time"}:
+    for name in set(VOCABULARY) - {"effective_decay", "flow_time", "relaxation_time"}:
         history[name][where | {"epoch": slice(1, None)}] = 0 if name == "finite" else np.nan
     history[histories.COSINES][where] = np.nan
     return history
@@ -242,7 +243,7 @@ def test_figures_of_other_unusual_histories_are_made(history, tmp_path):
 def test_a_history_of_epoch_0_alone_has_a_clock_that_has_not_started(tmp_path):
     history = make_history(epochs=(0,))
     kept = {"finite", "relaxation_time", *(f"budget_{term}" for term in TERMS)}
-    zeros = changed(history, **dict.fromkeys(histories.VOCABULARY.keys() - kept, 0))
+    zeros = changed(history, **dict.fromkeys(VOCABULARY.keys() - kept, 0))
     for one in (history, zeros):
         assert {path.name for path in draw.draw_all(one, tmp_path)} == WITHOUT_CLOCK
 

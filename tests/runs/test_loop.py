@@ -11,10 +11,11 @@ import xarray as xr
 from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.config import default_config
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import tables
 from ncjax.runs import loop, signals
 from ncjax.storage.checkpoint import Checkpoints
-from ncjax.storage.history import COSINES, VOCABULARY
+from ncjax.storage.history import COSINES
 from tests.helpers import run, small_config
 
 

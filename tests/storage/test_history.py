@@ -6,6 +6,7 @@ import xarray as xr
 
 from ncjax import config as configuration
 from ncjax.errors import InputError
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage import history
 
 LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
@@ -26,7 +27,7 @@ def metrics(epoch):
     rng = np.random.default_rng(epoch)
     made = {
         name: rng.standard_normal((12, *(SIZES[dim] for dim in variable.dims))).astype(np.float32)
-        for name, variable in history.VOCABULARY.items()
+        for name, variable in VOCABULARY.items()
     }
     made["norm_target"][:6] = np.nan
     return made | {history.COSINES: rng.standard_normal((12, 3, 3)).astype(np.float32)}
@@ -104,7 +105,7 @@ def test_growing_keeps_earlier_epochs_bitwise_and_only_the_newest_cosines(grid):
     dataset = grown([0, 3, 10], grid)
     assert dataset["epoch"].values.tolist() == [0, 3, 10]
     for epoch in (0, 3, 10):
-        for name in history.VOCABULARY:
+        for name in VOCABULARY:
             expected = metrics(epoch)[name].reshape(2, 2, 3, *metrics(epoch)[name].shape[1:])
             np.testing.assert_array_equal(
                 dataset[name].sel(epoch=epoch).values, expected, err_msg=name
@@ -210,7 +211,7 @@ def test_an_older_history_is_read_with_todays_names_and_its_true_floor(grid, tmp
     np.testing.assert_allclose(loaded["nc3_floor"], floor, atol=1e-5)
     assert history.missing(loaded) == ""
     for name in ("nc3_floor", "symmetric_nc3"):
-        assert loaded[name].attrs["definition"] == history.VOCABULARY[name].definition
+        assert loaded[name].attrs["definition"] == VOCABULARY[name].definition
         assert (loaded[name].dtype, loaded[name].dims) == (np.float32, old["nc3_floor"].dims)
     # What was read is of today: written again it stays as it is, and it grows.
     history.save(loaded, tmp_path / "again.nc")

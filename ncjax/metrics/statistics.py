@@ -1,0 +1,155 @@
+"""The statistics of one split that every metric is computed from, and their computation from arrays
+in memory.
+
+`training.evaluate` and `features.measurement` make the same `Statistics` of examples that come in
+batches.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from ncjax.metrics import collapse
+
+
+def wide() -> jnp.dtype:
+    """Returns the widest type that JAX computes with here: float64 where it is enabled."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Class means and what is summed about them, of C classes that all have examples; fields are
+    None where unknown.
+
+    Attributes:
+      examples: number of examples of each class.
+      means: class means mu_c as rows.
+      center: mu_G, the mean of the class means, or of all examples.
+      spectrum: singular values of Mdot/sqrt(C), descending; 0 beyond the rank.
+      within: sum of ||h - mu_c||^2 of each class.
+      along_means: sum of (u_j^T (h - mu_c))^2 for the left singular vector u_j of each singular
+        value.
+      head: W_L.
+      bias: b of the head.
+      in_row_space: sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
+      correct: number of examples whose largest output is their class's.
+      disagreements: number of examples whose largest output is not that of the nearest class mean.
+      mean_residuals: rbar_c, the mean residual of class c, as rows; None where C x C arrays are too
+        large.
+      residual_scatter: sum of ||r - rbar_c||^2.
+      covariance: sum of (r - rbar_c)(h - mu_c)^T.
+      residual_dot_logit: mean <r, f - b> over examples.
+      fit_gradient: gradient of the fit term with respect to W_L, which is -mean r h^T.
+      weight_decay: lambda.
+      class_weights: what mu_G weighs the class means by; None: all alike.
+      balanced: whether all classes have one size.
+    """
+
+    examples: Float[Array, " C"]
+    means: Float[Array, "C p"]
+    center: Float[Array, " p"]
+    spectrum: Float[Array, " k"]
+    within: Float[Array, " C"]
+    along_means: Float[Array, " k"]
+    head: Float[Array, "C p"] | None = None
+    bias: Float[Array, " C"] | None = None
+    in_row_space: Float[Array, ""] | None = None
+    correct: Num[Array, ""] | None = None
+    disagreements: Num[Array, ""] | None = None
+    mean_residuals: Float[Array, "C C"] | None = None
+    residual_scatter: Float[Array, ""] | None = None
+    covariance: Float[Array, "C p"] | None = None
+    residual_dot_logit: Float[Array, ""] | None = None
+    fit_gradient: Float[Array, "C p"] | None = None
+    weight_decay: Float[Array, ""] | None = None
+    class_weights: Float[Array, " C"] | None = None
+    balanced: bool = field(default=True, metadata={"static": True})
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Returns whether none of these fields is None or False."""
+        return all(
+            getattr(self, name) is not None and getattr(self, name) is not False for name in names
+        )
+
+
+def statistics_of_passes(
+    means: collapse.ClassMeans,
+    frame: collapse.Frame,
+    scatter: collapse.Scatter,
+    head: Float[Array, "C p"],
+    correct: Num[Array, ""] | None = None,
+) -> Statistics:
+    """Returns what two passes over a split have summed, in the form that metrics are computed from.
+
+    Args:
+      means, frame, scatter: of the split; the frame spans the centred class means.
+      correct: number of examples whose largest output is their class's.
+    """
+    with jax.enable_x64(True):
+        mu = means.features.astype(jnp.float64)
+        return Statistics(
+            examples=scatter.examples,
+            means=mu,
+            center=mu.mean(0),
+            spectrum=frame.singular_values,
+            within=scatter.within,
+            along_means=scatter.along_means,
+            head=head,
+            in_row_space=scatter.in_row_space,
+            correct=correct,
+            disagreements=scatter.disagreements,
+            mean_residuals=means.residuals,
+            residual_scatter=scatter.residuals,
+            covariance=scatter.covariance,
+        )
+
+
+def class_statistics(
+    features: Float[Array, "N p"],
+    labels: Int[Array, " N"],
+    num_classes: int,
+    head: Float[Array, "C p"] | None = None,
+    bias: Float[Array, " C"] | None = None,
+    logits: Float[Array, "N C"] | None = None,
+) -> Statistics:
+    """Computes the statistics of examples in memory; may be traced by `jit`, `vmap` and the like.
+
+    Outputs are `logits`, else W h + b where there is a head; residuals are of the square loss with
+    one-hot targets. The arithmetic is float64 where JAX has it enabled, else float32.
+    """
+    h, head, bias, logits = jax.tree.map(lambda a: a.astype(wide()), (features, head, bias, logits))
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=wide())
+    examples = one_hot.sum(0)
+    means = one_hot.T @ h / examples[:, None]
+    center = means.mean(0)
+    centred, deviation = means - center[None], h - means[labels]
+    dim = h.shape[1]
+    tolerance = collapse.rank_tolerance(features.dtype)
+    spectrum, basis = collapse.span(
+        centred / jnp.sqrt(num_classes), tolerance, min(num_classes - 1, dim)
+    )
+    fields: dict[str, Any] = {
+        "within": one_hot.T @ jnp.sum(deviation**2, axis=1),
+        "along_means": jnp.sum((deviation @ basis.T) ** 2, axis=0),
+    }
+    if head is not None:
+        _, head_basis = collapse.span(head, tolerance, min(head.shape))
+        fields["in_row_space"] = jnp.sum((deviation @ head_basis.T) ** 2)
+        logits = h @ head.T + (0 if bias is None else bias[None]) if logits is None else logits
+    if logits is not None:
+        nearest = collapse.nearest_mean((h - center[None]) @ centred.T, jnp.sum(centred**2, axis=1))
+        residuals = one_hot - logits
+        mean_residuals = one_hot.T @ residuals / examples[:, None]
+        fields |= {
+            "correct": jnp.sum(jnp.argmax(logits, 1) == labels),
+            "disagreements": jnp.sum(jnp.argmax(logits, 1) != nearest),
+            "mean_residuals": mean_residuals,
+            "residual_scatter": jnp.sum((residuals - mean_residuals[labels]) ** 2),
+        }
+    return Statistics(examples, means, center, spectrum, head=head, bias=bias, **fields)

@@ -1,0 +1,539 @@
+"""Every metric in one place: its name, definition, range, best value, and the function that
+computes it.
+
+A metric is added by one decorated function of `Quantities` in this file; training, `ncjax.measure`,
+the history on disk, tables and documentation then have it. `assemble` computes all metrics that a
+`Statistics` determines. Metrics that need the whole network or the clock of its training, not the
+features of one layer, are computed by `training.evaluate` and `runs.loop`; their entries have no
+function.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    import jax
+    import jax.numpy as jnp
+    from jax import Array
+
+    from ncjax.metrics import collapse, linalg, statistics, theory
+else:
+
+    class _Lazy:
+        """Imports a module when it is first used: definitions are read without JAX."""
+
+        def __init__(self, name: str):
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(importlib.import_module(self._name), attribute)
+
+    Array = Any
+    jax, jnp = _Lazy("jax"), _Lazy("jax.numpy")
+    collapse, linalg, statistics, theory = (
+        _Lazy(f"ncjax.metrics.{name}") for name in ("collapse", "linalg", "statistics", "theory")
+    )
+
+
+class Quantities:
+    """Quantities that several metrics share, each computed when it is first asked for, in
+    float64.
+    """
+
+    def __init__(self, summed: "statistics.Statistics"):
+        self.statistics = jax.tree.map(lambda a: a.astype(statistics.wide()), summed)
+
+    @functools.cached_property
+    def total(self) -> Array:
+        """The number of examples."""
+        return self.statistics.examples.sum()
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        return len(self.statistics.means)
+
+    @functools.cached_property
+    def centred(self) -> Array:
+        """Mdot^T: row c is mu_c - mu_G."""
+        return self.statistics.means - self.statistics.center[None]
+
+    @functools.cached_property
+    def class_weights(self) -> Array:
+        """What mu_G weighs the class means by."""
+        weights = self.statistics.class_weights
+        return jnp.ones(self.num_classes) if weights is None else weights
+
+    @functools.cached_property
+    def trace_within(self) -> Array:
+        """tr(Sigma_W)."""
+        return self.statistics.within.sum() / self.total
+
+    @functools.cached_property
+    def pairs(self) -> dict[str, Array]:
+        """Means over pairs of classes of what their centred means are to each other."""
+        return collapse.between_means(
+            self.centred, self.statistics.within / self.statistics.examples
+        )
+
+    @functools.cached_property
+    def head_geometry(self) -> dict[str, Array]:
+        return collapse.geometry(self.statistics.head, "head")
+
+    @functools.cached_property
+    def interpolation(self) -> dict[str, Array]:
+        """How far class-mean outputs are from targets."""
+        statistics = self.statistics
+        if statistics.mean_residuals is not None:
+            return collapse.quasi_interpolation(statistics.mean_residuals)
+        return collapse.quasi_interpolation_of_head(
+            statistics.means, statistics.head, statistics.bias, jnp.ones(())
+        )
+
+    @functools.cached_property
+    def class_mean_logits(self) -> Array:
+        """Row c is W mu_c, the mean output of class c less the bias."""
+        return self.statistics.means @ self.statistics.head.T
+
+    @functools.cached_property
+    def logit_part(self) -> "linalg.SymmetricPart":
+        return linalg.symmetric_part(self.class_mean_logits)
+
+    @functools.cached_property
+    def solution(self) -> "theory.SymmetricSolution":
+        residual_part = linalg.symmetric_part(self.statistics.mean_residuals)
+        return theory.symmetric_solution(
+            self.logit_part, residual_part, self.num_classes, self.statistics.weight_decay
+        )
+
+    @functools.cached_property
+    def budget(self) -> dict[str, Array]:
+        """The equilibrium budget: shares, norms and what they leave."""
+        statistics = self.statistics
+        gradient = statistics.fit_gradient + statistics.weight_decay * statistics.head
+        covariance = statistics.covariance / self.total
+        terms = theory.budget(statistics.mean_residuals, statistics.means, covariance, gradient)
+        return theory.budget_account(terms, statistics.head, statistics.weight_decay)
+
+
+class Metric(NamedTuple):
+    """One entry of the vocabulary.
+
+    Attributes:
+      title: short label of an axis or a table.
+      definition: the formula.
+      dims: dimensions in a history, after those of the grid and `epoch`.
+      least, most: the range.
+      best: the value at collapse, or where the theory holds; None: there is no best one.
+      units: of the numbers; "1" for those without.
+      needs: fields of `Statistics` without which there is no such metric.
+      function: computes it from `Quantities`; None: `training.evaluate` and `runs.loop` do.
+    """
+
+    title: str
+    definition: str
+    dims: tuple[str, ...] = ()
+    least: float = 0.0
+    most: float = math.inf
+    best: float | None = None
+    units: str = "1"
+    needs: tuple[str, ...] = ()
+    function: Callable[[Quantities], Array] | None = None
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attributes of an xarray variable: with them `.plot()` labels itself."""
+        return {"definition": self.definition, "long_name": self.title, "units": self.units}
+
+
+VOCABULARY: dict[str, Metric] = {}
+
+_Function: TypeAlias = Callable[[Quantities], Array]
+
+
+def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Function]:
+    """Enters a function into the vocabulary under its own name."""
+
+    def enter(function: _Function) -> _Function:
+        VOCABULARY[function.__name__] = Metric(title, definition, function=function, **fields)
+        return function
+
+    return enter
+
+
+_SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
+_HEAD, _OUTPUTS = ("head",), ("disagreements",)
+_EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
+# The theorem and the budget are of classes of one size.
+_THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance", "balanced")
+
+VOCABULARY |= {
+    "finite": Metric(
+        "finite",
+        "1 while parameters and training loss are finite; all else is NaN where it is 0",
+        most=1,
+        best=1,
+    ),
+    "loss": Metric("loss", "fit_loss + lambda/2 times the squared norm of what is decayed", _SPLIT),
+    "fit_loss": Metric(
+        "fit loss", "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode", _SPLIT
+    ),
+}
+
+
+@_metric(
+    "accuracy",
+    "share of examples whose largest output, in eval mode, is their class's",
+    dims=_SPLIT,
+    most=1,
+    needs=("correct",),
+)
+def accuracy(q: Quantities) -> Array:
+    return q.statistics.correct / q.total
+
+
+VOCABULARY |= {
+    "effective_decay": Metric(
+        "effective lambda", "lambda of the loss whose critical points the optimizer seeks"
+    ),
+    "flow_time": Metric(
+        "flow time t",
+        "t = sum over steps of learning rate/(1 - momentum)",
+        units="learning rate x steps",
+    ),
+    "relaxation_time": Metric(
+        "2 lambda t",
+        "2 lambda t: e-folds by which squared layer norms have drawn together",
+        units="e-folds",
+    ),
+}
+
+
+@_metric("NC1", "tr(Sigma_W Sigma_B^+)/C", dims=_SPLIT, best=0)
+def nc1(q: Quantities) -> Array:
+    return collapse.nc1(q.statistics.along_means / q.total, q.statistics.spectrum, q.num_classes)
+
+
+@_metric("NC1 rank", "rank of the centred class means", dims=_SPLIT)
+def nc1_rank(q: Quantities) -> Array:
+    return jnp.count_nonzero(q.statistics.spectrum).astype(q.statistics.spectrum.dtype)
+
+
+@_metric("NC1, ratio of traces", "tr(Sigma_W)/tr(Sigma_B)", dims=_SPLIT, best=0)
+def nc1_trace_ratio(q: Quantities) -> Array:
+    return q.trace_within / (jnp.sum(q.centred**2) / q.num_classes)
+
+
+@_metric(
+    "scatter in the head's row space",
+    "tr(P_W Sigma_W)/tr(Sigma_W), P_W onto the row space of the head",
+    dims=_SPLIT,
+    most=1,
+    needs=("in_row_space",),
+)
+def nc1_row_space(q: Quantities) -> Array:
+    return q.statistics.in_row_space / q.total / q.trace_within
+
+
+@_metric(
+    "CDNV", "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)", dims=_SPLIT, best=0
+)
+def cdnv(q: Quantities) -> Array:
+    return q.pairs["cdnv"]
+
+
+@_metric("NC2 norms, class means", "std/mean over classes of ||mu_c - mu_G||", dims=_SPLIT, best=0)
+def nc2_equinorm_means(q: Quantities) -> Array:
+    return q.pairs["nc2_equinorm_means"]
+
+
+@_metric("NC2 norms, head", "std/mean over classes of ||W_L^c||", best=0, needs=_HEAD)
+def nc2_equinorm_head(q: Quantities) -> Array:
+    return q.head_geometry["nc2_equinorm_head"]
+
+
+@_metric(
+    "NC2 angles, class means",
+    "mean over pairs of |cos + 1/(C-1)|, centred class means",
+    dims=_SPLIT,
+    best=0,
+)
+def nc2_equiangular_means(q: Quantities) -> Array:
+    return q.pairs["nc2_equiangular_means"]
+
+
+@_metric(
+    "NC2 angles, head", "mean over pairs of |cos + 1/(C-1)|, rows of the head", best=0, needs=_HEAD
+)
+def nc2_equiangular_head(q: Quantities) -> Array:
+    return q.head_geometry["nc2_equiangular_head"]
+
+
+@_metric(
+    "NC2 spread of angles, class means",
+    "std over pairs of cos, centred class means",
+    dims=_SPLIT,
+    best=0,
+)
+def nc2_cosine_std_means(q: Quantities) -> Array:
+    return q.pairs["nc2_cosine_std_means"]
+
+
+@_metric(
+    "NC2 spread of angles, head", "std over pairs of cos, rows of the head", best=0, needs=_HEAD
+)
+def nc2_cosine_std_head(q: Quantities) -> Array:
+    return q.head_geometry["nc2_cosine_std_head"]
+
+
+@_metric(
+    "distance to a simplex ETF",
+    "||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K the Gram matrix of the centred means",
+    dims=_SPLIT,
+    best=0,
+)
+def etf_error(q: Quantities) -> Array:
+    return q.pairs["etf_error"]
+
+
+@_metric(
+    "NC3", "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2", dims=_SPLIT, most=4, best=0, needs=_HEAD
+)
+def nc3(q: Quantities) -> Array:
+    return collapse.self_duality(q.statistics.head, q.centred)
+
+
+@_metric(
+    "NC3, centred head",
+    "nc3 with the rows of W_L centred",
+    dims=_SPLIT,
+    most=4,
+    best=0,
+    needs=_HEAD,
+)
+def nc3_centered(q: Quantities) -> Array:
+    return collapse.self_duality(collapse.centred_means(q.statistics.head), q.centred)
+
+
+@_metric(
+    "floor of NC3",
+    "2 - 2 ||P W_L||_F/||W_L||_F, P = I - J/C: the least nc3 that any class means leave this head",
+    most=2,
+    best=0,
+    needs=_HEAD,
+)
+def nc3_floor(q: Quantities) -> Array:
+    return collapse.nc3_floor(q.statistics.head, q.class_weights)
+
+
+@_metric(
+    "NC4",
+    "share of examples whose largest output is not that of the nearest class mean",
+    dims=_SPLIT,
+    most=1,
+    best=0,
+    needs=_OUTPUTS,
+)
+def nc4(q: Quantities) -> Array:
+    return q.statistics.disagreements / q.total
+
+
+@_metric(
+    "epsilon",
+    "mean residual y - f of an example's own class (f: probabilities with cross-entropy)",
+    dims=_SPLIT,
+    least=-math.inf,
+    needs=_OUTPUTS,
+)
+def epsilon(q: Quantities) -> Array:
+    return q.interpolation["epsilon"]
+
+
+@_metric(
+    "delta",
+    "minus the mean residual of the other classes",
+    dims=_SPLIT,
+    least=-math.inf,
+    needs=_OUTPUTS,
+)
+def delta(q: Quantities) -> Array:
+    return q.interpolation["delta"]
+
+
+@_metric(
+    "gap to symmetric quasi-interpolation",
+    "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation",
+    dims=_SPLIT,
+    best=0,
+    needs=_OUTPUTS,
+)
+def sqi_gap(q: Quantities) -> Array:
+    return q.interpolation["sqi_gap"]
+
+
+@_metric("spread of outputs", "sqrt(mean ||r - rbar_c||^2/C)", dims=_SPLIT, best=0, needs=_OUTPUTS)
+def output_spread(q: Quantities) -> Array:
+    return jnp.sqrt(q.statistics.residual_scatter / q.total / q.num_classes)
+
+
+@_metric(
+    "asymmetry of outputs",
+    "||E||_F/C, E what of the mean residuals is not symmetric between classes",
+    dims=_SPLIT,
+    best=0,
+    needs=_OUTPUTS,
+)
+def output_asymmetry(q: Quantities) -> Array:
+    return q.interpolation["output_asymmetry"]
+
+
+@_metric("squared norm of a layer", "||W_k||_F^2", dims=_LAYER, needs=_HEAD)
+def weight_norm_sq(q: Quantities) -> Array:
+    return jnp.sum(q.statistics.head**2)
+
+
+@_metric(
+    "squared norm at equilibrium",
+    "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium",
+    least=-math.inf,
+    needs=("residual_dot_logit", "weight_decay"),
+)
+def norm_target(q: Quantities) -> Array:
+    return theory.norm_target(q.statistics.residual_dot_logit, q.statistics.weight_decay)
+
+
+@_metric(
+    "equilibrium residual",
+    "||lambda W_k + dFit/dW_k||/||lambda W_k||, Fit in eval mode",
+    dims=_LAYER,
+    best=0,
+    needs=_EQUILIBRIUM,
+)
+def equilibrium_residual(q: Quantities) -> Array:
+    statistics = q.statistics
+    return theory.equilibrium_residual(
+        statistics.head, statistics.fit_gradient, statistics.weight_decay
+    )
+
+
+VOCABULARY["lemma2_residual"] = Metric(
+    "Lemma 2's residual", "largest over layers of |L - Lemma 2's right side|/L", best=0
+)
+
+
+@_metric(
+    "error of the theorem",
+    "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds",
+    best=0,
+    needs=_THEORY,
+)
+def theorem_residual(q: Quantities) -> Array:
+    statistics = q.statistics
+    return theory.theorem_residual(
+        q.interpolation["epsilon"], statistics.head, q.centred, statistics.weight_decay
+    )
+
+
+@_metric(
+    "NC3 of a symmetric solution",
+    "nc3 of a symmetric solution at equilibrium with the same mean outputs",
+    most=2,
+    best=0,
+    needs=_THEORY,
+)
+def symmetric_nc3(q: Quantities) -> Array:
+    return q.solution.nc3
+
+
+@_metric(
+    "predicted squared norm of the head",
+    "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs",
+    needs=_THEORY,
+)
+def predicted_head_norm_sq(q: Quantities) -> Array:
+    return q.solution.head_norm_sq
+
+
+@_metric(
+    "predicted cosine of the head", "cos between rows of its head", least=-1, most=1, needs=_THEORY
+)
+def predicted_head_cosine(q: Quantities) -> Array:
+    return q.solution.head_cosine
+
+
+VOCABULARY |= {
+    "normalized_margin": Metric(
+        "normalized margin gamma",
+        "gamma: margin of the class-mean outputs over the product of all ||W_k||_F",
+    ),
+    "mode_eigenvalues": Metric(
+        "mode eigenvalue",
+        "eigenvalues of the symmetric part of the class-mean outputs less the bias",
+        _MODE,
+        least=-math.inf,
+    ),
+    "closed_form_epsilon": Metric(
+        "epsilon of the UFM",
+        "epsilon of the unconstrained-feature model; NaN for other networks",
+        most=1,
+    ),
+    "closed_form_nc3": Metric(
+        "NC3 of the UFM",
+        "nc3 of the unconstrained-feature model; NaN for other networks",
+        most=2,
+        best=0,
+    ),
+    "closed_form_norm_sq": Metric(
+        "squared norm of the UFM",
+        "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks",
+    ),
+}
+
+
+def _budget_entry(name: str) -> _Function:
+    return lambda q: q.budget[name]
+
+
+BUDGET_TERMS = {
+    "theorem": "(t/C) Mdot^T, the theorem's",
+    "mean": "(q/C) 1 mu_G^T: the mean residual does not vanish",
+    "asymmetry": "E M^T/C: residuals differ between classes",
+    "within": "mean (r - rbar_c)(h - mu_c)^T: examples of a class differ",
+    "gradient": "dL/dW_L: not at equilibrium yet",
+}
+for _suffix, _words, _least in (
+    ("", "share of lambda W_L by projection: {}", -math.inf),
+    ("_norm", "Frobenius norm of {}", 0.0),
+):
+    for _term, _definition in BUDGET_TERMS.items():
+        VOCABULARY[f"budget_{_term}{_suffix}"] = Metric(
+            f"budget: {_term}{_suffix.replace('_', ' ')}",
+            _words.format(_definition),
+            least=_least,
+            needs=_THEORY,
+            function=_budget_entry(f"budget_{_term}{_suffix}"),
+        )
+VOCABULARY["budget_residual"] = Metric(
+    "budget: residual",
+    "||lambda W_L - sum of the budget's terms|| over the largest term's norm",
+    best=0,
+    needs=_THEORY,
+    function=_budget_entry("budget_residual"),
+)
+
+
+def assemble(summed: "statistics.Statistics") -> dict[str, Array]:
+    """Computes every metric that a split's statistics determine.
+
+    Returns:
+      name -> float64 scalar, in the order of the vocabulary. Metrics whose `needs` are not all
+      there are left out.
+    """
+    quantities = Quantities(summed)
+    return {
+        name: metric.function(quantities)
+        for name, metric in VOCABULARY.items()
+        if metric.function is not None and summed.has(metric.needs)
+    }
