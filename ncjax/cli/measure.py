@@ -12,7 +12,7 @@ are memory-mapped (a compressed .npz is not). --head has `head_kernel` (C, p), a
 Linear.weight, and `head_bias` (C,). Several files are layers, in forward order, of which the last
 feeds the head; the others' labels may be left out.
 
-In Python: `ncjax.measure.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes:
+In Python: `ncjax.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes:
 0; 2: bad input.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from ncjax.features.measurement import Measurement
+    from ncjax.features.result import Measurement
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,13 +300,7 @@ def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -
         "weight_decay": arguments.weight_decay,
         "global_mean": arguments.global_mean,
     }
-    return facts | {"notes": found.cautions + found.notes, "metrics": _ordered(found)}
-
-
-def _ordered(found: "Measurement") -> dict[str, float]:
-    from ncjax.metrics.vocabulary import VOCABULARY
-
-    return {name: found.metrics[name] for name in VOCABULARY if name in found.metrics}
+    return facts | {"notes": found.cautions + found.notes, "metrics": found.metrics}
 
 
 def _dim(found: "Measurement") -> int:
@@ -352,7 +346,7 @@ def _print(
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
-    for name, value in _ordered(last).items():
+    for name, value in last.metrics.items():
         table.add_row(name, f"{value:.4g}", VOCABULARY[name].definition)
     console.print(table)
     if last.missing:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ncjax.errors import InputError
 
 if TYPE_CHECKING:
-    from ncjax.features.measurement import Measurement, find, prepare
+    from ncjax.features.measurement import find, prepare
+    from ncjax.features.result import Measurement
     from ncjax.features.statistics import load, merge, save
     from ncjax.features.streaming import first_pass, second_pass
 
@@ -40,26 +41,75 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def measure(features: Any, labels: Any, logits: Any = None, **options: Any) -> dict[str, float]:
-    """Returns every number of the vocabulary that these arrays determine, by name.
+def measure(
+    features: Any,
+    labels: Any,
+    logits: Any = None,
+    *,
+    num_classes: int | None = None,
+    head: Any = None,
+    bias: Any = None,
+    loss: str = "square",
+    weight_decay: float | None = None,
+    global_mean: str = "classes",
+    float64: bool | None = None,
+    rows: int | None = None,
+    devices: Sequence[Any] | None = None,
+) -> "Measurement":
+    """Measures neural collapse of features in memory.
 
-    Warns of numbers that would mislead, as where they are 0 for another reason than collapse.
+    Computes NC1 and NC2 of any features; with a head NC3 too, with a head or outputs NC4, accuracy
+    and quasi-interpolation; with a head and its weight decay the distance from gradient-flow
+    equilibrium. Warns of numbers that would mislead, as where they are 0 for another reason than
+    collapse.
 
     Args:
       features: h, (N, p), of NumPy (memory-mapped too), JAX or DLPack (PyTorch).
       labels: (N,), integers from 0 on.
       logits: outputs f, (N, C), where they are not W h + b of the head.
-      options: those of `measure_batches`.
+      num_classes: C; None: the head's or the logits', else one more than the largest label.
+      head: W, (C, p), a row per class, as PyTorch's `Linear.weight`.
+      bias: b, (C,), of the head.
+      loss: what residuals are of: `square` or `cross_entropy`; see `measure_batches`.
+      weight_decay: lambda that the head was trained with, in the units of `measure_batches`.
+      global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`.
+      float64: compute in float64; None: where float32 does not hold the numbers of these types.
+      rows: at most so many examples at once; None: 16 to 64 MiB of them.
+      devices: JAX devices that share the work; None: all of this process.
+
+    Returns:
+      A `Measurement`: `m.nc1`, `m["nc1"]`, `print(m)`, `m.to_dataset()`.
 
     Raises:
-      InputError (a ValueError): names the argument, its value and the way out.
+      InputError: a ValueError of one line that names the argument, its value and the way out.
+
+    References:
+      Papyan, Han & Donoho, "Prevalence of neural collapse during the terminal phase of deep
+      learning training", PNAS 2020; Rangamani & Banburski, "Neural collapse in deep homogeneous
+      classifiers and the role of weight decay", ICASSP 2022.
+
+    Examples:
+      >>> import numpy as np, ncjax
+      >>> features = np.array([[1.5, 0.0], [0.5, 0.0], [-0.5, 0.0], [-1.5, 0.0]])
+      >>> m = ncjax.measure(features, np.array([0, 0, 1, 1]), head=np.array([[1.0, 0], [-1, 0]]))
+      >>> m.nc1, m["nc4"], m.accuracy
+      (0.125, 0.0, 1.0)
     """
     found = measure_batches(
-        [(features, labels) if logits is None else (features, labels, logits)], **options
+        [(features, labels) if logits is None else (features, labels, logits)],
+        num_classes=num_classes,
+        head=head,
+        bias=bias,
+        loss=loss,
+        weight_decay=weight_decay,
+        global_mean=global_mean,
+        float64=float64,
+        rows=rows,
+        devices=devices,
     )
     for caution in found.cautions:
         warnings.warn(caution, stacklevel=2)
-    return found.metrics
+    return found
 
 
 def measure_batches(
@@ -76,8 +126,10 @@ def measure_batches(
     devices: Sequence[Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> "Measurement":
-    """Measures batches, which are iterated twice and must be the same both times: a list, a data
-    loader without random augmentation, anything but a generator.
+    """Measures neural collapse of features that come in batches.
+
+    Batches are iterated twice and must be the same both times: a list, a data loader without random
+    augmentation, anything but a generator.
 
     Args:
       batches: (features, labels) or (features, labels, logits) each, see `measure`.
@@ -100,7 +152,8 @@ def measure_batches(
       progress: called with the number of examples of every chunk, in both passes.
 
     Returns:
-      `measurement.Measurement`: `metrics`, and what figures are drawn of.
+      A `Measurement`: `m.nc1`, `m["nc1"]`, `print(m)`, `m.to_dataset()`; it says in `cautions`
+      what would mislead.
 
     Raises:
       InputError (a ValueError): names the argument, its value and the way out.

@@ -18,14 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Float, Int, Num
 
 from ncjax.errors import InputError
 from ncjax.features import cautions
+from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations, Frames, Scores, Sums, rounding_of_sums
 from ncjax.features.streaming import SAME_EXAMPLES, as_array
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.linalg import symmetric_part
+from ncjax.metrics.statistics import Statistics
+from ncjax.metrics.vocabulary import assemble
 
 T = TypeVar("T")
 
@@ -110,32 +113,6 @@ class Reference(NamedTuple):
     rounding: Float[np.ndarray, "C 1"]
     with_logits: bool
     frames: Frames
-
-
-class Measurement(NamedTuple):
-    """What was found. Per class, in the order of `present`:
-
-    Attributes:
-      metrics: name in the vocabulary -> number, NaN where it is not defined.
-      examples: of every class. missing: the classes without one.
-      spectrum: eigenvalues of Sigma_B, descending. within: Sigma_W along their eigenvectors.
-      variances: v_c, mean ||h - mu_c||^2. centred: mu_c - mu_G.
-      cautions: what would mislead a reader of these numbers.
-      notes: what was left out and why, and what is undefined.
-      unit: of the features, in which these arrays are; 1 but where squares of features leave
-        float64.
-    """
-
-    metrics: dict[str, float]
-    examples: Num[np.ndarray, " all"]
-    missing: list[int]
-    spectrum: Float[np.ndarray, " k"]
-    within: Float[np.ndarray, " k"]
-    variances: Float[np.ndarray, " C"]
-    centred: Float[np.ndarray, "C p"]
-    cautions: list[str]
-    notes: list[str]
-    unit: float = 1.0
 
 
 _interpolation = jax.jit(collapse.quasi_interpolation)
@@ -472,14 +449,7 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     counts, units = reference.examples[reference.present], reference.units
     notes: list[str] = []
     with jax.enable_x64(True):
-        basis, spectrum = reference.frames.basis, reference.spectrum
-        metrics: dict[str, Any] = _of_means(
-            reference.centred, basis, spectrum, counts, deviations.within, deviations.along_means
-        )
-        if reference.head is not None:
-            seen = np.sum(np.asarray(deviations.along_head)[: reference.head_rank])
-            weights = _class_weights(counts, reference.asked.global_mean)
-            metrics |= _of_head(reference.head, reference.centred, weights, deviations.within, seen)
+        metrics: dict[str, Any] = _of_features(_statistics(reference, deviations))
         residuals = None if reference.outputs is None else _mean_residuals(reference, deviations)
         if reference.frames.nearness is not None:
             metrics |= _outputs(reference, deviations, residuals)
@@ -547,33 +517,27 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
         raise InputError("features", "examples very far from their class mean", way_out)
 
 
-@jax.jit
-def _of_means(
-    centred: Array, basis: Array, spectrum: Array, counts: Array, within: Array, along_means: Array
-) -> dict[str, Array]:
-    """NC1 and NC2 of features."""
-    num_classes, total = len(centred), counts.sum()
-    frame = collapse.Frame(basis, spectrum, jnp.count_nonzero(spectrum))
-    return {
-        "nc1": collapse.nc1(along_means / total, frame, num_classes),
-        "nc1_rank": frame.rank,
-        "nc1_trace_ratio": within.sum() / total / (jnp.sum(centred**2) / num_classes),
-        **collapse.between_means(centred, within / counts),
-    }
+_of_features = jax.jit(assemble)
 
 
-@jax.jit
-def _of_head(
-    head: Array, centred: Array, class_weights: Array, within: Array, seen: Array
-) -> dict[str, Array]:
-    """NC2 and NC3 of a head, and the share of the scatter that it sees."""
-    return collapse.geometry(head, "head") | {
-        "nc1_row_space": seen / within.sum(),
-        "nc3": collapse.self_duality(head, centred),
-        "nc3_centered": collapse.self_duality(head - head.mean(0, keepdims=True), centred),
-        "nc3_floor": collapse.nc3_floor(head, class_weights),
-        "weight_norm_sq": jnp.sum(head**2),
-    }
+def _statistics(reference: Reference, deviations: Deviations) -> Statistics:
+    """Returns what NC1 to NC3 are computed from, as in training."""
+    counts = reference.examples[reference.present]
+    weights = _class_weights(counts, reference.asked.global_mean)
+    seen = None
+    if reference.head is not None:
+        seen = np.asarray(np.sum(np.asarray(deviations.along_head)[: reference.head_rank]))
+    return Statistics(
+        examples=counts,
+        means=reference.means,
+        center=(weights / weights.sum()) @ reference.means,
+        spectrum=reference.spectrum,
+        within=deviations.within,
+        along_means=deviations.along_means,
+        head=reference.head,
+        in_row_space=seen,
+        class_weights=weights,
+    )
 
 
 def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:

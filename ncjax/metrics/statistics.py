@@ -7,13 +7,16 @@ batches.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from ncjax.metrics import collapse
+
+AnyArray: TypeAlias = Array | np.ndarray
 
 
 def wide() -> jnp.dtype:
@@ -51,24 +54,24 @@ class Statistics:
       balanced: whether all classes have one size.
     """
 
-    examples: Float[Array, " C"]
-    means: Float[Array, "C p"]
-    center: Float[Array, " p"]
-    spectrum: Float[Array, " k"]
-    within: Float[Array, " C"]
-    along_means: Float[Array, " k"]
-    head: Float[Array, "C p"] | None = None
-    bias: Float[Array, " C"] | None = None
-    in_row_space: Float[Array, ""] | None = None
-    correct: Num[Array, ""] | None = None
-    disagreements: Num[Array, ""] | None = None
-    mean_residuals: Float[Array, "C C"] | None = None
-    residual_scatter: Float[Array, ""] | None = None
-    covariance: Float[Array, "C p"] | None = None
-    residual_dot_logit: Float[Array, ""] | None = None
-    fit_gradient: Float[Array, "C p"] | None = None
-    weight_decay: Float[Array, ""] | None = None
-    class_weights: Float[Array, " C"] | None = None
+    examples: Num[AnyArray, " C"]
+    means: Num[AnyArray, "C p"]
+    center: Num[AnyArray, " p"]
+    spectrum: Num[AnyArray, " k"]
+    within: Num[AnyArray, " C"]
+    along_means: Num[AnyArray, " k"]
+    head: Num[AnyArray, "C p"] | None = None
+    bias: Num[AnyArray, " C"] | None = None
+    in_row_space: Num[AnyArray, ""] | None = None
+    correct: Num[AnyArray, ""] | None = None
+    disagreements: Num[AnyArray, ""] | None = None
+    mean_residuals: Num[AnyArray, "C C"] | None = None
+    residual_scatter: Num[AnyArray, ""] | None = None
+    covariance: Num[AnyArray, "C p"] | None = None
+    residual_dot_logit: Num[AnyArray, ""] | None = None
+    fit_gradient: Num[AnyArray, "C p"] | None = None
+    weight_decay: Num[AnyArray, ""] | None = None
+    class_weights: Num[AnyArray, " C"] | None = None
     balanced: bool = field(default=True, metadata={"static": True})
 
     def has(self, names: Iterable[str]) -> bool:

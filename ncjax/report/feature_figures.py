@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ncjax.features.measurement import Measurement
+    from ncjax.features.result import Measurement
 
 _MOST_IN_HEAT_MAP = 100
 _MOST_IN_HISTOGRAM = 2048  # classes: two million angles show the shape of any distribution

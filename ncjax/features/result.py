@@ -1,0 +1,148 @@
+"""What a measurement of features has found: numbers by name, as a table, as data."""
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from ncjax.metrics.vocabulary import VOCABULARY
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Measurement(Mapping[str, float]):
+    """The metrics of a set of features, by name: `m.nc1` and `m["nc1"]` are the same number.
+
+    `print(m)` shows them as a table with their definitions, and so does a notebook. A metric that
+    is not defined for these features is NaN, and `notes` says why; one that needs what was not
+    given (a head, weight decay) is not there. docs/theory.md derives them.
+
+    Attributes:
+      metrics: name in the vocabulary -> number.
+      examples: number of examples of every class, those without any too.
+      missing: the classes without an example, which are left out of everything else.
+      spectrum: eigenvalues of Sigma_B, descending.
+      within: Sigma_W along their eigenvectors.
+      variances: v_c, mean ||h - mu_c||^2, of each class that has examples.
+      centred: mu_c - mu_G of those classes as rows.
+      cautions: what would mislead a reader of these numbers.
+      notes: what was left out and why, and what is undefined.
+      unit: of the features, in which these arrays are; 1 but where squares of features leave
+        float64.
+
+    Examples:
+      >>> import numpy as np, ncjax
+      >>> features = np.array([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [-1.0, -0.5]])
+      >>> m = ncjax.measure(features, np.array([0, 0, 1, 1]))
+      >>> m.cdnv, m["cdnv"], len(m), "nc3" in m
+      (0.0625, 0.0625, 8, False)
+      >>> float(m.to_dataset()["cdnv"])
+      0.0625
+    """
+
+    metrics: dict[str, float]
+    examples: Num[np.ndarray, " all"]
+    missing: list[int]
+    spectrum: Float[np.ndarray, " k"]
+    within: Float[np.ndarray, " k"]
+    variances: Float[np.ndarray, " C"]
+    centred: Float[np.ndarray, "C p"]
+    cautions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        known = [name for name in VOCABULARY if name in self.metrics]
+        others = [name for name in self.metrics if name not in VOCABULARY]
+        ordered = {name: self.metrics[name] for name in (*known, *others)}
+        object.__setattr__(self, "metrics", ordered)
+
+    def __getitem__(self, name: str) -> float:
+        return self.metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.metrics)
+
+    def __len__(self) -> int:
+        return len(self.metrics)
+
+    def __getattr__(self, name: str) -> float:
+        metrics = self.__dict__.get("metrics", {})
+        if name in metrics:
+            return metrics[name]
+        needs = "; it needs what was not given, as a head" if name in VOCABULARY else ""
+        raise AttributeError(f"this measurement has no {name}{needs}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.metrics]
+
+    @property
+    def headline(self) -> str:
+        """How much was measured, in a line."""
+        present = self.examples[self.examples > 0]
+        return (
+            f"{present.sum():,} examples of {len(present):,} classes, "
+            f"{self.centred.shape[1]:,} features"
+        )
+
+    def to_dataset(self) -> "xr.Dataset":
+        """Returns the metrics as labelled scalars, and `examples` and `class_variance` by class.
+
+        Cautions and notes are attributes, a line each.
+        """
+        import xarray as xr
+
+        known = {name: VOCABULARY[name] for name in self.metrics if name in VOCABULARY}
+        variables: dict[str, Any] = {
+            name: ((), value, known[name].attributes if name in known else {})
+            for name, value in self.metrics.items()
+        }
+        present = np.flatnonzero(self.examples)
+        variables["examples"] = (("label",), self.examples[present], {"long_name": "examples"})
+        spread = {"long_name": "mean ||h - mu_c||^2", "units": "1"}
+        variables["class_variance"] = (("label",), self.variances * self.unit**2, spread)
+        attrs = {"cautions": "\n".join(self.cautions), "notes": "\n".join(self.notes)}
+        return xr.Dataset(variables, {"label": present}, attrs)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Returns a table with a row per metric: value, definition and best value."""
+        import pandas as pd
+
+        rows = {
+            name: {
+                "value": value,
+                "definition": VOCABULARY[name].definition if name in VOCABULARY else "",
+                "best": VOCABULARY[name].best if name in VOCABULARY else None,
+            }
+            for name, value in self.metrics.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+
+    def __repr__(self) -> str:
+        width = max((len(name) for name in self.metrics), default=0)
+        lines = [
+            f"{name:<{width}}  {value:>10.4g}  {self._definition(name)}"
+            for name, value in self.metrics.items()
+        ]
+        remarks = [f"note: {remark}" for remark in (*self.cautions, *self.notes)]
+        return "\n".join([self.headline, *lines, *remarks])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{value:.4g}</td>"
+            f"<td style='text-align:left'>{html.escape(self._definition(name))}</td></tr>"
+            for name, value in self.metrics.items()
+        )
+        remarks = "".join(f"<p>{html.escape(r)}</p>" for r in (*self.cautions, *self.notes))
+        head = "<tr><th>metric</th><th>value</th><th>definition</th></tr>"
+        return f"<p>{html.escape(self.headline)}</p><table>{head}{rows}</table>{remarks}"
+
+    @staticmethod
+    def _definition(name: str) -> str:
+        return VOCABULARY[name].definition if name in VOCABULARY else ""
