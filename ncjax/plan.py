@@ -123,23 +123,32 @@ def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
         raise InputError("--coordinator", coordinator, way_out) from error
 
 
-def load_data(settings: configuration.Config) -> data.Dataset:
-    """The data set of a config's `data` section, a ConfigDict or a dict."""
-    others = {name: value for name, value in settings.items() if name not in ("name", "dir")}
-    return data.load(settings["name"], directory=settings["dir"], **others)
+def load_data(settings: configuration.DataConfig) -> data.Dataset:
+    """Returns the data set that a config's `data` section describes."""
+    return data.load(
+        settings.name,
+        directory=settings.dir,
+        per_class=settings.per_class,
+        num_classes=settings.num_classes,
+        input_scale=settings.input_scale,
+        standardize=settings.standardize,
+        pad=settings.pad,
+    )
 
 
 def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
     """Convolutions and random crops are of images (height, width, channels)."""
     shape = dataset.center.shape
-    for field, needs in (("model.kind", "conv"), ("train.augment", "crop")):
-        section, leaf = field.split(".")
-        if config[section][leaf].startswith(needs) and len(shape) != 3:
-            way_out = (
-                f"{config.data.name} has examples of shape {shape}; it needs images (height, "
-                f"width, channels)"
-            )
-            raise InputError(f"config.{field}", config[section][leaf], way_out)
+    if len(shape) == 3:
+        return
+    way_out = (
+        f"{config.data.name} has examples of shape {shape}; it needs images (height, width, "
+        f"channels)"
+    )
+    if config.model.kind == "conv":
+        raise InputError("config.model.kind", config.model.kind, way_out)
+    if config.train.augment != "none":
+        raise InputError("config.train.augment", config.train.augment, way_out)
 
 
 def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
