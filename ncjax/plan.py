@@ -1,7 +1,7 @@
 """Checks what can be checked before JAX is imported: config, WORKDIR, data, variables, addresses.
 
-Other errors are found later, by the modules that meet them: too few devices for the mesh, too little
-memory, another process in WORKDIR, and damage in its checkpoints and its history.
+Other errors are found later, by the modules that meet them: too few devices for the mesh, too
+little memory, another process in WORKDIR, and damage in its checkpoints and its history.
 """
 
 import json
