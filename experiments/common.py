@@ -104,9 +104,7 @@ def recorded(variant: str, config: Config, train: bool, *, every_epoch: bool = F
 
 def changed(config: Config, **fields: object) -> Config:
     """The config with `section__field=value` set."""
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
+    config.update({name.replace("__", "."): value for name, value in fields.items()})
     return config
 
 

@@ -1,24 +1,43 @@
-"""The schema of a run: every field with its default, its meaning and what it must satisfy; and
-the grid of runs.
+"""The typed config of a run, and the grid of runs that it describes.
+
+`Config` is the one table of fields: each stands there with its type, default, meaning and
+constraint. `--help`, the overrides of the command line and `validate` read that table.
 """
 
+# ruff: noqa: RUF009 -- the calls in the dataclasses below return `dataclasses.field`
+
+import difflib
 import itertools
 import json
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from ml_collections import config_dict
 
-from ncjax.errors import InputError
+from ncjax.errors import InputError, listed, unknown_choice
 
-# A ConfigDict with the fields of `SCHEMA`; which attributes it has is known only when it runs.
-Config: TypeAlias = Any
+ModelKind = Literal["mlp", "conv"]
+Normalization = Literal["none", "batch"]
+NormDecay = Literal["decayed", "free"]
+Activation = Literal["relu", "linear"]
+HeadBias = Literal["none", "free", "decayed"]
+Loss = Literal["square", "cross_entropy"]
+Targets = Literal["one_hot", "centered"]
+Augmentation = Literal["none", "crop", "crop_flip"]
+Optimizer = Literal["sgd", "adam", "adamw"]
+Decay = Literal["coupled", "decoupled"]
+Schedule = Literal["cosine", "constant", "step"]
+Precision = Literal["float32", "float64"]
+Units = Literal["ours", "torch"]
+CompilationCache = Literal["user", "off"]
 
 
 class Field(NamedTuple):
+    """Describes one field; `must` is its constraint in words, `holds` the same as a predicate."""
+
     default: object
     meaning: str
     must: str
@@ -38,30 +57,38 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-_MOST = 2**31 - 1  # that a device counts to
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
-def _integer(default: int, meaning: str, least: int) -> Field:
+# The functions that describe a field return Any, as `dataclasses.field` does for type checkers:
+# the annotation alone says what type a field has.
+def _described(default: object, meaning: str, must: str, holds: Callable[[Any], bool]) -> Any:
+    return field(default=default, metadata={"field": Field(default, meaning, must, holds)})
+
+
+def _integer(default: int, meaning: str, least: int) -> Any:
     must = f"must be an integer >= {least} (and < 2**31)"
-    return Field(default, meaning, must, lambda v: _is_integer(v) and least <= v <= _MOST)
+    return _described(default, meaning, must, lambda v: _is_integer(v) and least <= v <= _MOST)
 
 
-def _choice(default: str, meaning: str, *others: str) -> Field:
-    choices = (default, *others)
-    return Field(
-        default,
-        meaning,
-        f"must be one of {', '.join(choices)}",
-        lambda v: isinstance(v, str) and v in choices,
-    )
+def _choice(literal: Any, meaning: str) -> Any:
+    """Describes a field that takes the values of a Literal, by default the first."""
+    choices = get_args(literal)
+    must = f"must be one of {', '.join(choices)}"
+    return _described(choices[0], meaning, must, lambda v: _is_text(v) and v in choices)
+
+
+def _path(meaning: str) -> Any:
+    return _described("", meaning, "must be a path", _is_text)
 
 
 def _each(
     default: tuple, meaning: str, must: str, holds: Callable[[Any], bool], empty: bool = False
-) -> Field:
-    """A tuple whose elements are checked one by one (ml_collections does not check them)."""
+) -> Any:
+    """Describes a tuple whose elements are checked one by one."""
     least = "zero or more" if empty else "one or more"
-    return Field(
+    return _described(
         default,
         meaning,
         f"must be {least} {must}",
@@ -69,6 +96,7 @@ def _each(
     )
 
 
+_MOST = 2**31 - 1  # the largest integer that a device counts to
 _POSITIVE = ("finite numbers > 0", lambda v: _is_finite(v) and v > 0)
 _NON_NEGATIVE = ("finite numbers >= 0", lambda v: _is_finite(v) and v >= 0)
 _EPOCHS = ("integers >= 0 (and < 2**31)", lambda v: _is_integer(v) and 0 <= v <= _MOST)
@@ -76,146 +104,201 @@ _WIDTHS = ("integers >= 1 (and < 2**31)", lambda v: _is_integer(v) and 1 <= v <=
 _SEEDS = ("integers in [0, 2**31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
 _MOMENTA = ("numbers in [0, 1)", lambda v: _is_finite(v) and 0 <= v < 1)
 
-SCHEMA: dict[str, Field] = {
-    "data.name": Field(
+
+class _Section:
+    """Refuses fields that do not exist; a type checker sees them without being run."""
+
+    if not TYPE_CHECKING:  # with a __setattr__ in sight it would accept every name
+
+        def __setattr__(self, name, value):
+            if name not in self.__dataclass_fields__:
+                near = difflib.get_close_matches(name, self.__dataclass_fields__, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise AttributeError(f"{type(self).__name__} has no field {name}{hint}")
+            super().__setattr__(name, value)
+
+
+@dataclass
+class DataConfig(_Section):
+    name: str = _described(
         "digits",
         "digits (embedded), synthetic, identity, or any prepared TFDS image-classification set",
         "must be the name of a data set",
-        lambda v: isinstance(v, str) and v != "",
-    ),
-    "data.dir": Field(
-        "",
-        "where TFDS data sets lie (default: $TFDS_DATA_DIR, then ~/tensorflow_datasets)",
-        "must be a path",
-        lambda v: isinstance(v, str),
-    ),
-    "data.per_class": _integer(
+        lambda v: _is_text(v) and v != "",
+    )
+    dir: str = _path(
+        "where TFDS data sets lie (default: $TFDS_DATA_DIR, then ~/tensorflow_datasets)"
+    )
+    per_class: int = _integer(
         0, "training examples per class (0: the most that keeps classes balanced)", 0
-    ),
-    "data.num_classes": Field(
+    )
+    num_classes: int = _described(
         0,
         "classes of synthetic and identity (0: 10); of other sets the set decides",
         "must be 0 or an integer >= 2",
         lambda v: _is_integer(v) and (v == 0 or 2 <= v <= _MOST),
-    ),
-    "data.input_scale": Field(
+    )
+    input_scale: float = _described(
         2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]
-    ),
-    "data.standardize": Field(
+    )
+    standardize: bool = _described(
         False,
         "instead: every channel to mean 0 and variance 1",
         "must be True or False",
         lambda v: isinstance(v, bool),
-    ),
-    "data.pad": _integer(
-        0, "sides of images, filled up with a border of zeros (0: as they are)", 0
-    ),
-    "model.kind": _choice(
-        "mlp", "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head", "conv"
-    ),
-    "model.widths": _each((128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS),
-    "model.normalization": _choice(
-        "none",
-        "batch: before every activation; no longer homogeneous; measured in eval mode",
-        "batch",
-    ),
-    "model.norms": _choice(
-        "decayed", "scale and shift of normalization; free: trained but not decayed", "free"
-    ),
-    "model.activation": _choice("relu", "nonlinearity of the hidden layers", "linear"),
-    "model.linear_head_depth": _integer(
-        1, "layers after the last activation, the head among them", 1
-    ),
-    "model.head_bias": _choice(
-        "none", "bias of the head; free: trained but not decayed", "free", "decayed"
-    ),
-    "loss": _choice(
-        "square", "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast", "cross_entropy"
-    ),
-    "targets": _choice("one_hot", "of the square loss; centered: one-hot less 1/C", "centered"),
-    "train.epochs": _integer(300, "passes over the training split", 1),
-    "train.schedule_epochs": _integer(
-        0, "length of the schedule (0: train.epochs); set it to train on later", 0
-    ),
-    "train.batch_size": _integer(
-        64, "examples per step (0: full batch); a partial last batch is dropped", 0
-    ),
-    "train.augment": _choice(
-        "none", "random 4-pixel crops of training images, and mirroring", "crop", "crop_flip"
-    ),
-    "train.optimizer": _choice("sgd", "adamw is adam with decoupled decay", "adam", "adamw"),
-    "train.decay": _choice(
-        "coupled",
-        "lambda w joins the gradient, or (decoupled) the step after momentum",
-        "decoupled",
-    ),
-    "train.schedule": _choice(
-        "cosine", "learning rate over the run; step: x0.1 at 1/3 and 2/3", "constant", "step"
-    ),
-    "train.precision": _choice("float32", "arithmetic of training and measurement", "float64"),
-    "sweep.weight_decay": _each((1e-3,), "lambda, in the units of `units`", *_NON_NEGATIVE),
-    "sweep.learning_rate": _each(
-        (0.1,), "initial learning rate, in the units of `units`", *_POSITIVE
-    ),
-    "sweep.momentum": _each((0.9,), "momentum of SGD, beta_1 of Adam", *_MOMENTA),
-    "sweep.init_scale": _each(
-        (1.0,), "factor on the He initialization of every weight", *_POSITIVE
-    ),
-    "sweep.seed": _each((0,), "initialization and order of batches", *_SEEDS),
-    "sweep.runs_per_program": _integer(
-        0, "most runs at once, the rest after them (0: as many as memory holds)", 0
-    ),
-    "mesh.run": _integer(0, "devices over which runs are spread (0: all that are of use)", 0),
-    "mesh.data": _integer(1, "devices over which the batch of each run is spread", 1),
-    "units": _choice(
-        "ours", "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss", "torch"
-    ),
-    "log.epochs": _each(
-        (), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True
-    ),
-    "checkpoint.every": _integer(100, "epochs between checkpoints (0: only at the end)", 0),
-    "checkpoint.keep": _integer(2, "newest checkpoints kept", 1),
-    "checkpoint.marked": _each(
-        (), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True
-    ),
-    "profile.dir": Field(
-        "",
-        "where a jax.profiler trace of one epoch goes (empty: none)",
-        "must be a path",
-        lambda v: isinstance(v, str),
-    ),
-    "compile.cache": _choice(
-        "user",
-        "keep compiled programs in the user's cache folder; $JAX_COMPILATION_CACHE_DIR moves them",
-        "off",
-    ),
-}
+    )
+    pad: int = _integer(0, "sides of images, filled up with a border of zeros (0: as they are)", 0)
 
-# Where and how a run is computed, not what: a WORKDIR goes on whatever they are.
+
+@dataclass
+class ModelConfig(_Section):
+    kind: ModelKind = _choice(
+        ModelKind, "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head"
+    )
+    widths: tuple[int, ...] = _each(
+        (128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS
+    )
+    normalization: Normalization = _choice(
+        Normalization,
+        "batch: before every activation; no longer homogeneous; measured in eval mode",
+    )
+    norms: NormDecay = _choice(
+        NormDecay, "scale and shift of normalization; free: trained but not decayed"
+    )
+    activation: Activation = _choice(Activation, "nonlinearity of the hidden layers")
+    linear_head_depth: int = _integer(1, "layers after the last activation, the head among them", 1)
+    head_bias: HeadBias = _choice(HeadBias, "bias of the head; free: trained but not decayed")
+
+
+@dataclass
+class TrainConfig(_Section):
+    epochs: int = _integer(300, "passes over the training split", 1)
+    schedule_epochs: int = _integer(
+        0, "length of the schedule (0: train.epochs); set it to train on later", 0
+    )
+    batch_size: int = _integer(
+        64, "examples per step (0: full batch); a partial last batch is dropped", 0
+    )
+    augment: Augmentation = _choice(
+        Augmentation, "random 4-pixel crops of training images, and mirroring"
+    )
+    optimizer: Optimizer = _choice(Optimizer, "adamw is adam with decoupled decay")
+    decay: Decay = _choice(
+        Decay, "lambda w joins the gradient, or (decoupled) the step after momentum"
+    )
+    schedule: Schedule = _choice(Schedule, "learning rate over the run; step: x0.1 at 1/3 and 2/3")
+    precision: Precision = _choice(Precision, "arithmetic of training and measurement")
+
+
+@dataclass
+class SweepConfig(_Section):
+    weight_decay: tuple[float, ...] = _each(
+        (1e-3,), "lambda, in the units of `units`", *_NON_NEGATIVE
+    )
+    learning_rate: tuple[float, ...] = _each(
+        (0.1,), "initial learning rate, in the units of `units`", *_POSITIVE
+    )
+    momentum: tuple[float, ...] = _each((0.9,), "momentum of SGD, beta_1 of Adam", *_MOMENTA)
+    init_scale: tuple[float, ...] = _each(
+        (1.0,), "factor on the He initialization of every weight", *_POSITIVE
+    )
+    seed: tuple[int, ...] = _each((0,), "initialization and order of batches", *_SEEDS)
+    runs_per_program: int = _integer(
+        0, "most runs at once, the rest after them (0: as many as memory holds)", 0
+    )
+
+
+@dataclass
+class MeshConfig(_Section):
+    run: int = _integer(0, "devices over which runs are spread (0: all that are of use)", 0)
+    data: int = _integer(1, "devices over which the batch of each run is spread", 1)
+
+
+@dataclass
+class LogConfig(_Section):
+    epochs: tuple[int, ...] = _each(
+        (), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True
+    )
+
+
+@dataclass
+class CheckpointConfig(_Section):
+    every: int = _integer(100, "epochs between checkpoints (0: only at the end)", 0)
+    keep: int = _integer(2, "newest checkpoints kept", 1)
+    marked: tuple[int, ...] = _each(
+        (), "epochs whose checkpoint is made and kept", *_EPOCHS, empty=True
+    )
+
+
+@dataclass
+class ProfileConfig(_Section):
+    dir: str = _path("where a jax.profiler trace of one epoch goes (empty: none)")
+
+
+@dataclass
+class CompileConfig(_Section):
+    cache: CompilationCache = _choice(
+        CompilationCache,
+        "keep compiled programs in the user's cache folder; $JAX_COMPILATION_CACHE_DIR moves them",
+    )
+
+
+@dataclass
+class Config(_Section):
+    """Holds every field of a run, in sections: `config.train.epochs = 100`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: Loss = _choice(Loss, "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast")
+    targets: Targets = _choice(Targets, "of the square loss; centered: one-hot less 1/C")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    units: Units = _choice(
+        Units, "torch: numbers as for PyTorch's optimizer and MSELoss or CrossEntropyLoss"
+    )
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets fields by their dotted names: `config.update({"train.epochs": 100})`."""
+        for name, value in values.items():
+            section, _, leaf = name.rpartition(".")
+            setattr(getattr(self, section) if section else self, leaf, value)
+
+
+def _described_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    for one in fields(section):
+        if "field" in one.metadata:
+            yield f"{prefix}{one.name}", one.metadata["field"]
+        else:
+            yield from _described_fields(one.default_factory, f"{prefix}{one.name}.")
+
+
+# Every field by its dotted name.
+SCHEMA: dict[str, Field] = dict(_described_fields(Config))
+
+# Fields that say where and how a run is computed, not what: a WORKDIR goes on whatever they are.
 _MACHINE = ("sweep.runs_per_program", "mesh.run", "mesh.data", "profile.dir", "compile.cache")
 
-# Order of the axes in every output; seed last, so that statistics over seeds reduce the trailing
-# axis.
+# The axes of a grid, in their order in every output; seed is last, so that statistics over seeds
+# reduce the trailing axis.
 SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
 
 
 def default_config() -> Config:
-    """Returns a locked ConfigDict with every field of `SCHEMA` at its default."""
-    # Not type-safe: a scalar must be accepted where a tuple stands, and `validate` names the field
-    # better.
-    nested: dict = {}
-    for name, field in SCHEMA.items():
-        section, _, leaf = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[leaf] = field.default
-    return config_dict.ConfigDict(nested, type_safe=False).lock()
+    """Returns a config with every field at its default, to be edited."""
+    return Config()
 
 
 def describe_fields() -> str:
-    """One line per field, for `--help`."""
+    """Returns a line and a meaning per field, for `--help`."""
     return "\n".join(
-        f"  --config.{name}={_shown(field.default)}\n      {field.meaning} "
-        f"({field.must.removeprefix('must be ')})"
-        for name, field in SCHEMA.items()
+        f"  --config.{name}={_shown(described.default)}\n      {described.meaning} "
+        f"({described.must.removeprefix('must be ')})"
+        for name, described in SCHEMA.items()
     )
 
 
@@ -223,34 +306,93 @@ def _shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def validate(config: Config) -> Config:
-    """Returns `config` with scalars of sweeps made tuples, or raises InputError naming the first
-    bad field.
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Returns a config as nested dicts."""
+    values = {one.name: getattr(config, one.name) for one in fields(config)}
+    return {
+        name: to_mapping(value) if is_dataclass(value) else value for name, value in values.items()
+    }
+
+
+def from_mapping(nested: Mapping[str, Any]) -> Config:
+    """Returns the config of nested dicts that have every field, or raises InputError.
+
+    The values are not checked: `validate` does that.
     """
-    try:
-        flat = flatten(config)
-    except TypeError as error:  # ConfigDict sorts its keys
-        raise InputError(
-            "config", "keys of several types", "name every field by a string"
-        ) from error
+    flat = flatten(nested)
     for name in sorted(flat.keys() - SCHEMA.keys()):
         raise InputError(
             f"config.{name}", flat[name], "no such field; `python -m ncjax.main --help` lists them"
         )
-    config = config.copy_and_resolve_references()
-    for name, field in SCHEMA.items():
+    for name in SCHEMA:
         if name not in flat:
             raise InputError(
                 f"config.{name}", "nothing", "start from ncjax.config.default_config()"
             )
-        value: Any = flat[name]
-        if isinstance(field.default, tuple):
-            value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if not field.holds(value):
-            raise InputError(f"config.{name}", value, field.must)
-        config.update_from_flattened_dict({name: _plain(value, field.default)})
+    config = Config()
+    config.update(flat)
+    return config
+
+
+def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns every field of nested dicts by its dotted name."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def validate(config: Config) -> Config:
+    """Returns a checked copy in which every value has the type of its field.
+
+    Scalars of sweeps become tuples, epochs are sorted, and AdamW's decay is said to be decoupled.
+
+    Raises:
+      InputError: a field has a value that it may not have; the first such field is named.
+    """
+    valid = from_mapping(to_mapping(config))
+    for name, value in flatten(to_mapping(valid)).items():
+        valid.update({name: _checked(name, value)})
+    _check_sweep(valid)
+    check_held("config.data.input_scale", (valid.data.input_scale,), valid.train.precision)
+    _check_combinations(valid)
+    if valid.train.optimizer == "adamw":  # decoupled by definition
+        valid.train.decay = "decoupled"
+    valid.log.epochs = _checked_epochs("log.epochs", valid.log.epochs, valid.train.epochs)
+    valid.checkpoint.marked = _checked_epochs(
+        "checkpoint.marked", valid.checkpoint.marked, valid.train.epochs
+    )
+    return valid
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Returns a value as its field holds it, or raises InputError."""
+    described = SCHEMA[name]
+    if isinstance(described.default, tuple):
+        value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not described.holds(value):
+        raise InputError(f"config.{name}", value, described.must)
+    return _plain(value, described.default)
+
+
+def _plain(value: Any, default: object) -> Any:
+    """Returns a valid value in Python's own types: NumPy numbers and integers for floats go."""
+    if isinstance(default, tuple):
+        # Every tuple whose default is empty or integral holds integers.
+        is_float = bool(default) and isinstance(default[0], float)
+        return tuple(float(v) if is_float else int(v) for v in value)
+    python_type: Any = type(default)
+    return python_type(value)
+
+
+def _check_sweep(config: Config) -> None:
+    """Raises InputError for a value that stands twice, or that training would take for another."""
+    precision = config.train.precision
     for name in SWEPT:
-        values = config.sweep[name]
+        values = getattr(config.sweep, name)
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
             raise InputError(
@@ -259,32 +401,32 @@ def validate(config: Config) -> Config:
                 f"{repeated[0]!r} stands twice; remove the repetition",
             )
         if name != "seed":
-            check_held(f"config.sweep.{name}", values, config.train.precision)
+            check_held(f"config.sweep.{name}", values, precision)
     for momentum in config.sweep.momentum:
         # Steps add up to 1/(1 - momentum) gradients: what it lacks of 1 must be held as well.
-        lacks = 1 - float(np.asarray(momentum, config.train.precision))
+        lacks = 1 - float(np.asarray(momentum, precision))
         if not math.isclose(lacks, 1 - momentum, rel_tol=1e-2):
-            way_out = (
-                f"{config.train.precision} takes it for {1 - lacks:.10g}; choose a smaller one"
-            )
-            way_out += (
-                ", or set config.train.precision=float64"
-                if config.train.precision == "float32"
-                else ""
-            )
-            raise InputError("config.sweep.momentum", momentum, way_out)
-    check_held("config.data.input_scale", (config.data.input_scale,), config.train.precision)
-    _check_combinations(config)
-    for section, field in (("log", "epochs"), ("checkpoint", "marked")):
-        config[section][field] = tuple(sorted(set(config[section][field])))
-        late = [epoch for epoch in config[section][field] if epoch > config.train.epochs]
-        if late:
-            must = f"must be at most config.train.epochs = {config.train.epochs}"
-            raise InputError(f"config.{section}.{field}", late[0], must)
-    return config
+            way_out = f"{precision} takes it for {1 - lacks:.10g}; choose a smaller one"
+            raise InputError("config.sweep.momentum", momentum, way_out + _or_more(precision))
 
 
-def check_held(field: str, values: Sequence[float], precision: str, factor: float = 1.0) -> None:
+def _or_more(precision: Precision) -> str:
+    return ", or set config.train.precision=float64" if precision == "float32" else ""
+
+
+def _checked_epochs(name: str, epochs: tuple[int, ...], last: int) -> tuple[int, ...]:
+    """Returns epochs in order and each once, or raises InputError where training ends earlier."""
+    for epoch in sorted(epochs):
+        if epoch > last:
+            raise InputError(
+                f"config.{name}", epoch, f"must be at most config.train.epochs = {last}"
+            )
+    return tuple(sorted(set(epochs)))
+
+
+def check_held(
+    field: str, values: Sequence[float], precision: Precision, factor: float = 1
+) -> None:
     """Raises InputError for a number that training, which computes with `factor` times it, would
     take for another.
 
@@ -293,7 +435,7 @@ def check_held(field: str, values: Sequence[float], precision: str, factor: floa
     limits = np.finfo(precision)
     with np.errstate(over="ignore", under="ignore"):
         held = np.multiply(values, factor).astype(precision).tolist()
-    more = ", or set config.train.precision=float64" if precision == "float32" else ""
+    more = _or_more(precision)
     for i, (value, number) in enumerate(zip(values, held, strict=True)):
         if value and not limits.tiny <= number <= limits.max:
             here = f" (training would use {value * factor:.3g})" if factor != 1 else ""
@@ -306,30 +448,12 @@ def check_held(field: str, values: Sequence[float], precision: str, factor: floa
             )
 
 
-def is_sound(config: Config) -> bool:
-    """Returns whether every field that is known, of a config as it was written, has a value that
-    it may have.
-    """
-    flat = flatten(config)
-    return all(name in flat and _holds(field, flat[name]) for name, field in SCHEMA.items())
-
-
-def _holds(field: Field, value: Any) -> bool:
-    return isinstance(value, (tuple, list)) == isinstance(field.default, tuple) and field.holds(
-        value
-    )
-
-
 def _check_combinations(config: Config) -> None:
-    """Choices that exclude each other; AdamW is decoupled by definition, and the config then
-    says so.
-    """
+    """Raises InputError for choices that exclude each other."""
     if config.train.optimizer == "adam" and config.train.decay == "decoupled":
         raise InputError(
             "config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw"
         )
-    if config.train.optimizer == "adamw":
-        config.train.decay = "decoupled"
     if config.loss == "cross_entropy" and config.targets == "centered":
         raise InputError("config.targets", "centered", "cross-entropy needs one_hot")
     if config.model.normalization == "batch" and config.model.kind != "conv":
@@ -350,120 +474,202 @@ def _check_combinations(config: Config) -> None:
         raise InputError("config.model.linear_head_depth", depth, way_out)
 
 
-def _plain(value: Any, default: object) -> Any:
-    """A valid value in Python's own types, which JSON can hold: floats where floats are meant."""
-    if isinstance(default, tuple):
-        # Every tuple whose default is empty or integral holds integers.
-        is_float = bool(default) and isinstance(default[0], float)
-        return tuple(float(v) if is_float else int(v) for v in value)
-    python_type: Any = type(default)
-    return python_type(value)
+def to_json(config: Config) -> str:
+    """Returns the text of config.json."""
+    return json.dumps(to_mapping(config), indent=2, sort_keys=True) + "\n"
 
 
-def flatten(config: Config, prefix: str = "") -> dict[str, object]:
-    """Returns every field by its dotted name."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, config_dict.ConfigDict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def from_json(text: str) -> Config:
+    """Returns the config that config.json holds; see `from_stored`."""
+    return from_stored(json.loads(text))
 
 
-def differences(config: Config, other: dict) -> list[str]:
-    """What keeps `config` from continuing a run of `other`, a parsed config.json; a line per field,
-    with both values.
+def from_stored(stored: Mapping[str, Any]) -> Config:
+    """Returns the config of a parsed config.json; fields that are no more are left out.
+
+    A field younger than the file has its default, which is what was done before there was one.
+
+    Raises:
+      TypeError: `stored` does not have the sections of a config.
+    """
+    values = _stored_fields(stored)
+    config = Config()
+    config.update({name: values[name] for name in SCHEMA})
+    return config
+
+
+def _stored_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    sections = [name.partition(".")[0] for name in SCHEMA if "." in name]
+    if not all(isinstance(part, Mapping) for part in (stored, *map(stored.get, sections)) if part):
+        raise TypeError("a config is a mapping of mappings")
+    defaults = {name: described.default for name, described in SCHEMA.items()}
+    # JSON has lists for tuples.
+    found = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in flatten(stored).items()
+    }
+    return defaults | found
+
+
+def is_sound(stored: Mapping[str, Any]) -> bool:
+    """Returns whether every field of a parsed config.json has a value that it may have."""
+    values = _stored_fields(stored)
+    return all(
+        isinstance(values[name], tuple) == isinstance(described.default, tuple)
+        and described.holds(values[name])
+        for name, described in SCHEMA.items()
+    )
+
+
+def differences(config: Config | Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Returns what keeps a config from continuing a stored run; a line per field, with both values.
 
     More epochs are no hindrance where the learning rate of those behind does not depend on them;
     nor is another mesh.
+
+    Args:
+      config: of the run that would continue; a parsed config.json will do.
+      stored: the parsed config.json of the run that would be continued.
     """
-    mine, theirs = (flatten(from_json(text)) for text in (to_json(config), json.dumps(other)))
-    fields = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
-    longer: Any = (theirs.get("train.epochs"), mine.get("train.epochs"))
-    fixed = mine.get("train.schedule") == "constant" or mine.get("train.schedule_epochs")
-    if fixed and None not in longer and longer[0] < longer[1]:
-        fields.remove("train.epochs")
+    mine = _stored_fields(to_mapping(config) if isinstance(config, Config) else config)
+    theirs = _stored_fields(stored)
+    names = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
+    is_fixed = mine["train.schedule"] == "constant" or mine["train.schedule_epochs"]
+    if is_fixed and theirs["train.epochs"] < mine["train.epochs"]:
+        names.remove("train.epochs")
     return [
         f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
-        for name in fields
+        for name in names
         if mine.get(name) != theirs.get(name)
     ]
 
 
-def to_json(config: Config) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """A config as it was written; a field younger than it has its default, which is what was
-    done before.
-    """
-    nested = json.loads(text)
-    for name, field in SCHEMA.items():
-        section, _, leaf = name.rpartition(".")
-        # JSON has lists for tuples.
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        (nested.setdefault(section, {}) if section else nested).setdefault(leaf, default)
-    return config_dict.ConfigDict(nested)
-
-
 def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:
-    """At most `most` epochs from 0 to `epochs`, log-spaced between 1 and `epochs`."""
+    """Returns at most `most` epochs from 0 to `epochs`, log-spaced between 1 and `epochs`."""
     points = {round(epochs ** (i / (most - 2))) for i in range(most - 1)}
     return tuple(sorted({0, epochs} | points))
 
 
-class Grid(NamedTuple):
-    """The product of all swept axes. Run r of R is `np.unravel_index(r, shape)`, the last axis
-    (seed) fastest.
+@dataclass(frozen=True)
+class Place:
+    """Names a run of a grid by its index and by its value on every axis."""
+
+    index: int
+    coordinates: dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Orders the runs of a sweep: the product of all swept axes, the last axis (seed) fastest.
 
     Attributes:
-      axes: values per name in `SWEPT`, in our units.
-      dims: the axes that become dimensions of every output: weight_decay, seed, and whatever else
-        has several values.
+      axes: values by name, in the project's units and in the order of `SWEPT`.
     """
 
-    axes: dict[str, tuple]
-    dims: tuple[str, ...]
+    axes: Mapping[str, Sequence]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The axes that are dimensions of every output: weight_decay, seed, and whatever else has
+        several values.
+        """
+        return tuple(
+            name
+            for name, values in self.axes.items()
+            if name in ("weight_decay", "seed") or len(values) > 1
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Number of values along each of `dims`."""
         return tuple(len(self.axes[name]) for name in self.dims)
 
     @property
     def size(self) -> int:
+        """R, the number of runs."""
         return math.prod(self.shape)
 
+    @property
+    def dim_values(self) -> dict[str, list]:
+        """Values along each of `dims`."""
+        return {name: list(self.axes[name]) for name in self.dims}
+
     def columns(self) -> dict[str, list]:
-        """Value per run, (R,) each, of every name in `SWEPT`."""
-        rows = list(itertools.product(*(self.axes[name] for name in SWEPT)))
-        return {name: [row[i] for row in rows] for i, name in enumerate(SWEPT)}
+        """Returns the value of every run, (R,) each, on every axis."""
+        rows = list(itertools.product(*self.axes.values()))
+        return {name: [row[i] for row in rows] for i, name in enumerate(self.axes)}
+
+    def unflatten(self, by_run: np.ndarray) -> np.ndarray:
+        """Returns values of all runs, (R, ...), as an array (*shape, ...)."""
+        return by_run.reshape(*self.shape, *by_run.shape[1:])
+
+    def places(self) -> list[Place]:
+        """Returns the place of every run, in order."""
+        rows = itertools.product(*self.axes.values())
+        return [
+            Place(index, dict(zip(self.axes, row, strict=True))) for index, row in enumerate(rows)
+        ]
+
+    def find(self, coordinates: Mapping[str, Any]) -> Place:
+        """Returns the place of the one run at some coordinates.
+
+        Numbers are the same within 1e-9, relative. An axis of one value may be left out.
+
+        Raises:
+          InputError: there is no such run, or there are several; it names the values that there
+            are.
+        """
+        for name in coordinates.keys() - self.axes.keys():
+            way_out = f"no such axis; the grid has {', '.join(self.axes)}"
+            raise InputError(name, coordinates[name], way_out)
+        chosen = {}
+        for name, values in self.axes.items():
+            if name in coordinates:
+                chosen[name] = _nearest(name, values, coordinates[name])
+            elif len(values) == 1:
+                chosen[name] = values[0]
+            else:
+                way_out = f"{name} is missing; name one of {listed(values)}"
+                raise InputError("run", dict(coordinates), way_out)
+        at = [list(values).index(chosen[name]) for name, values in self.axes.items()]
+        lengths = [len(values) for values in self.axes.values()]
+        return Place(int(np.ravel_multi_index(at, lengths)), chosen)
+
+
+def _nearest(name: str, values: Sequence, value: Any) -> float | int:
+    """Returns the value of an axis that a number is equal to, but for rounding."""
+    try:
+        same = [v for v in values if math.isclose(v, float(value), rel_tol=1e-9)]
+    except (TypeError, ValueError):
+        same = []
+    if not same:
+        raise InputError(name, value, f"the grid has {listed(values)}")
+    return min(same, key=lambda v: abs(v - float(value)))
 
 
 def make_grid(config: Config, num_classes: int) -> Grid:
-    """The grid of a validated config, in our units."""
-    axes = {name: tuple(config.sweep[name]) for name in SWEPT}
+    """Returns the grid of a validated config, in the project's units."""
+    axes = {name: tuple(getattr(config.sweep, name)) for name in SWEPT}
     units = unit_factors(config, num_classes)
     axes["weight_decay"] = tuple(wd * units.weight_decay for wd in axes["weight_decay"])
     axes["learning_rate"] = tuple(lr * units.learning_rate for lr in axes["learning_rate"])
-    dims = tuple(name for name in SWEPT if name in ("weight_decay", "seed") or len(axes[name]) > 1)
-    return Grid(axes, dims)
+    return Grid(axes)
 
 
 def check_units(config: Config, num_classes: int) -> None:
-    """Raises InputError where a validated number leaves `train.precision` on its way to our
-    units.
-    """
+    """Raises InputError for a valid number that leaves `train.precision` in the project's units."""
     units = unit_factors(config, num_classes)
-    for name in ("weight_decay", "learning_rate"):
-        check_held(
-            f"config.sweep.{name}", config.sweep[name], config.train.precision, getattr(units, name)
-        )
+    precision = config.train.precision
+    check_held(
+        "config.sweep.weight_decay", config.sweep.weight_decay, precision, units.weight_decay
+    )
+    check_held(
+        "config.sweep.learning_rate", config.sweep.learning_rate, precision, units.learning_rate
+    )
 
 
 class UnitFactors(NamedTuple):
-    """What takes a config's numbers to ours, and PyTorch's default eps of Adam, 1e-8, with them."""
+    """Factors that take a config's numbers, and PyTorch's default eps of Adam (1e-8), to ours."""
 
     weight_decay: float
     learning_rate: float
@@ -471,7 +677,7 @@ class UnitFactors(NamedTuple):
 
 
 def unit_factors(config: Config, num_classes: int) -> UnitFactors:
-    """Factors of equal trajectories.
+    """Returns the factors that give equal trajectories.
 
     PyTorch's `MSELoss` also averages over the C outputs: its gradient is 2/C of ours, so lambda =
     wd C/2 wherever decay joins the gradient. SGD's step then needs lr = 2 lr/C; Adam's does not
@@ -481,8 +687,12 @@ def unit_factors(config: Config, num_classes: int) -> UnitFactors:
     if config.units == "ours" or config.loss == "cross_entropy":
         return UnitFactors(1.0, 1.0, 1.0)
     half = num_classes / 2
-    return {
-        "sgd": UnitFactors(half, 1 / half, 1.0),
-        "adam": UnitFactors(half, 1.0, half),
-        "adamw": UnitFactors(1.0, 1.0, half),
-    }[config.train.optimizer]
+    match config.train.optimizer:
+        case "sgd":
+            return UnitFactors(half, 1 / half, 1.0)
+        case "adam":
+            return UnitFactors(half, 1.0, half)
+        case "adamw":
+            return UnitFactors(1.0, 1.0, half)
+        case unknown:
+            raise unknown_choice("optimizer", unknown, Optimizer)

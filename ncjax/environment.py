@@ -1,6 +1,4 @@
-"""What environment variables keep JAX from training and measuring: found before it crashes over
-them, or obeys.
-"""
+"""Refuses environment variables by which JAX would crash, or train something else."""
 
 import os
 import re
@@ -52,7 +50,10 @@ def check(environment: Mapping[str, str]) -> None:
 
 
 def _check_xla_flags(environment: Mapping[str, str]) -> None:
-    """XLA ends the process that has a wrong one: here, another one."""
+    """Raises InputError for flags that XLA refuses.
+
+    XLA ends the process that has a wrong one, so another process tries them.
+    """
     script = "from jaxlib import xla_client; xla_client.CompileOptions()"
     tried = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True

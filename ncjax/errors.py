@@ -1,37 +1,45 @@
-"""The one exception that means "the user can fix this"; a command prints it as a single line and
-exits with 2.
+"""The exception for what the user can fix, and how a message shows values and names.
+
+A command prints an `InputError` as a single line and exits with 2.
 """
 
 import sys
 from collections.abc import Iterable
+from typing import Any, get_args
 
 
 class InputError(ValueError):
-    """Bad input: names the field, the value it had, and the way out."""
+    """Reports bad input in one line: the field, the value it had, and the way out."""
 
     def __init__(self, field: str, value: object, way_out: str):
         super().__init__(printable(_one_line(f"{field}: got {_shown(value)}; {way_out}")))
 
 
+def unknown_choice(field: str, value: object, literal: Any) -> InputError:
+    """Returns the error for a value that is none of a Literal's."""
+    return InputError(field, value, f"must be one of {', '.join(get_args(literal))}")
+
+
 def listed(values: Iterable[float | int]) -> str:
-    """Numbers as a message lists them."""
+    """Returns numbers as a message lists them."""
     return ", ".join(f"{value:.10g}" for value in values) or "none"
 
 
 def warn(line: str) -> None:
-    """Says on stderr what went otherwise than asked for, and well."""
+    """Prints a warning on stderr."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    r"""Returns a text that is one line and can be encoded: a name may hold `\n`, ESC, or bytes
-    that are not UTF-8.
+    r"""Returns a text with everything escaped that is not printable.
+
+    A file name may hold `\n`, ESC, or bytes that are not UTF-8.
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def last_line(error: BaseException) -> str:
-    """What went wrong, without the traceback that some libraries put into their messages."""
+    """Returns the last line of a message: some libraries put a traceback above it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -1,5 +1,7 @@
-"""Everything that can be wrong is found here, before JAX is imported and long before anything is
-compiled.
+"""Checks what can be checked before JAX is imported: config, WORKDIR, data, variables, addresses.
+
+Other errors are found later, by the modules that meet them: too few devices for the mesh, too
+little memory, another process in WORKDIR, and damage in its checkpoints and its history.
 """
 
 import json
@@ -26,8 +28,9 @@ _MISTAKEN = re.compile(r"\\|gs:/|^/(gs|s3|az|hf)/|[\ud800-\udfff]")
 
 
 class Plan(NamedTuple):
-    """A run that can start: a valid config, its WORKDIR (of a dry run that names none, any), its
-    data and its grid.
+    """Holds what was checked: a valid config, its WORKDIR, its data and its grid.
+
+    A dry run may name no WORKDIR; `workdir` is then the current folder, and not used.
     """
 
     config: configuration.Config
@@ -37,9 +40,7 @@ class Plan(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """This process among several: the arguments of `jax.distributed.initialize`; None is for the
-    environment to say.
-    """
+    """Holds the arguments of `jax.distributed.initialize`; it finds out by itself what is None."""
 
     coordinator: str | None
     processes: int | None
@@ -47,7 +48,7 @@ class Processes(NamedTuple):
 
 
 def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
-    """Validates a config, claims its WORKDIR and loads its data, or raises InputError."""
+    """Validates a config, makes its WORKDIR and loads its data, or raises InputError."""
     plan = examine(config, workdir)
     _make_folder("--workdir", plan.workdir)
     if plan.config.profile.dir:
@@ -56,7 +57,7 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
 
 
 def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
-    """`prepare`, but nothing is made; a WORKDIR need not be named."""
+    """Does what `prepare` does, but makes no folder; a WORKDIR need not be named."""
     if sys.platform == "win32":
         way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
         raise InputError("platform", sys.platform, way_out)
@@ -82,8 +83,9 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
 def find_processes(
     coordinator: str, count: int | None, number: int | None, environment: Mapping[str, str]
 ) -> Processes | None:
-    """Whether this is one process of several, by --coordinator, --processes and --process or by its
-    environment.
+    """Returns how this process joins others, or None where it is alone.
+
+    --coordinator, --processes and --process say so, or else the environment.
 
     Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find
     out by itself.
@@ -113,7 +115,9 @@ def find_processes(
 
 
 def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
-    """JAX would wait for a host that is unknown, and crash over a port that is taken."""
+    """Raises InputError for an unknown host, which JAX would wait for, and for a port that is
+    taken, over which it would crash.
+    """
     try:
         socket.getaddrinfo(host.strip("[]"), port)
         if number == 0:
@@ -123,23 +127,32 @@ def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
         raise InputError("--coordinator", coordinator, way_out) from error
 
 
-def load_data(settings: configuration.Config) -> data.Dataset:
-    """The data set of a config's `data` section, a ConfigDict or a dict."""
-    others = {name: value for name, value in settings.items() if name not in ("name", "dir")}
-    return data.load(settings["name"], directory=settings["dir"], **others)
+def load_data(settings: configuration.DataConfig) -> data.Dataset:
+    """Returns the data set that a config's `data` section describes."""
+    return data.load(
+        settings.name,
+        directory=settings.dir,
+        per_class=settings.per_class,
+        num_classes=settings.num_classes,
+        input_scale=settings.input_scale,
+        standardize=settings.standardize,
+        pad=settings.pad,
+    )
 
 
 def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
-    """Convolutions and random crops are of images (height, width, channels)."""
+    """Raises InputError where convolutions or random crops are asked for and data are no images."""
     shape = dataset.center.shape
-    for field, needs in (("model.kind", "conv"), ("train.augment", "crop")):
-        section, leaf = field.split(".")
-        if config[section][leaf].startswith(needs) and len(shape) != 3:
-            way_out = (
-                f"{config.data.name} has examples of shape {shape}; it needs images (height, "
-                f"width, channels)"
-            )
-            raise InputError(f"config.{field}", config[section][leaf], way_out)
+    if len(shape) == 3:
+        return
+    way_out = (
+        f"{config.data.name} has examples of shape {shape}; it needs images (height, width, "
+        f"channels)"
+    )
+    if config.model.kind == "conv":
+        raise InputError("config.model.kind", config.model.kind, way_out)
+    if config.train.augment != "none":
+        raise InputError("config.train.augment", config.train.augment, way_out)
 
 
 def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
@@ -211,7 +224,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
 
 
 def _check_profile(name: str) -> None:
-    """A trace is written long after this: it must not be the first to find that it cannot."""
+    """Raises InputError where no trace can be written, long before one is."""
     check_name("config.profile.dir", Path(name))
     try:
         folder = Path(name)

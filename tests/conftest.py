@@ -9,6 +9,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -71,3 +72,11 @@ def float64():
     """JAX computes in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def without_type_checks():
+    """Turns off the checks of argument types that only tests have: what users see remains."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -148,7 +148,7 @@ def small_config(**changes):
     config.model.widths = (8, 8)
     config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
     config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
-    config.update_from_flattened_dict(changes)
+    config.update(changes)
     return config
 
 

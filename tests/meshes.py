@@ -34,9 +34,7 @@ def make_config(run=0, data=1, **fields):
     config.log.epochs, config.checkpoint.every = (0, 3), 2
     config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-2), (0, 1)
     config.mesh.run, config.mesh.data = run, data
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
+    config.update({name.replace("__", "."): value for name, value in fields.items()})
     return config
 
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ import pytest
 from ncjax import config as configuration
 from ncjax import plan
 from ncjax.errors import InputError
+from tests.helpers import ROOT
 
 
 def with_value(name, value):
     config = configuration.default_config()
-    section, _, leaf = name.rpartition(".")
-    (config[section] if section else config)[leaf] = value
+    config.update({name: value})
     return config
 
 
@@ -79,9 +81,7 @@ def test_a_bad_value_is_refused_with_its_field_and_value(name, value, shown):
 
 def with_values(**values):
     config = configuration.default_config()
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in values.items()}
-    )
+    config.update({name.replace("__", "."): value for name, value in values.items()})
     return config
 
 
@@ -128,7 +128,7 @@ def test_choices_that_exclude_each_other_are_refused_with_a_way_out(values, fiel
 )
 def test_choices_that_go_together_are_kept_as_they_are(values):
     config = with_values(**values)
-    assert configuration.validate(config).to_json() == config.to_json()
+    assert configuration.validate(config) == config
 
 
 @pytest.mark.parametrize("decay", ["coupled", "decoupled"])
@@ -142,27 +142,60 @@ def test_adamw_is_decoupled_and_the_valid_config_says_so(decay):
     ("name", "value"), [("train.lr", 0.1), ("sweep.wd", (1e-3,)), ("momentum", 0.9)]
 )
 def test_an_unknown_field_is_refused_by_name(name, value):
-    config = configuration.default_config()
-    config.unlock()
+    nested = configuration.to_mapping(configuration.default_config())
     section, _, leaf = name.rpartition(".")
-    (config[section] if section else config)[leaf] = value
+    (nested[section] if section else nested)[leaf] = value
     with pytest.raises(InputError, match=rf"^config\.{name}: got .*no such field"):
-        configuration.validate(config)
+        configuration.from_mapping(nested)
 
 
 def test_a_missing_field_is_refused_by_name():
-    config = configuration.default_config()
-    config.unlock()
-    del config.train["epochs"]
+    nested = configuration.to_mapping(configuration.default_config())
+    del nested["train"]["epochs"]
     with pytest.raises(InputError, match=r"^config\.train\.epochs: got 'nothing'"):
-        configuration.validate(config)
+        configuration.from_mapping(nested)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "near"), [("train", "epoch", "epochs"), ("sweep", "seeds", "seed")]
+)
+def test_setting_a_field_that_does_not_exist_names_a_near_one(section, name, near):
+    config = configuration.default_config()
+    with pytest.raises(AttributeError, match=rf"no field {name}; did you mean {near}\?"):
+        setattr(getattr(config, section), name, 1)
+
+
+def test_a_section_that_is_none_is_refused_by_name():
+    with pytest.raises(InputError, match=r"^config\.train: got 3; no such field"):
+        configuration.validate(with_value("train", 3))
+
+
+def test_two_configs_share_no_section():
+    changed = with_value("train.epochs", 7)
+    assert changed != configuration.default_config()
+    assert configuration.default_config().train.epochs == 300
+
+
+def test_a_type_checker_sees_a_wrong_field_and_a_wrong_choice(tmp_path):
+    """Pyright reports both lines, and no other."""
+    pytest.importorskip("pyright")
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "from ncjax.config import default_config\n"
+        "config = default_config()\n"
+        "config.train.epochs = 3\n"
+        "config.train.epcohs = 3\n"
+        "config.train.optimizer = 'SGD'\n"
+    )
+    command = [sys.executable, "-m", "pyright", "--outputjson", f"--pythonpath={sys.executable}"]
+    found = subprocess.run([*command, str(source)], capture_output=True, text=True, cwd=ROOT)
+    errors = json.loads(found.stdout)["generalDiagnostics"]
+    assert [error["range"]["start"]["line"] + 1 for error in errors] == [4, 5]
 
 
 def test_defaults_are_valid_and_validation_leaves_its_argument_alone():
     config = configuration.default_config()
-    before = config.to_json()
-    valid = configuration.validate(config)
-    assert valid.to_json() == before == config.to_json()
+    assert configuration.validate(config) == config == configuration.default_config()
     config.sweep.seed = 3
     configuration.validate(config)
     assert config.sweep.seed == 3
@@ -183,9 +216,9 @@ def test_defaults_are_valid_and_validation_leaves_its_argument_alone():
 )
 def test_scalars_and_lists_become_tuples_and_whole_numbers_floats(name, value, expected):
     valid = configuration.validate(with_value(name, value))
-    section, leaf = name.split(".")
-    assert valid[section][leaf] == pytest.approx(expected)
-    assert isinstance(valid[section][leaf], type(expected))
+    found = configuration.flatten(configuration.to_mapping(valid))[name]
+    assert found == pytest.approx(expected)
+    assert isinstance(found, type(expected))
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 12, 60, 300, 5000])
@@ -206,7 +239,7 @@ def grid(num_classes=10, **sweep):
     config = configuration.default_config()
     config.units = sweep.pop("units", "ours")
     for name, values in sweep.items():
-        config.sweep[name] = values
+        config.update({f"sweep.{name}": values})
     return configuration.make_grid(configuration.validate(config), num_classes)
 
 
@@ -221,6 +254,44 @@ def test_column_r_is_the_grid_point_of_unravel_index_r():
             assert columns[name][r] == sweep[name][i]
     assert columns["momentum"] == [0.9] * 24
     assert columns["init_scale"] == [1.0] * 24
+
+
+def test_places_are_the_rows_of_the_columns_and_found_by_their_coordinates():
+    swept = grid(weight_decay=(0.0, 1e-3), momentum=(0.0, 0.9), seed=(3, 1, 2))
+    columns = swept.columns()
+    places = swept.places()
+    assert [place.index for place in places] == list(range(swept.size))
+    for place in places:
+        assert place.coordinates == {name: columns[name][place.index] for name in columns}
+        assert swept.find(place.coordinates) == place
+
+
+def test_a_run_is_found_within_rounding_and_without_axes_of_one_value():
+    swept = configuration.Grid({"weight_decay": [0.0, 0.1], "momentum": [0.5], "seed": [3, 1]})
+    found = swept.find({"weight_decay": 0.1 * (1 + 1e-10), "seed": "1"})
+    assert found == configuration.Place(3, {"weight_decay": 0.1, "momentum": 0.5, "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "field"),
+    [
+        ({"weight_decay": 0.2, "seed": 1}, "weight_decay"),
+        ({"weight_decay": 0.1, "seed": "x"}, "seed"),
+        ({"weight_decay": 0.1}, "run"),
+        ({"weight_decay": 0.1, "seed": 1, "width": 3}, "width"),
+    ],
+)
+def test_coordinates_of_no_run_and_of_several_are_refused(coordinates, field):
+    swept = configuration.Grid({"weight_decay": [0.0, 0.1], "momentum": [0.5], "seed": [3, 1]})
+    with pytest.raises(InputError, match=f"^{field}: got "):
+        swept.find(coordinates)
+
+
+def test_values_by_run_unflatten_to_the_dimensions():
+    swept = configuration.Grid({"weight_decay": [0.0, 0.1], "momentum": [0.5], "seed": [3, 1, 2]})
+    by_run = np.arange(6 * 4).reshape(6, 4)
+    assert swept.dim_values == {"weight_decay": [0.0, 0.1], "seed": [3, 1, 2]}
+    np.testing.assert_array_equal(swept.unflatten(by_run)[1, 2], by_run[5])
 
 
 def test_weight_decay_and_seed_are_dimensions_even_of_one_run():
@@ -348,7 +419,10 @@ def test_numbers_that_float32_takes_for_others_are_refused_and_float64_holds_the
 def test_numbers_that_the_precision_holds_are_accepted(name, values, precision):
     config = with_value(name, values)
     config.train.precision = precision
-    assert configuration.validate(config).sweep[name.partition(".")[2]] == values
+    assert (
+        configuration.flatten(configuration.to_mapping(configuration.validate(config)))[name]
+        == values
+    )
 
 
 def test_subnormal_numbers_of_float64_are_refused():

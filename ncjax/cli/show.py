@@ -212,7 +212,7 @@ def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> 
         "config": holdings.config,
         "grid": holdings.axes,
         "runs": math.prod(len(values) for values in holdings.axes.values()),
-        "run": holdings.place and {"number": holdings.place.number, **holdings.place.coordinates},
+        "run": holdings.place and {"number": holdings.place.index, **holdings.place.coordinates},
         "epochs": {
             "asked": holdings.config["train"]["epochs"],
             "done": max([0, *holdings.measured, *(s.epoch for s in holdings.checkpoints)]),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from ncjax import config as configuration
 from ncjax import environment
@@ -140,9 +140,9 @@ def _parse(argv: list[str]) -> _Arguments:
     return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 
-def _load_config(named: str) -> configuration.Config:
-    """Returns the config of a `file` or `file:variant`, or raises InputError with the line of
-    the file at fault.
+def _load_config(named: str) -> config_dict.ConfigDict:
+    """Returns the config of a `file` or `file:variant`, ready for overrides, or raises InputError
+    with the line of the file at fault.
     """
     file = Path(named.partition(":")[0])
     try:
@@ -164,14 +164,15 @@ def _load_config(named: str) -> configuration.Config:
     try:
         values(["", f"--config={named}"])
         config = loaded.value
-        if not hasattr(
-            config, "copy_and_resolve_references"
-        ):  # asking raises the OSError of a get_config that did
-            raise TypeError(f"get_config() returned {type(config).__name__}, not a ConfigDict")
-        for value in configuration.flatten(
-            config
-        ).values():  # RecursionError: it contains itself, or nests too deep
-            repr(value)
+        if isinstance(config, configuration.Config):
+            # Not type-safe: where a tuple stands a scalar is accepted, or `validate` names the
+            # field.
+            config = config_dict.ConfigDict(configuration.to_mapping(config), type_safe=False)
+        # This look raises the OSError of a get_config() that did.
+        elif not hasattr(config, "copy_and_resolve_references"):
+            raise TypeError(f"get_config() returned {type(config).__name__}, not a Config")
+        # RecursionError: a value contains itself, or nests too deep.
+        repr(configuration.flatten(config.to_dict()))
     except (Interrupted, Stopped):
         raise
     except (
@@ -207,8 +208,11 @@ def _fault(error: BaseException, file: str) -> str:
     )
 
 
-def _override(config: configuration.Config, argv: list[str]) -> configuration.Config:
-    """Returns a config with the fields that a command line overrides, or raises InputError."""
+def _override(config: config_dict.ConfigDict, argv: list[str]) -> configuration.Config:
+    """Returns a config with the fields that a command line overrides, or raises InputError.
+
+    ml_collections parses overrides into its own untyped ConfigDict, which ends here.
+    """
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         if name.startswith("config.") and name.removeprefix("config.") not in configuration.SCHEMA:
@@ -223,13 +227,13 @@ def _override(config: configuration.Config, argv: list[str]) -> configuration.Co
             "config", config, flag_values=values, sys_argv=argv
         )
         surplus = values(argv)[1:]
-        config = overridden.value.copy_and_resolve_references()
+        nested = overridden.value.copy_and_resolve_references().to_dict()
     except Exception as error:  # ml_collections raises many types
         raise _illegal(error, argv) from error
     if surplus:
         known = "there are --config, --config.FIELD, --workdir and others; see --help"
         raise InputError("command line", surplus[0], f"no such argument; {known}")
-    return config
+    return configuration.from_mapping(nested)
 
 
 def _illegal(error: Exception, argv: list[str]) -> InputError:

@@ -1,5 +1,4 @@
-"""A named data set as balanced arrays: embedded digits, any prepared TFDS image set, synthetic and
-identity.
+"""Loads a data set by name as balanced arrays: digits, synthetic, identity, or one of TFDS.
 
 No JAX here: a wrong name or size must be reported at once.
 """
@@ -25,8 +24,9 @@ _SYNTHETIC_DIM = 32
 
 
 class Split(NamedTuple):
-    """M examples, class after class: images (M, ...) uint8 or float32, labels (M,) int32 in [0,
-    C).
+    """Holds M examples, class after class.
+
+    images (M, ...) are uint8 or float32, labels (M,) int32 in [0, C).
     """
 
     images: np.ndarray
@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Balanced splits and the statistics of the training split that normalize both.
+    """Holds balanced splits and the statistics of the training split that normalize both.
 
     The network's input is `(images - center) * scale`, float64: center has the shape of one image,
     scale too or it is one number.
@@ -136,7 +136,7 @@ def _embedded_digits() -> _Raw:
 
 
 def _digits() -> _Raw:
-    """scikit-learn's 1,797 scans of 8x8 pixels; every sixth of each class is test."""
+    """Returns scikit-learn's 1,797 scans of 8x8 pixels; every sixth of each class is test."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
@@ -145,7 +145,7 @@ def _digits() -> _Raw:
 
 
 def _hold_out(split: Split) -> tuple[Split, Split]:
-    """Every sixth example of each class, in the set's order, becomes the test split."""
+    """Returns training and test splits: of each class, in the set's order, every sixth is test."""
     is_test = np.zeros(len(split.labels), bool)
     for label in np.unique(split.labels):
         is_test[np.flatnonzero(split.labels == label)[5::6]] = True
@@ -153,8 +153,9 @@ def _hold_out(split: Split) -> tuple[Split, Split]:
 
 
 def _synthetic(num_classes: int, per_class: int) -> _Raw:
-    """Gaussian classes: x = mu_c + z with mu_c and z standard normal in R^32; train and test
-    drawn alike.
+    """Draws Gaussian classes: x = mu_c + z with mu_c and z standard normal in R^32.
+
+    The training and the test split are drawn alike.
     """
     per_class = per_class or 100
     rng = np.random.default_rng(0)
@@ -166,8 +167,9 @@ def _synthetic(num_classes: int, per_class: int) -> _Raw:
 
 
 def _identity(num_classes: int, per_class: int) -> _Raw:
-    """x_n = e_n in R^{NC}, five per class by default: the first layer is then a free feature per
-    example.
+    """Returns x_n = e_n in R^{NC}, five per class by default.
+
+    The first layer is then a free feature per example.
     """
     per_class = per_class or 5
     labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
@@ -209,8 +211,9 @@ def _first_of_each_class(split: Split, per_class: int) -> Split:
 
 
 def _padded(split: Split, side: int) -> Split:
-    """Images (M, side, side, channels); of an odd border the larger half is below and to the
-    right.
+    """Returns images (M, side, side, channels) with a border of zeros.
+
+    The larger half of an odd border is below and to the right.
     """
     shape = split.images.shape[1:]
     if not side:
@@ -228,7 +231,10 @@ def _padded(split: Split, side: int) -> Split:
 def _statistics(
     images: np.ndarray, input_scale: float, standardize: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """center and scale of `Dataset`, in float64 and in chunks (CIFAR-10 in float64 is 1.2 GB)."""
+    """Returns center and scale of `Dataset`, in float64.
+
+    They are computed in chunks: CIFAR-10 in float64 is 1.2 GB.
+    """
     chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
     pixel_mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(images)
     if not np.isfinite(pixel_mean).all():
@@ -314,8 +320,7 @@ _NAMES, _CHECKSUMS = "label_names.json", "checksums.json"
 def _cached(
     name: str, make: Callable[[], _Raw], sources: Mapping[str, list[int]] | None = None
 ) -> _Raw:
-    """Decodes once, and again where what was decoded, or what it was decoded from, is not as it
-    was.
+    """Returns decoded data from the cache; decodes where they, or their sources, have changed.
 
     The folder appears whole or not at all; where none can be written, each run decodes anew.
     """

@@ -1,4 +1,4 @@
-"""Prepared TFDS folders: two JSON files, which are not trusted, and array_record shards.
+"""Reads prepared TFDS folders: two JSON files, which are not trusted, and array_record shards.
 
 TFDS's own `builder_from_directory` imports whatever class these files name, and follows whatever
 paths they spell. Here they are parsed as the protocol buffers that they are, one image and one
@@ -27,8 +27,9 @@ _CHUNK = 1024
 
 
 class Examples(NamedTuple):
-    """One split, in the order of its shards: images (M, height, width, channels), labels (M,)
-    int32, -1 for none.
+    """Holds one split, in the order of its shards.
+
+    images are (M, height, width, channels), labels (M,) int32, -1 for none.
     """
 
     images: np.ndarray
@@ -36,9 +37,7 @@ class Examples(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What is trained on: `train`; `held_out`, the split test or else validation, where there is
-    one.
-    """
+    """Holds the splits of a set; `held_out` is test, or else validation, or else None."""
 
     train: Examples
     held_out: Examples | None

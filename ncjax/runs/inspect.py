@@ -77,7 +77,7 @@ class Holdings(NamedTuple):
     workdir: Path
     config: dict[str, Any]
     axes: dict[str, list]
-    place: runs.Place | None
+    place: configuration.Place | None
     history: xr.Dataset | None
     history_problem: str | None
     history_is_sealed: bool
@@ -94,9 +94,9 @@ class Holdings(NamedTuple):
         return [] if self.history is None else self.history["epoch"].values.tolist()
 
     @property
-    def places(self) -> list[runs.Place]:
+    def places(self) -> list[configuration.Place]:
         """The runs that this is about."""
-        return [self.place] if self.place else runs.places(self.axes)
+        return [self.place] if self.place else configuration.Grid(self.axes).places()
 
 
 class Verification(NamedTuple):
@@ -140,7 +140,7 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
     config = _config(workdir, facts, history, notes)
     axes = _axes(config, facts, history)
     single = all(len(values) == 1 for values in axes.values())
-    place = runs.find(axes, coordinates) if coordinates or single else None
+    place = configuration.Grid(axes).find(coordinates) if coordinates or single else None
     if history is not None and place is not None:
         history = runs.slice_of(history, place.coordinates, keep_axes=True)
     checkpoints = [_check(folder, epoch, place) for epoch in checkpoint.epochs_in(folder)]
@@ -211,9 +211,7 @@ def _axes(
         return facts.axes
     if history is None:
         return {name: list(config["sweep"][name]) for name in configuration.SWEPT}
-    grid = configuration.make_grid(
-        configuration.from_json(json.dumps(config)), history.sizes["label"]
-    )
+    grid = configuration.make_grid(configuration.from_stored(config), history.sizes["label"])
     return {name: list(values) for name, values in grid.axes.items()}
 
 
@@ -229,13 +227,13 @@ def _provenance(facts: Facts | None, history: xr.Dataset | None) -> dict[str, An
     }
 
 
-def _check(folder: Path, epoch: int, place: runs.Place | None) -> Saved:
+def _check(folder: Path, epoch: int, place: configuration.Place | None) -> Saved:
     """Compares every leaf, of every run or of one, with its checksum."""
     size = _size(folder / str(epoch))
     parameters = []
     try:
         facts = checkpoint.read_facts(folder, epoch)
-        wanted = slice(place.number, place.number + 1) if place else slice(None)
+        wanted = slice(place.index, place.index + 1) if place else slice(None)
         for name in facts.crc32:
             leaf = checkpoint.read_leaf(folder, facts, name, wanted)
             if name.startswith("params."):
@@ -277,7 +275,7 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
         measure = _make_measure(facts)
         for place in holdings.places:
             values = measure(
-                checkpoint.read_run(holdings.folder, epoch, place.number), place.coordinates
+                checkpoint.read_run(holdings.folder, epoch, place.index), place.coordinates
             )
             recorded = runs.slice_of(holdings.history, place.coordinates)
             if epoch != holdings.measured[-1]:
@@ -288,7 +286,7 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
                     if "epoch" in recorded[name].dims
                     else recorded[name]
                 )
-                deviations[name, place.number] = deviation(value, one.values)
+                deviations[name, place.index] = deviation(value, one.values)
     except Damaged as damage:
         runs.check_present(holdings.folder, epoch)
         raise InputError("--epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
@@ -299,7 +297,7 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
         variables=len({name for name, _ in deviations}),
         deviation=deviations[variable, number],
         variable=variable,
-        coordinates=runs.places(holdings.axes)[number].coordinates,
+        coordinates=configuration.Grid(holdings.axes).places()[number].coordinates,
         tolerance=TOLERANCE[facts.config["train"]["precision"]],
     )
 
@@ -316,7 +314,7 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
     settings, dataset = (
-        configuration.from_json(json.dumps(facts.config)),
+        configuration.from_stored(facts.config),
         runs.load_data(facts.config, facts.data),
     )
     recipe = sweep.make_recipe(settings, dataset)

@@ -4,13 +4,12 @@ run's part is read.
 
 import functools
 import json
-import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jaxtyping import Float, Shaped
 from ncjax import config as configuration
 from ncjax import plan
 from ncjax.data import dataset as datasets
-from ncjax.errors import InputError, listed
+from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
@@ -164,8 +163,8 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
     for candidate in reversed(found) if epoch is None else [epoch]:
         try:
             facts = checkpoint.read_facts(folder, candidate)
-            place = find(facts.axes, coordinates)
-            variables = checkpoint.read_run(folder, candidate, place.number)
+            place = configuration.Grid(facts.axes).find(coordinates)
+            variables = checkpoint.read_run(folder, candidate, place.index)
         except checkpoint.Damaged as damage:
             check_present(folder, candidate)
             if epoch is not None:
@@ -209,57 +208,6 @@ def check_present(folder: Path, epoch: int) -> None:
         time.sleep(0.2)  # its mark of success may go last
     if epoch not in checkpoint.epochs_in(folder):
         raise Removed(epoch)
-
-
-class Place(NamedTuple):
-    """Of a run in its grid: its number in the order of the checkpoint, and its value on every
-    axis.
-    """
-
-    number: int
-    coordinates: dict[str, float | int]
-
-
-def places(axes: Mapping[str, Sequence]) -> list[Place]:
-    """Every run of a grid, in the order of the checkpoint: the last axis fastest."""
-    shape = [len(values) for values in axes.values()]
-    return [
-        Place(number, {name: values[i] for (name, values), i in zip(axes.items(), at, strict=True)})
-        for number, at in enumerate(np.ndindex(*shape))
-    ]
-
-
-def find(axes: Mapping[str, Sequence], coordinates: Mapping[str, Any]) -> Place:
-    """The one run at some coordinates, or InputError naming the values that there are.
-
-    Numbers are the same within 1e-9, relative. An axis of one value may be left out.
-    """
-    for name in coordinates.keys() - axes.keys():
-        raise InputError(name, coordinates[name], f"no such axis; the grid has {', '.join(axes)}")
-    chosen = {
-        name: {_nearest(name, values, coordinates[name])} if name in coordinates else set(values)
-        for name, values in axes.items()
-    }
-    for name, values in chosen.items():
-        if len(values) > 1:
-            raise InputError(
-                "run", dict(coordinates), f"{name} is missing; name one of {listed(axes[name])}"
-            )
-    return next(
-        place
-        for place in places(axes)
-        if all(v in chosen[name] for name, v in place.coordinates.items())
-    )
-
-
-def _nearest(name: str, values: Sequence, value: Any) -> float | int:
-    try:
-        same = [v for v in values if math.isclose(v, float(value), rel_tol=1e-9)]
-    except (TypeError, ValueError):
-        same = []
-    if not same:
-        raise InputError(name, value, f"the grid has {listed(values)}")
-    return min(same, key=lambda v: abs(v - float(value)))
 
 
 def slice_of(
@@ -310,21 +258,21 @@ def _is_config(config: Any) -> bool:
         or "epochs" not in config["train"]
     ):
         return False
-    return configuration.is_sound(configuration.from_json(json.dumps(config)))
+    return configuration.is_sound(config)
 
 
 def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]:
     """Where config.json, if there is one, is not the config of a checkpoint; a line per field."""
     if config is None:
         return []
-    return configuration.differences(configuration.from_json(json.dumps(config)), facts.config)
+    return configuration.differences(config, facts.config)
 
 
 def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
     """Returns the data set of a parsed config.json, or raises InputError where it is not that of
     the checksums.
     """
-    dataset = plan.load_data(config["data"])
+    dataset = plan.load_data(configuration.from_stored(config).data)
     check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
     return dataset
 
@@ -345,5 +293,5 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
 
 def make_model(config: Mapping[str, Any], params: dict) -> models.Network:
     """The network of a parsed config.json; its head says how many classes there are."""
-    settings = configuration.from_json(json.dumps(config))
+    settings = configuration.from_stored(config)
     return models.make(settings.model, params["head"]["kernel"].shape[-1], settings.train.precision)

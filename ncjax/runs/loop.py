@@ -159,12 +159,11 @@ def _load_history(path: Path) -> xr.Dataset | None:
 
 def _check_grid(recorded: xr.Dataset, grid: configuration.Grid, path: Path) -> None:
     """Raises InputError where a history is not of the grid whose checkpoints lie beside it."""
-    for name in grid.dims:
+    for name, values in grid.dim_values.items():
         found = recorded[name].values.tolist() if name in recorded.indexes else []
-        if found != list(grid.axes[name]):
+        if found != values:
             way_out = (
-                f"its {name} is {listed(found)} and not {listed(grid.axes[name])}: it is damaged; "
-                f"remove it"
+                f"its {name} is {listed(found)} and not {listed(values)}: it is damaged; remove it"
             )
             raise InputError("history", str(path), f"{way_out}, and the same command trains anew")
 

@@ -40,7 +40,7 @@ def one_epoch(
 ) -> xr.Dataset:
     """Labels the measurements of one epoch, each (R, ...) in the order of `grid`."""
     coords = {
-        **{name: list(grid.axes[name]) for name in grid.dims},
+        **grid.dim_values,
         "epoch": [epoch],
         "split": ["train", "test"],
         "layer": list(layers),
@@ -50,10 +50,10 @@ def one_epoch(
     }
     variables = {}
     for name, metric in VOCABULARY.items():
-        values = metrics[name].reshape(*grid.shape, 1, *metrics[name].shape[1:])
+        values = np.expand_dims(grid.unflatten(metrics[name]), len(grid.shape))
         dims = (*grid.dims, "epoch", *metric.dims)
         variables[name] = (dims, values, metric.attributes)
-    cosines = metrics[COSINES].reshape(*grid.shape, *metrics[COSINES].shape[1:])
+    cosines = grid.unflatten(metrics[COSINES])
     cosine_attrs = {
         "definition": _COSINES_DEFINITION,
         "long_name": "cosine between class means",

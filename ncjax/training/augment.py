@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Key, Shaped
 
+from ncjax.config import Augmentation
+from ncjax.errors import unknown_choice
+
 _BORDER = 4
 
 
 def augment(
-    name: str,
+    name: Augmentation,
     key: Key[Array, ""],
     images: Shaped[Array, "b *image"],
     size: int | None = None,
@@ -27,6 +30,8 @@ def augment(
     """
     if name == "none":
         return images
+    if name not in ("crop", "crop_flip"):
+        raise unknown_choice("augment", name, Augmentation)
     size = len(images) if size is None else size
     place_key, flip_key = jax.random.split(key)
     if name == "crop_flip":

@@ -1,6 +1,6 @@
 """Deep networks split where collapse is measured: `features(x)` below, `logits(h)` above."""
 
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -8,10 +8,22 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from ncjax.config import Activation, HeadBias, ModelConfig, NormDecay, Precision
+from ncjax.errors import InputError, unknown_choice
 from ncjax.training import conv
 
-ACTIVATIONS = {"relu": nn.relu, "linear": lambda x: x}
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def activate(name: Activation, x: Array) -> Array:
+    """Returns s(x)."""
+    match name:
+        case "relu":
+            return nn.relu(x)
+        case "linear":
+            return x
+        case unknown:
+            raise unknown_choice("activation", unknown, Activation)
 
 
 class Network(nn.Module):
@@ -34,7 +46,7 @@ class Network(nn.Module):
 
     widths: tuple[int, ...]
     num_classes: int
-    activation: str = "relu"
+    activation: Activation = "relu"
     linear_head_depth: int = 1
     use_head_bias: bool = False
     dtype: Dtype = jnp.float32
@@ -72,7 +84,7 @@ class Network(nn.Module):
         for k, layer in enumerate(self.layers, start=1):
             h = self._normalized(layer(h), k, train)
             if k <= last_activation:
-                h = ACTIVATIONS[self.activation](h)
+                h = activate(self.activation, h)
         return h.reshape(len(h), -1)
 
     def logits(self, h: Float[Array, "B p"]) -> Float[Array, "B C"]:
@@ -148,14 +160,19 @@ class BatchNormConvNet(HomogeneousConvNet):
         return self.norms[k - 1](h, use_running_average=not train)
 
 
-def make(settings: Any, num_classes: int, precision: str) -> Network:
-    """The network of a config's `model` section."""
-    networks = {
-        ("mlp", "none"): HomogeneousMLP,
-        ("conv", "none"): HomogeneousConvNet,
-        ("conv", "batch"): BatchNormConvNet,
-    }
-    return networks[settings.kind, settings.normalization](
+def make(settings: ModelConfig, num_classes: int, precision: Precision) -> Network:
+    """Returns the network that a config's `model` section describes."""
+    match settings.kind, settings.normalization:
+        case "mlp", "none":
+            network = HomogeneousMLP
+        case "conv", "none":
+            network = HomogeneousConvNet
+        case "conv", "batch":
+            network = BatchNormConvNet
+        case unknown:
+            ways = "mlp with none, conv with none or batch"
+            raise InputError("model.kind and model.normalization", unknown, f"there are {ways}")
+    return network(
         widths=tuple(settings.widths),
         num_classes=num_classes,
         activation=settings.activation,
@@ -181,10 +198,16 @@ def layer_names(params: dict) -> tuple[str, ...]:
     return tuple(name for name in part_names(params) if not name.startswith("norm_"))
 
 
-def is_decayed(params: dict, head_bias: str, norms: str) -> dict:
+def is_decayed(params: dict, head_bias: HeadBias, norms: NormDecay) -> dict:
     """Marks the leaves that weight decay acts on: all, but for a free head bias and free scales
     and shifts of norms.
     """
+    for name, value, choices in (
+        ("head_bias", head_bias, HeadBias),
+        ("norms", norms, NormDecay),
+    ):
+        if value not in get_args(choices):
+            raise unknown_choice(name, value, choices)
 
     def mark(path: tuple, _: Any) -> bool:
         layer, leaf = (key.key for key in path)

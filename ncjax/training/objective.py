@@ -11,36 +11,55 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ncjax.config import Loss, Targets
+from ncjax.errors import unknown_choice
+
 
 class Objective(NamedTuple):
-    """The loss of one example and what it is measured against.
+    """Holds the loss of one example and what it is measured against.
 
     Attributes:
       loss: `square` or `cross_entropy`.
       targets: `one_hot`, or `centered`: one-hot less 1/C, of which each row sums to 0.
     """
 
-    loss: str = "square"
-    targets: str = "one_hot"
+    loss: Loss = "square"
+    targets: Targets = "one_hot"
 
     def target(self, labels: Int[Array, " B"], num_classes: int, dtype) -> Float[Array, "B C"]:
-        """y, a row per label; a label outside [0, C) gives a row of zeros."""
+        """Returns y, a row per label; a label outside [0, C) gives a row of zeros."""
         y = jax.nn.one_hot(labels, num_classes, dtype=dtype)
-        return y - y.mean(1, keepdims=True) if self.targets == "centered" else y
+        match self.targets:
+            case "one_hot":
+                return y
+            case "centered":
+                return y - y.mean(1, keepdims=True)
+            case unknown:
+                raise unknown_choice("targets", unknown, Targets)
 
     def fit(self, outputs: Float[Array, "B C"], y: Float[Array, "B C"]) -> Float[Array, " B"]:
-        """1/2 ||y - f||^2, or -<y, log softmax(f)>."""
-        if self.loss == "cross_entropy":
-            return -jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1)
-        return 0.5 * jnp.sum((y - outputs) ** 2, axis=-1)
+        """Returns 1/2 ||y - f||^2, or -<y, log softmax(f)>."""
+        match self.loss:
+            case "square":
+                return 0.5 * jnp.sum((y - outputs) ** 2, axis=-1)
+            case "cross_entropy":
+                return -jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1)
+            case unknown:
+                raise unknown_choice("loss", unknown, Loss)
 
     def residual(self, outputs: Float[Array, "B C"], y: Float[Array, "B C"]) -> Float[Array, "B C"]:
-        """r = -d fit/df: y - f, or y - softmax(f)."""
-        return y - (jax.nn.softmax(outputs) if self.loss == "cross_entropy" else outputs)
+        """Returns r = -d fit/df: y - f, or y - softmax(f)."""
+        match self.loss:
+            case "square":
+                return y - outputs
+            case "cross_entropy":
+                return y - jax.nn.softmax(outputs)
+            case unknown:
+                raise unknown_choice("loss", unknown, Loss)
 
 
 def decay_penalty(params: dict, decayed: dict, weight_decay: Float[Array, ""]) -> Float[Array, ""]:
-    """lambda/2 times the squared norm of every leaf that `decayed` marks."""
+    """Returns lambda/2 times the squared norm of every leaf that `decayed` marks."""
     squares = jax.tree.map(
         lambda leaf, is_decayed: jnp.sum(leaf**2) if is_decayed else 0.0, params, decayed
     )

@@ -8,37 +8,47 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from ncjax.config import Decay, Optimizer, Schedule
+from ncjax.errors import InputError, unknown_choice
+
 _BETA2 = 0.999  # of Adam and AdamW, as everywhere
 
 Numbers = TypeVar("Numbers", Array, np.ndarray)
 
 
-def schedule_shape(name: str, step: Int[Array, "..."], total_steps: int) -> Float[Array, "..."]:
-    """Learning rate as a share of its initial value: `constant`, `cosine` to 0, or `step` (x0.1
-    at 1/3 and 2/3).
+def schedule_shape(
+    name: Schedule, step: Int[Array, "..."], total_steps: int
+) -> Float[Array, "..."]:
+    """Returns the learning rate as a share of its initial value.
+
+    `constant` stays 1, `cosine` falls to 0, and `step` falls to 0.1 at 1/3 and to 0.01 at 2/3.
     """
     progress = step.astype(jnp.result_type(float)) / total_steps
-    if name == "cosine":
-        return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
-    if name == "step":
-        return jnp.where(progress < 1 / 3, 1.0, jnp.where(progress < 2 / 3, 0.1, 0.01))
-    return jnp.ones_like(progress)
+    match name:
+        case "constant":
+            return jnp.ones_like(progress)
+        case "cosine":
+            return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1)))
+        case "step":
+            return jnp.where(progress < 1 / 3, 1.0, jnp.where(progress < 2 / 3, 0.1, 0.01))
+        case unknown:
+            raise unknown_choice("schedule", unknown, Schedule)
 
 
 def make_optimizer(
-    name: str,
-    decay: str,
+    name: Optimizer,
+    decay: Decay,
     weight_decay: Float[Array, ""],
     learning_rate: Float[Array, ""],
     momentum: Float[Array, ""],
     *,
     decayed: dict,
-    schedule: str,
+    schedule: Schedule,
     total_steps: int,
     adam_eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """w <- w - lr(step) u, where lambda joins before the optimizer's memory (coupled) or after it
-    (decoupled).
+    """Returns the update w <- w - lr(step) u, where lambda joins before the optimizer's memory
+    (coupled) or after it (decoupled).
 
     sgd: coupled m <- momentum m + (g + lambda w), u = m; decoupled m <- momentum m + g, u = m +
       lambda w.
@@ -48,6 +58,9 @@ def make_optimizer(
 
     `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the
     transformation inside the step and carry only its state.
+
+    Raises:
+      InputError: an unknown name, or a decay that the optimizer does not have.
     """
 
     def rate(step: ArrayLike) -> Float[Array, ""]:
@@ -56,18 +69,30 @@ def make_optimizer(
             learning_rate.dtype
         )
 
-    direction = (
-        optax.trace(decay=momentum)
-        if name == "sgd"
-        else optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
-    )
+    if (name, decay) in (("adam", "decoupled"), ("adamw", "coupled")):
+        raise InputError("decay", decay, f"{name} has the other one: adam is coupled, adamw is not")
+    match name:
+        case "sgd":
+            direction = optax.trace(decay=momentum)
+        case "adam" | "adamw":
+            direction = optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
+        case unknown:
+            raise unknown_choice("optimizer", unknown, Optimizer)
     shrink = optax.add_decayed_weights(weight_decay, mask=decayed)
-    order = (direction, shrink) if decay == "decoupled" else (shrink, direction)
+    match decay:
+        case "coupled":
+            order = (shrink, direction)
+        case "decoupled":
+            order = (direction, shrink)
+        case unknown:
+            raise unknown_choice("decay", unknown, Decay)
     return optax.chain(*order, optax.scale_by_learning_rate(rate))
 
 
-def effective_decay(name: str, decay: str, weight_decay: Numbers, momentum: Numbers) -> Numbers:
-    """The lambda of the loss whose critical points an optimizer seeks.
+def effective_decay(
+    name: Optimizer, decay: Decay, weight_decay: Numbers, momentum: Numbers
+) -> Numbers:
+    """Returns the lambda of the loss whose critical points an optimizer seeks.
 
     Decoupled SGD steps by m + lambda w, and momentum has made m = g/(1 - momentum) of a steady
     gradient: it stands still where g = -(1 - momentum) lambda w. AdamW has no such loss: it stands

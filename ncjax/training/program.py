@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.dataset import Dataset
 from ncjax.training import mesh as parallel
 from ncjax.training import models, optim
@@ -60,17 +61,17 @@ class Recipe(NamedTuple):
     """
 
     model: models.Network
-    head_bias: str
-    schedule: str
+    head_bias: HeadBias
+    schedule: Schedule
     batch_size: int
     epochs: int
     train_size: int
     objective: Objective = Objective()
-    optimizer: str = "sgd"
-    decay: str = "coupled"
+    optimizer: Optimizer = "sgd"
+    decay: Decay = "coupled"
     adam_eps: float = 1e-8
-    norms: str = "decayed"
-    augment: str = "none"
+    norms: NormDecay = "decayed"
+    augment: Augmentation = "none"
 
     @property
     def steps_per_epoch(self) -> int:

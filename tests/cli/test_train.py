@@ -116,10 +116,12 @@ def test_damaged_config_of_a_workdir_is_named(text, tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
-_SELF = """from ncjax.config import default_config
+_SELF = """from ml_collections import ConfigDict
+
+from ncjax.config import default_config, to_mapping
 
 def get_config():
-    config = default_config().unlock()
+    config = ConfigDict(to_mapping(default_config()))
     config.itself = config
     return config
 """

@@ -12,6 +12,12 @@ from tests.hostile.engine import Failure
 _START = (
     "from ncjax.config import default_config\ndef get_config():\n    config = default_config()\n"
 )
+# An older config, which ml_collections alone checks: here any field may be added and removed.
+_UNTYPED = (
+    "from ml_collections import ConfigDict\nfrom ncjax.config import default_config, to_mapping\n"
+    "def get_config():\n    config = ConfigDict(to_mapping(default_config()), "
+    "type_safe=False)\n"
+)
 _BAD_CONFIGS: dict[str, str | bytes] = {
     "no get_config": "x = 1\n",
     "empty": "",
@@ -46,16 +52,14 @@ _BAD_CONFIGS: dict[str, str | bytes] = {
     "an argument that must be given": _START.replace("()", "(size)") + "    return config\n",
     "an empty config": "import ml_collections\ndef get_config():\n    return "
     "ml_collections.ConfigDict()\n",
-    "a section missing": _START + "    config.unlock()\n    del config.train\n    return config\n",
-    "a section a number": _START + "    config.unlock()\n    config.train = 3\n    return config\n",
-    "a field more": _START
-    + "    config.unlock()\n    config.train.colour = 'red'\n    return config\n",
+    "a section missing": _UNTYPED + "    del config.train\n    return config\n",
+    "a section a number": _UNTYPED + "    config.train = 3\n    return config\n",
+    "a field more": _UNTYPED + "    config.train.colour = 'red'\n    return config\n",
     "a locked field": _START + "    config.train.colour = 'red'\n    return config\n",
     "a placeholder": "import ml_collections\n"
     + _START
     + "    config.train.epochs = ml_collections.config_dict.placeholder(int)\n    return config\n",
-    "itself as a field": _START
-    + "    config.unlock()\n    config.self = config\n    return config\n",
+    "itself as a field": _UNTYPED + "    config.self = config\n    return config\n",
     "a function as a field": _START + "    config.train.epochs = print\n    return config\n",
     "an array as a field": "import numpy as np\n"
     + _START
@@ -63,8 +67,7 @@ _BAD_CONFIGS: dict[str, str | bytes] = {
     "NaN epochs": _START + "    config.train.epochs = float('nan')\n    return config\n",
     "bytes as a name": _START + "    config.data.name = b'digits'\n    return config\n",
     "a surrogate as a name": _START + "    config.data.name = '\\udcff'\n    return config\n",
-    "keys that are numbers": _START
-    + "    config.unlock()\n    config.train = {1: 2}\n    return config\n",
+    "keys that are numbers": _UNTYPED + "    config.train = {1: 2}\n    return config\n",
     "an iterator of widths": _START + "    config.model.widths = iter((8, 8))\n    return config\n",
     "nested widths": _START + "    config.model.widths = ((8, 8),)\n    return config\n",
     "a set of seeds": _START + "    config.sweep.seed = {0, 1}\n    return config\n",

@@ -77,10 +77,9 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
 
     fields: of the config, ("loss", "cross_entropy") or the like.
     """
-    axes = {name: axes.get(name, DEFAULTS[name]) for name in SWEPT}
-    grid = Grid(axes, tuple(n for n in SWEPT if n in ("weight_decay", "seed") or len(axes[n]) > 1))
+    grid = Grid({name: axes.get(name, DEFAULTS[name]) for name in SWEPT})
     config = configuration.default_config()
-    config.update_from_flattened_dict(dict(fields))
+    config.update(dict(fields))
     attrs = {"config": configuration.to_json(config), "per_class": "20"}
     rng, joined = np.random.default_rng(0), None
     sizes = {"split": 2, "layer": len(LAYERS), "mode": classes, "label": classes}

@@ -16,7 +16,6 @@ import ncjax
 from ncjax import config as configuration
 from ncjax import plan
 from ncjax.errors import InputError
-from ncjax.runs import load
 from ncjax.storage import checkpoint
 from tests.helpers import ROOT, flip, forge, whole_checkpoint
 
@@ -138,16 +137,6 @@ def test_folders_without_a_run_and_wrong_images_are_refused(trained, tmp_path):
     for images in (np.zeros((2, 31)), np.zeros(32), np.zeros((0, 32))):
         with pytest.raises(InputError, match=r"synthetic has images \(32\); give \(B, 32\)"):
             ncjax.load_run(trained, **RUN).logits(images)
-
-
-def test_runs_are_numbered_with_the_last_axis_fastest():
-    axes = {"weight_decay": [0.0, 1.0], "momentum": [0.5], "seed": [3, 1, 2]}
-    numbered = [
-        (place.coordinates["weight_decay"], place.coordinates["seed"])
-        for place in load.places(axes)
-    ]
-    assert numbered == [(0, 3), (0, 1), (0, 2), (1, 3), (1, 1), (1, 2)]
-    assert load.find(axes, {"weight_decay": 1, "seed": 1}).number == 4
 
 
 def test_importing_ncjax_or_asking_for_help_waits_for_no_jax():

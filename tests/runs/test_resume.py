@@ -63,9 +63,7 @@ def data_file(workdir, epoch):
 def run(workdir, **changes):
     """`changes` to the small config, with __ for a dot."""
     config = chaos.small_config()
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in changes.items()}
-    )
+    config.update({name.replace("__", "."): value for name, value in changes.items()})
     return loop.record(plan.prepare(config, workdir))
 
 

@@ -5,7 +5,9 @@ alone.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from ncjax.errors import InputError
 from ncjax.training.augment import augment
 
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(1, 256, (200, 6, 5, 2)), jnp.uint8)
@@ -64,3 +66,8 @@ def test_the_key_decides():
     first, again, other = (augment("crop_flip", jax.random.key(k), IMAGES) for k in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_an_augmentation_that_there_is_not_is_refused(without_type_checks):
+    with pytest.raises(InputError, match=r"^augment: got 'flip'"):
+        augment("flip", jax.random.key(0), IMAGES)

@@ -24,9 +24,7 @@ def make_config(**fields):
     config.train.epochs, config.train.batch_size, config.checkpoint.every = 4, 24, 2
     config.log.epochs = (0, 2, 4)
     config.sweep.weight_decay, config.sweep.learning_rate = (0.0, 1e-2), 0.02
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
+    config.update({name.replace("__", "."): value for name, value in fields.items()})
     return config
 
 

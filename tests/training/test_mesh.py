@@ -110,8 +110,8 @@ def test_devices_not_asked_for_go_to_runs(runs, run, data, shape):
 )
 def test_where_a_run_is_computed_is_no_other_run(fields):
     mine, other = configuration.default_config(), configuration.default_config()
-    other.update_from_flattened_dict(fields)
-    assert configuration.differences(mine, other.to_dict()) == []
+    other.update(fields)
+    assert configuration.differences(mine, configuration.to_mapping(other)) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ncjax.config import ModelConfig
+from ncjax.errors import InputError
 from ncjax.training import models
 
 
@@ -234,3 +236,29 @@ def test_parts_stand_in_forward_order_and_norms_are_no_layers():
     params = conv_network(models.BatchNormConvNet)[1]["params"]
     assert models.part_names(params) == ("layer_1", "norm_1", "layer_2", "norm_2", "head")
     assert models.layer_names(params) == ("layer_1", "layer_2", "head")
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"kind": "resnet"}, "model.kind and model.normalization"),
+        ({"normalization": "layer"}, "model.kind and model.normalization"),
+        ({"normalization": "batch"}, "model.kind and model.normalization"),  # of an mlp
+    ],
+)
+def test_a_network_that_there_is_not_is_refused(values, field, without_type_checks):
+    with pytest.raises(InputError, match=f"^{field}: got "):
+        models.make(ModelConfig(**values), 3, "float32")
+
+
+def test_an_activation_that_there_is_not_is_refused(without_type_checks):
+    with pytest.raises(InputError, match=r"^activation: got 'tanh'"):
+        network(activation="tanh")
+
+
+@pytest.mark.parametrize(
+    ("choice", "field"), [(("some", "free"), "head_bias"), (("free", "none"), "norms")]
+)
+def test_a_choice_of_what_decays_that_there_is_not_is_refused(choice, field, without_type_checks):
+    with pytest.raises(InputError, match=f"^{field}: got "):
+        models.is_decayed(network()[1], *choice)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ncjax.errors import InputError
 from ncjax.training import objective
 from ncjax.training.objective import Objective
 
@@ -91,3 +92,12 @@ def test_decay_penalty_is_half_lambda_times_the_squared_norm_of_the_decayed_leav
     if bias_is_decayed is not None:
         params["head"]["bias"], decayed["head"]["bias"] = jnp.asarray([5.0, 6.0]), bias_is_decayed
     assert float(objective.decay_penalty(params, decayed, jnp.asarray(0.5))) == expected
+
+
+def test_a_loss_and_targets_that_there_are_not_are_refused(without_type_checks):
+    outputs = jnp.zeros((2, 3))
+    for method in (Objective("hinge").fit, Objective("hinge").residual):
+        with pytest.raises(InputError, match=r"^loss: got 'hinge'"):
+            method(outputs, outputs)
+    with pytest.raises(InputError, match=r"^targets: got 'smooth'"):
+        Objective(targets="smooth").target(jnp.zeros(2, int), 3, jnp.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from ncjax.errors import InputError
 from ncjax.training import optim
 
 
@@ -163,4 +164,24 @@ def test_the_schedule_multiplies_the_momentum_buffer_not_the_gradient():
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_parameters_keep_float32_where_64_bit_types_are_on(name):
     with jax.enable_x64(True):
-        assert trained("cosine", GRADIENTS, START, name=name).dtype == np.float32
+        decay = "decoupled" if name == "adamw" else "coupled"
+        assert trained("cosine", GRADIENTS, START, name=name, decay=decay).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("choice", "field"),
+    [
+        ({"name": "SGD"}, "optimizer"),
+        ({"decay": "l2"}, "decay"),
+        ({"name": "adam", "decay": "decoupled"}, "decay"),
+        ({"name": "adamw", "decay": "coupled"}, "decay"),
+    ],
+)
+def test_an_optimizer_that_there_is_not_is_refused(choice, field, without_type_checks):
+    with pytest.raises(InputError, match=f"^{field}: got "):
+        trained("constant", GRADIENTS, START, **choice)
+
+
+def test_a_schedule_that_there_is_not_is_refused(without_type_checks):
+    with pytest.raises(InputError, match=r"^schedule: got 'linear'"):
+        optim.schedule_shape("linear", jnp.arange(3), 3)
