@@ -1,8 +1,8 @@
 """Digits, the default: 1,450 real 8x8 scans embedded in scikit-learn, a four-layer perceptron
 64-128-128-128-10.
 
-    python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
-    python -m ncjax.main --config=configs/digits.py:smoke --workdir=runs/digits_smoke
+    ncjax train --config=digits --workdir=runs/digits
+    ncjax train --config=digits:smoke --workdir=runs/digits_smoke
 
 Six weight decays x three seeds for 300 epochs. On two CPU cores: 26 s with figures, 9 s of it
 training (18 runs at about 820,000 samples/s together). Collapse comes with weight decay: nc3 is
