@@ -7,7 +7,7 @@
 Six weight decays x three seeds for 300 epochs. On two CPU cores: 26 s with figures, 9 s of it
 training (18 runs at about 820,000 samples/s together). Collapse comes with weight decay: nc3 is
 0.108 at lambda = 1e-3 against 0.886 at 0, nc1 is 0.0044 at 3e-4 against 0.028 at 0 (means over
-three seeds; README.md has ten).
+three seeds; docs/results.md has ten).
 """
 
 from ncjax.config import Config, default_config
