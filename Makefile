@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 .PHONY: demo test suite slow tables lock
 
 demo: $(INSTALLED)
-	$(BIN)/python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/ncjax train --config=digits --workdir=runs/digits
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

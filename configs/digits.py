@@ -1,13 +1,13 @@
 """Digits, the default: 1,450 real 8x8 scans embedded in scikit-learn, a four-layer perceptron
 64-128-128-128-10.
 
-    python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
-    python -m ncjax.main --config=configs/digits.py:smoke --workdir=runs/digits_smoke
+    ncjax train --config=digits --workdir=runs/digits
+    ncjax train --config=digits:smoke --workdir=runs/digits_smoke
 
 Six weight decays x three seeds for 300 epochs. On two CPU cores: 26 s with figures, 9 s of it
 training (18 runs at about 820,000 samples/s together). Collapse comes with weight decay: nc3 is
 0.108 at lambda = 1e-3 against 0.886 at 0, nc1 is 0.0044 at 3e-4 against 0.028 at 0 (means over
-three seeds; README.md has ten).
+three seeds; docs/results.md has ten).
 """
 
 from ncjax.config import Config, default_config

@@ -1,10 +1,9 @@
 """Figure 1 of Rangamani & Banburski (ICASSP 2022): CIFAR-10 with and without weight decay, four
 convolutions.
 
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py --workdir=runs/fig1
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig1_cifar10.py:batch_norm
-    --workdir=runs/fig1_bn TFDS_DATA_DIR=... python -m ncjax.main
-    --config=configs/fig1_cifar10.py:smoke --workdir=runs/fig1_smoke
+    TFDS_DATA_DIR=... ncjax train --config=fig1_cifar10 --workdir=runs/fig1
+    TFDS_DATA_DIR=... ncjax train --config=fig1_cifar10:batch_norm --workdir=runs/fig1_bn
+    TFDS_DATA_DIR=... ncjax train --config=fig1_cifar10:smoke --workdir=runs/fig1_smoke
 
 32x32x3-32-64-128-256-10 on the whole training split, 350 epochs, batches of 128, the learning rate
 x0.1 at 1/3 and 2/3, PyTorch's weight decay 0 to 2e-3 on all parameters, three seeds. These 12 runs

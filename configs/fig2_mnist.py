@@ -1,10 +1,9 @@
 """Figure 2 of Rangamani & Banburski (ICASSP 2022): MNIST with and without weight decay, four
 convolutions.
 
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig2_mnist.py --workdir=runs/fig2
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/fig2_mnist.py:batch_norm
-    --workdir=runs/fig2_bn TFDS_DATA_DIR=... python -m ncjax.main
-    --config=configs/fig2_mnist.py:smoke --workdir=runs/fig2_smoke
+    TFDS_DATA_DIR=... ncjax train --config=fig2_mnist --workdir=runs/fig2
+    TFDS_DATA_DIR=... ncjax train --config=fig2_mnist:batch_norm --workdir=runs/fig2_bn
+    TFDS_DATA_DIR=... ncjax train --config=fig2_mnist:smoke --workdir=runs/fig2_smoke
 
 32x32x1-32-64-128-256-10 on the balanced training split padded to 32x32, 350 epochs, batches of 128,
 the learning rate x0.1 at 1/3 and 2/3, PyTorch's weight decay 0 to 2e-3 on all parameters, three

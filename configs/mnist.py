@@ -1,11 +1,10 @@
 """MNIST with a four-layer perceptron, 784-512-512-512-10: does weight decay bring collapse on real
 images at scale?
 
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/mnist.py --workdir=runs/mnist
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/mnist.py --config.data.per_class=1000 \
+    TFDS_DATA_DIR=... ncjax train --config=mnist --workdir=runs/mnist
+    TFDS_DATA_DIR=... ncjax train --config=mnist --config.data.per_class=1000 \
         --config.train.epochs=60 --workdir=runs/mnist
-    TFDS_DATA_DIR=... python -m ncjax.main --config=configs/mnist.py:smoke
-    --workdir=runs/mnist_smoke
+    TFDS_DATA_DIR=... ncjax train --config=mnist:smoke --workdir=runs/mnist_smoke
 
 The whole balanced training split, 54,210 images, wants an accelerator. Where there are two CPU
 cores, take per_class=1000 and 60 epochs as above: the 12 runs take three minutes (50,000 samples/s

@@ -1,11 +1,10 @@
 """The unconstrained-feature model: a linear net on x_n = e_n, where training must meet closed
 forms.
 
-    python -m ncjax.main --config=configs/ufm.py --workdir=runs/ufm
-    python -m ncjax.main --config=configs/ufm.py --config.model.head_bias=free
-    --workdir=runs/ufm_bias python -m ncjax.main --config=configs/ufm.py
-    --config.model.widths=64,64,64 --workdir=runs/ufm_depth4 python -m ncjax.main
-    --config=configs/ufm.py:smoke --workdir=runs/ufm_smoke
+    ncjax train --config=ufm --workdir=runs/ufm
+    ncjax train --config=ufm --config.model.head_bias=free --workdir=runs/ufm_bias
+    ncjax train --config=ufm --config.model.widths=64,64,64 --workdir=runs/ufm_depth4
+    ncjax train --config=ufm:smoke --workdir=runs/ufm_smoke
 
 Depth L = 3 (the features are one of the factors), C = 10, N = 5, full batch, float64, from an
 initialization large enough that every mode starts above the unstable branch. lambda runs up to 98%

@@ -5,32 +5,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ncjax import metrics
+    from ncjax.api import train
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
     from ncjax.features.result import Measurement
     from ncjax.runs.load import load_run
 
+__all__ = [
+    "InputError",
+    "Measurement",
+    "load_run",
+    "measure",
+    "measure_batches",
+    "metrics",
+    "train",
+]
 __version__ = "0.1.0"
 
-# Where each public name lies. They are imported when asked for: JAX takes seconds, for which a
-# command line, or a reader of --help, must not wait.
-_PUBLIC = {
+# Where public names are defined. They are imported when they are first used: a command line must
+# not wait for JAX.
+_HOMES = {
     "InputError": "ncjax.errors",
     "Measurement": "ncjax.features.result",
     "load_run": "ncjax.runs.load",
     "measure": "ncjax.features.measure",
     "measure_batches": "ncjax.features.measure",
-    "metrics": "",
+    "train": "ncjax.api",
 }
-__all__ = ["InputError", "Measurement", "load_run", "measure", "measure_batches", "metrics"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if not _PUBLIC[name]:
+    if name not in _HOMES:
         return importlib.import_module(f"ncjax.{name}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

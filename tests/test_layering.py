@@ -27,6 +27,7 @@ AT_ONCE = (
         "__init__.py",
         "__main__.py",
         "main.py",
+        "api.py",
         "environment.py",
         "paths.py",
         "config.py",

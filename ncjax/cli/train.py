@@ -1,11 +1,12 @@
 """Trains a sweep, measures neural collapse as it goes, and leaves data, figures and checkpoints.
 
-    python -m ncjax.main --config=configs/digits.py --workdir=runs/digits
-    python -m ncjax.main --config=configs/mnist.py:smoke --config.train.epochs=3 --workdir=runs/m
+    ncjax train --config=digits --workdir=runs/digits
+    ncjax train --config=mnist:smoke --config.train.epochs=3 --workdir=runs/mnist
 
---config names a Python file, or file:variant (configs/digits.py where it is left out);
---config.FIELD=VALUE overrides a field, a,b,c where it takes several values. The same command run
-again continues where it stopped, or says that the run is complete.
+--config names a config that ships with ncjax (digits where it is left out) or the path of a Python
+file with get_config(); NAME:VARIANT and FILE:VARIANT choose a variant. --config.FIELD=VALUE
+overrides a field, a,b,c where it takes several values. The same command run again continues where
+it stopped, or says that the run is complete. `python -m ncjax.main` is `ncjax train`.
 
 --dry-run           checks config, data and devices, prints what would be trained, writes nothing
 --coordinator=HOST:PORT --processes=N --process=I
@@ -21,12 +22,14 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+import ncjax
 from ncjax import config as configuration
 from ncjax import environment
 from ncjax import plan as preflight
@@ -55,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(
-            f"{__doc__}\nFields of the config, with their "
-            f"defaults:\n\n{configuration.describe_fields()}"
+            f"{__doc__}\nConfigs that ship with ncjax: {', '.join(shipped_configs())}\n\n"
+            f"Fields of the config, with their defaults:\n\n{configuration.describe_fields()}"
         )
         return 0
     try:
@@ -119,7 +122,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _parse(argv: list[str]) -> _Arguments:
     """Reads a command line, or raises InputError."""
     values = flags.FlagValues()
-    file = flags.DEFINE_string("config", "configs/digits.py", "", flag_values=values)
+    file = flags.DEFINE_string("config", "digits", "", flag_values=values)
     workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
     dry_run = flags.DEFINE_boolean("dry-run", False, "", flag_values=values)
     coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
@@ -131,7 +134,7 @@ def _parse(argv: list[str]) -> _Arguments:
         overrides = values(argv, known_only=True)
     except (flags.Error, ValueError, OSError) as error:  # OSError: of --flagfile
         raise _illegal(error, argv) from error
-    config = _override(_load_config(file.value or ""), overrides)
+    config = load_config(file.value or "", overrides)
     if not workdir.value and not dry_run.value:
         raise InputError(
             "--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits"
@@ -140,29 +143,60 @@ def _parse(argv: list[str]) -> _Arguments:
     return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 
+def load_config(named: str, overrides: Sequence[str] = ("ncjax",)) -> configuration.Config:
+    """Returns a named config with some fields overridden, or raises InputError.
+
+    Args:
+      named: the name of a config that ships, as in "mnist", or the path of a Python file; with a
+        variant behind a colon, as in "mnist:smoke".
+      overrides: a command line of `--config.FIELD=VALUE`, after the name of the program.
+    """
+    return _override(_load_config(named), list(overrides))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the file of every config that ships with ncjax, by name."""
+    package = Path(ncjax.__file__).parent
+    # A wheel has them inside of the package; a checkout, and what is installed from it as editable,
+    # beside it.
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+
+
+def _find_config(named: str) -> Path:
+    """Returns the file that a name or a path means, or raises InputError where it cannot be
+    read.
+    """
+    name = named.partition(":")[0]
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(Path(name).stem, shipped, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = f"{hint}configs that ship: {', '.join(shipped)}; or name a Python file"
+    if name.isidentifier():
+        raise InputError("--config", named, f"no config has this name; {known}")
+    try:
+        Path(name).read_bytes()
+    except ValueError as error:  # a null byte
+        raise InputError("--config", named, f"{error}; {known}") from error
+    except OSError as error:
+        raise InputError("--config", named, f"{error.strerror}; {known}") from error
+    return Path(name)
+
+
 def _load_config(named: str) -> config_dict.ConfigDict:
     """Returns the config of a `file` or `file:variant`, ready for overrides, or raises InputError
     with the line of the file at fault.
     """
-    file = Path(named.partition(":")[0])
-    try:
-        file.read_bytes()
-    except ValueError as error:  # a null byte
-        raise InputError(
-            "--config", named, f"{error}; name a Python file with get_config()"
-        ) from error
-    except OSError as error:
-        near = difflib.get_close_matches(
-            file.stem, known := {p.stem: p for p in Path("configs").glob("*.py")}, n=1
-        )
-        hint = f"did you mean {known[near[0]]}?" if near else "name a Python file with get_config()"
-        raise InputError("--config", named, f"{error.strerror}; {hint}") from error
+    file = _find_config(named)
+    _, colon, variant = named.partition(":")
     values = flags.FlagValues()
     loaded = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[])
     logger = logging.getLogger("absl")
     logger.disabled = True  # it would say beside us that there is no config
     try:
-        values(["", f"--config={named}"])
+        values(["", f"--config={file}{colon}{variant}"])
         config = loaded.value
         if isinstance(config, configuration.Config):
             # Not type-safe: where a tuple stands a scalar is accepted, or `validate` names the

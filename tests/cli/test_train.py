@@ -57,7 +57,10 @@ BAD = [
     (["--dry-run=perhaps"], "--dry-run: got 'perhaps'", ""),
     (["--config=\0"], "--config: got ", "null"),
     (["--config="], "--config: got ''", ""),
-    (["--config=configs"], "--config: got 'configs'", "Is a directory"),
+    (["--config=./configs"], "--config: got './configs'", "Is a directory"),
+    (["--config=mnists"], "--config: got 'mnists'", "did you mean mnist?"),
+    (["--config=nothing:smoke"], "--config: got 'nothing:smoke'", "digits, fig1_cifar10,"),
+    (["--config=mnist:large"], "--config: got 'mnist:large'", "smoke"),
     (["surplus"], "surplus", "--workdir"),
 ]
 
@@ -181,9 +184,35 @@ def test_a_config_that_lacks_the_field_of_an_override_is_one_line(tmp_path, caps
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_config_that_does_not_exist_is_compared_with_those_that_do(capsys):
-    assert train.main(["ncjax", "--config=mnist", "--dry-run"]) == 2
-    assert "did you mean configs/mnist.py?" in capsys.readouterr().err
+def test_a_path_that_does_not_exist_is_compared_with_the_configs_that_ship(capsys):
+    assert train.main(["ncjax", "--config=elsewhere/mnist.py", "--dry-run"]) == 2
+    assert "did you mean mnist?" in capsys.readouterr().err
+
+
+def test_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    by_path = train.load_config("configs/ufm.py:smoke")
+    monkeypatch.chdir(tmp_path)
+    assert train.load_config("ufm:smoke") == by_path
+    assert train.load_config("ufm") != by_path
+
+
+def test_a_name_means_the_config_that_ships_and_a_path_the_file(tmp_path, monkeypatch):
+    source = (
+        "from ncjax.config import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.train.epochs = 7\n"
+        "    return config\n"
+    )
+    (tmp_path / "digits.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert train.load_config("digits.py").train.epochs == 7
+    assert train.load_config("digits").train.epochs == 300
+
+
+def test_configs_in_the_package_come_before_those_of_a_checkout(tmp_path, monkeypatch):
+    (tmp_path / "ncjax" / "configs").mkdir(parents=True)
+    (tmp_path / "ncjax" / "configs" / "own.py").write_text("")
+    monkeypatch.setattr("ncjax.__file__", str(tmp_path / "ncjax" / "__init__.py"))
+    assert list(train.shipped_configs()) == ["own"]
 
 
 def test_help_lists_every_field(capsys):
@@ -193,6 +222,7 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     assert all(f"--config.{name}=" in text for name in SCHEMA)
     assert "--workdir" in text
+    assert ", ".join(train.shipped_configs()) in text
     batch_size, normalization = (
         text.partition(f"--config.{name}=")[2].partition("--config.")[0]
         for name in ("train.batch_size", "model.normalization")

@@ -14,12 +14,12 @@ from experiments import common, tables
 from ncjax.errors import InputError
 from tests.helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def headline():
-    """Rows of the README's first table, by lambda."""
-    lines = README.split("<!-- table: digits.collapse -->\n")[1].split("\n\n")[0].splitlines()
+    """Rows of the first table of docs/results.md, by lambda."""
+    lines = RESULTS.split("<!-- table: digits.collapse -->\n")[1].split("\n\n")[0].splitlines()
     rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
@@ -27,7 +27,7 @@ def headline():
 def test_every_table_of_the_documents_is_what_the_histories_say(capsys):
     assert tables.main([]) == 0
     printed = capsys.readouterr().out
-    assert "README.md:" in printed
+    assert "docs/results.md:" in printed
     assert int(re.search(r"(\d+) cells compared, 0 differ", printed)[1]) > 500
 
 
@@ -49,11 +49,11 @@ def test_the_headline_is_mean_and_sd_of_ten_seeds():
 
 def test_a_changed_cell_is_found_and_put_right():
     cell = headline()["1e-3"]["nc1"]
-    findings, corrected = tables.check(README.replace(cell, "0.123"))
+    findings, corrected = tables.check(RESULTS.replace(cell, "0.123"))
     (wrong,) = [found for found in findings if found.differences]
     assert wrong.name == "digits.collapse"
     assert wrong.differences == [f"row 4 (1e-3), column 3: 0.123; computed: {cell}"]
-    assert corrected == README
+    assert corrected == RESULTS
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_changed_cell_is_found_and_put_right():
 )
 def test_rows_and_columns_are_counted(change, cells, differences):
     marker = "<!-- table: digits.collapse -->\n"
-    table = README.split(marker)[1].split("\n\n")[0]
+    table = RESULTS.split(marker)[1].split("\n\n")[0]
     (found,), corrected = tables.check(marker + "\n".join(change(table.splitlines())) + "\n")
     assert (found.cells, len(found.differences)) == (cells, differences)
     assert corrected == marker + table + "\n"
@@ -98,11 +98,11 @@ def test_a_marker_of_nothing_is_named(name):
 def test_a_difference_is_an_exit_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "REPO", tmp_path)
     cell = headline()["0"]["nc3"]
-    (tmp_path / "README.md").write_text(README.replace(cell, "0"))
+    (tmp_path / "README.md").write_text(RESULTS.replace(cell, "0"))
     assert tables.main([]) == 1
     assert "1 differ\n" in capsys.readouterr().out
     assert tables.main(["--write"]) == 0
-    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "README.md").read_text() == RESULTS
 
 
 def test_a_history_of_another_config_is_refused():

@@ -1,0 +1,60 @@
+"""Trains from Python what `ncjax train` trains from a command line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ncjax import environment, plan
+from ncjax.config import Config
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
+    """Trains a sweep, measures neural collapse as it goes, and returns the history.
+
+    All runs of the grid (weight decays x seeds, and whatever else `config.sweep` lists) train
+    together in one compiled program. A folder that holds a part of the same sweep is continued
+    where it stopped, to the same bits; one that holds all of it is read. Figures are drawn by
+    `ncjax plot WORKDIR`.
+
+    Args:
+      config: a `Config`, as `ncjax.config.default_config()` returns one; or the name of a config
+        that ships, as in "digits" or "mnist:smoke"; or the path of a Python file with
+        `get_config()`.
+      workdir: the folder for config.json, history.nc, metrics.jsonl and checkpoints/. It is made
+        where it is missing.
+
+    Returns:
+      The measurements, with dimensions `weight_decay`, `seed`, every other axis that was swept,
+      `epoch` and, where they apply, `split`, `layer`, `mode` and `label`. Each variable carries
+      its definition in `attrs["definition"]`. A run that diverged is NaN.
+
+    Raises:
+      InputError: a field, the data or `workdir` cannot be used; the message names the field, its
+        value and the way out. Nothing has been trained.
+      OSError: `workdir` can be written no more; what it holds is whole and can be continued.
+
+    Examples:
+      >>> import tempfile
+      >>> import ncjax
+      >>> from ncjax.config import default_config
+      >>> config = default_config()
+      >>> config.data.name, config.data.per_class, config.model.widths = "synthetic", 20, (8, 8)
+      >>> config.train.epochs, config.train.batch_size = 2, 16
+      >>> config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)
+      >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+      ...     history = ncjax.train(config, folder)
+      4 runs (2 weight_decay x 2 seed) of 32-8-8-10 on synthetic: ...
+      >>> history.nc1.sel(split="train", epoch=2).shape
+      (2, 2)
+    """
+    if isinstance(config, str):
+        from ncjax.cli.train import load_config
+
+        config = load_config(config)
+    prepared = plan.prepare(config, workdir)
+    environment.import_jax()
+    from ncjax.runs import loop
+
+    return loop.record(prepared)
