@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def against_covariances(
     def covariances(batch: int) -> dict[str, float]:
         return torch_nc1(tensors[0], tensors[1], num_classes, batch, tensors[2])
 
-    def ours() -> dict[str, float]:
+    def ours() -> Mapping[str, float]:
         return measure.measure(features, labels, head=head)
 
     mine, inputs = ours(), features.nbytes + labels.nbytes
