@@ -1,10 +1,10 @@
 """Neural collapse of any model's features: class means, NC1 to NC4, and with weight decay its
 head's equilibrium.
 
-    python -m ncjax measure feats.npz --head head.npz
-    python -m ncjax measure layer1.npy layer2.npy layer3.npy --labels labels.npy --figures figures
-    python -m ncjax measure feats.safetensors --head head.safetensors --weight-decay 5e-4 --loss
-    cross_entropy --json
+    ncjax measure feats.npz --head head.npz
+    ncjax measure layer1.npy layer2.npy layer3.npy --labels labels.npy --figures figures
+    ncjax measure feats.safetensors --head head.safetensors --weight-decay 5e-4 \\
+        --loss cross_entropy --json
 
 FEATURES is .npz or .safetensors with `features` (N, p), `labels` (N,) from 0 to C - 1 and, where
 outputs should not be computed from the head, `logits` (N, C); or .npy with features alone. Files
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
-        prog="python -m ncjax measure",
+        prog="ncjax measure",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Writes figures. `python -m ncjax plot WORKDIR...` redraws those of each run and lays several
+"""Writes figures. `ncjax plot WORKDIR...` redraws those of each run and lays several
 over one another.
 """
 
@@ -28,7 +28,7 @@ def _load(workdir: Path) -> xr.Dataset:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
-        prog="python -m ncjax plot",
+        prog="ncjax plot",
         description="Redraws WORKDIR/figures from WORKDIR/history.nc; several WORKDIRs are also "
         "compared.",
     )

@@ -1,9 +1,9 @@
 """Says what is in a WORKDIR: what ran, with which parameters, whether the files are sound, and what
 was measured.
 
-    python -m ncjax show runs/digits
-    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
-    python -m ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
+    ncjax show runs/digits
+    ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
+    ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
 
 Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad
 input.
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.Parser(
-        prog="python -m ncjax show",
+        prog="ncjax show",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
