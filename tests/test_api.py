@@ -9,6 +9,7 @@ import xarray as xr
 
 import ncjax
 from ncjax import api
+from ncjax.features import measure, result
 from tests.helpers import ROOT, small_config
 
 
@@ -56,7 +57,8 @@ def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
     assert seen[0].workdir.is_dir()
 
 
-def test_examples_in_docstrings_give_what_they_say():
-    results = doctest.testmod(api)
+@pytest.mark.parametrize("module", [api, measure, result], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_give_what_they_say(module):
+    results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
