@@ -9,8 +9,10 @@ Contenders, taking turns; every one trains on the same examples, with the same b
 of steps:
     sweep            all runs in one call of `program.make_advance`
     one at a time    the same step, compiled for a single run and called once per run
-    pytorch an eager loop, one run at a time on all cores; the fastest of `VARIANTS`, tried first
-    pytorch x cores that loop in one process per core, one thread each, the runs dealt out
+    pytorch          an eager loop, one run at a time on all cores; the fastest of `VARIANTS`,
+                     tried first
+    pytorch x cores  that loop in one process per core, one thread each, the runs dealt out
+
 Whoever trains one run at a time goes on with the same weights for the next run, so pays for no
 fresh start.
 """

@@ -5,7 +5,7 @@ A network of degree 1 in each of L layers whose norms are equal, ||W_k||_F = n^{
 gamma n^{L/2}, with gamma that of the network with all norms one. Minimizing k0/2 (1 - a)^2 + lambda
 L n/2 over n gives
 
-    lambda = scale a^{1-2/L} (1 - a), scale = k0 gamma^{2/L}, (*)
+    lambda = scale a^{1-2/L} (1 - a),    scale = k0 gamma^{2/L},                         (*)
 
 k0 = 1 where the weights fit the sum of the outputs too (one-hot targets, no bias), (C-1)/C where
 they do not (a bias, or centred targets). Class-mean residuals are then Rbar = (1 - a)(I - J/C) + q

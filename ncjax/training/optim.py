@@ -50,10 +50,10 @@ def make_optimizer(
     """Returns the update w <- w - lr(step) u, where lambda joins before the optimizer's memory
     (coupled) or after it (decoupled).
 
-    sgd: coupled m <- momentum m + (g + lambda w), u = m; decoupled m <- momentum m + g, u = m +
-      lambda w.
-    adam: coupled; u = mhat/(sqrt(vhat) + eps) with beta_1 = `momentum`, beta_2 = 0.999 (Kingma & Ba
-      2015).
+    sgd:    coupled    m <- momentum m + (g + lambda w), u = m;
+            decoupled  m <- momentum m + g, u = m + lambda w.
+    adam:   coupled, u = mhat/(sqrt(vhat) + eps) with beta_1 = `momentum`, beta_2 = 0.999 (Kingma &
+            Ba 2015).
     adamw:  decoupled, u = mhat/(sqrt(vhat) + eps) + lambda w (Loshchilov & Hutter 2019).
 
     `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the

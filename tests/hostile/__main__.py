@@ -10,13 +10,15 @@ says why not, with exit code 2 (130 and 143 where a signal stopped it, 1 where a
 What fails is told apart:
 
     traceback   a traceback, or the crash of an interpreter, reached the user
-    silent a number or a bit is wrong, or something that had to be refused was not, with exit code 0
-    and no word hang the command had not ended after two minutes other another exit code, or not one
-    line
+    silent      a number or a bit is wrong, or something that had to be refused was not,
+                with exit code 0 and no word
+    hang        the command had not ended after two minutes
+    other       another exit code, or not one line
+    unsteady    one of these, and passed when it was tried again
 
 tests/chaos.py kills and damages runs that train, at random; here every case has a name and is the
 same every time (what is drawn, as which bit is flipped, comes from --seed). Exits with 1 if a case
-failed.
+failed twice.
 """
 
 import argparse
@@ -51,6 +53,7 @@ def _print_table(tried: dict[str, collections.Counter]) -> None:
         "tried",
         "passed",
         "skipped",
+        "unsteady",
         *(f"{kind}s" if kind in ("traceback", "hang") else kind for kind in KINDS),
     )
     print(f"{'group':<14}" + "".join(f"{column:>12}" for column in columns))
@@ -60,6 +63,7 @@ def _print_table(tried: dict[str, collections.Counter]) -> None:
             counts.total() - counts["skipped"],
             counts["passed"],
             counts["skipped"],
+            counts["unsteady"],
             *(counts[k] for k in KINDS),
         )
         print(f"{group:<14}" + "".join(f"{number:>12}" for number in numbers))
@@ -115,8 +119,8 @@ def main() -> int:
                     f"FAILED ({kind}) {case.group}: {case.name!r}: {why}\n    {again}{seed}",
                     flush=True,
                 )
-            elif kind == "skipped":
-                print(f"skipped {case.group}: {case.name!r}: {why}", flush=True)
+            elif kind in ("skipped", "unsteady"):
+                print(f"{kind} {case.group}: {case.name!r}: {why}", flush=True)
 
         engine.attempt_all(chosen, groups, arguments.seed, arguments.jobs, say)
     _print_table(tried)

@@ -362,9 +362,17 @@ def attempt_all(
     say: Callable[[int, tuple], None],
 ) -> None:
     """Tries the chosen cases in `jobs` processes, and says what came of each as soon as it is
-    known.
+    known. One that fails is tried again, and is unsteady if it passes then.
     """
     numbers, lock = iter(chosen), threading.Lock()
+
+    def attempt(worker: _Worker, number: int) -> tuple[_Worker, tuple]:
+        result = worker.attempt(number)
+        if result is None or result[2] == CASE_LIMIT:
+            code = worker.end()
+            result = result or ("other", f"the process ended with exit code {code}", 0.0)
+            worker = _Worker(groups, seed)
+        return worker, result
 
     def work() -> None:
         worker = _Worker(groups, seed)
@@ -374,11 +382,12 @@ def attempt_all(
             if number is None:
                 worker.end()
                 return
-            result = worker.attempt(number)
-            if result is None or result[2] == CASE_LIMIT:
-                code = worker.end()
-                result = result or ("other", f"the process ended with exit code {code}", 0.0)
-                worker = _Worker(groups, seed)
+            worker, result = attempt(worker, number)
+            # A signal or a full disk may hit another instant the second time, or a busy machine
+            # be too slow: a case that then passes is told apart, and shown all the same.
+            if result[0] in KINDS:
+                worker, again = attempt(worker, number)
+                result = ("unsteady", *result[1:]) if again[0] == "passed" else again
             with lock:
                 say(number, result)
 
