@@ -144,10 +144,10 @@ def test_a_missing_history_is_not_trained_around(workdir, capfd):
     [
         (
             {"sweep__learning_rate": (0.05,)},
-            r"config.sweep.learning_rate is \[0.05\] here and \[0.1\] there",
+            r"config.sweep.learning_rate is \(0.05,\) here and \(0.1,\) there",
         ),
-        ({"model__widths": (4, 8)}, r"config.model.widths is \[4, 8\] here and \[8, 8\] there"),
-        ({"sweep__seed": (0,)}, r"config.sweep.seed is \[0\] here and \[0, 1\] there"),
+        ({"model__widths": (4, 8)}, r"config.model.widths is \(4, 8\) here and \(8, 8\) there"),
+        ({"sweep__seed": (0,)}, r"config.sweep.seed is \(0,\) here and \(0, 1\) there"),
         ({"train__optimizer": "adam"}, "config.train.optimizer is 'adam' here and 'sgd' there"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
