@@ -59,7 +59,7 @@ def one_gibibyte(folder: Path) -> tuple[float, float]:
     jax.block_until_ready(states)
     saved = checkpoint.Checkpoints(folder, keep=1)
     begin = time.perf_counter()
-    saved.save(states, checkpoint.Facts(1, {}, {}, [], {}, {}, {}, {}, {}))
+    saved.save(states, checkpoint.CheckpointMetadata(1, {}, {}, [], {}, {}, {}, {}, {}))
     stalled = time.perf_counter() - begin
     saved.close()
     return stalled, time.perf_counter() - begin

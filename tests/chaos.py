@@ -120,7 +120,7 @@ def leaves(folder: Path, epoch: int) -> dict[str, bytes]:
     import tensorstore
 
     read = {}
-    for name in checkpoint.read_facts(folder, epoch).crc32:
+    for name in checkpoint.read_metadata(folder, epoch).crc32:
         base = {"driver": "file", "path": f"{(folder / str(epoch) / 'state').resolve()}/"}
         spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
         leaf = np.asarray(tensorstore.open(spec, read=True).result().read().result())
@@ -519,13 +519,13 @@ def readers(workdir: Path) -> list[Reader]:
     }
 
     def facts(workdir: Path, epoch: int) -> dict:
-        return checkpoint.read_facts(workdir / "checkpoints", epoch)._asdict()
+        return checkpoint.read_metadata(workdir / "checkpoints", epoch)._asdict()
 
     def one_run(workdir: Path, epoch: int, run: int) -> dict:
         return checkpoint.read_run(workdir / "checkpoints", epoch, run)
 
     for epoch in checkpoint.epochs_in(folder):
-        calls[f"read_facts of {epoch}"] = functools.partial(facts, epoch=epoch)
+        calls[f"read_metadata of {epoch}"] = functools.partial(facts, epoch=epoch)
         for run in (0, 3):
             calls[f"read_run {run} of {epoch}"] = functools.partial(one_run, epoch=epoch, run=run)
     try:

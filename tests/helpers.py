@@ -181,7 +181,7 @@ def forge(workdir, epoch, change, **facts):
     the parameters.
     """
     folder = workdir / "checkpoints"
-    before = checkpoint.read_facts(folder, epoch)
+    before = checkpoint.read_metadata(folder, epoch)
     params: dict = {}
     for name, leaf in whole_checkpoint(workdir, epoch).items():
         layer, _, part = name.partition(".")

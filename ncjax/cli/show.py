@@ -24,7 +24,7 @@ from ncjax.errors import InputError, listed, printable
 from ncjax.paths import check_name, expanded
 
 if TYPE_CHECKING:
-    from ncjax.runs.inspect import Holdings
+    from ncjax.runs.inspect import WorkdirContents
 
 EXPORTS = (".safetensors", ".npz")
 
@@ -145,7 +145,7 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
     return 1 if arguments.verify and not found["verification"]["passed"] else 0
 
 
-def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | None]:
+def _epochs(holdings: "WorkdirContents", epoch: int | None) -> tuple[int | None, int | None]:
     """(measured epoch, epoch of a checkpoint) that were asked for, or the newest (sound) ones;
     None: there is none.
     """
@@ -161,7 +161,7 @@ def _epochs(holdings: "Holdings", epoch: int | None) -> tuple[int | None, int | 
     return epoch if epoch in holdings.measured else None, epoch if epoch in saved else None
 
 
-def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
+def _no_checkpoint(holdings: "WorkdirContents", epoch: int | None) -> str:
     if epoch is None:
         return "there is no sound checkpoint"
     return (
@@ -170,7 +170,7 @@ def _no_checkpoint(holdings: "Holdings", epoch: int | None) -> str:
     )
 
 
-def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
+def _verify(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any]:
     """What `inspect.verify` finds, and all that was found damaged before it."""
     from ncjax.runs import inspect
 
@@ -197,7 +197,9 @@ def _verify(holdings: "Holdings", epoch: int | None) -> dict[str, Any]:
     return {"passed": not problems, "problems": problems, **result._asdict()}
 
 
-def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> dict[str, Any]:
+def _describe(
+    holdings: "WorkdirContents", measured: int | None, saved: int | None
+) -> dict[str, Any]:
     """Everything but the tables' layout: what --json prints."""
     shown = next(
         (s for s in reversed(holdings.checkpoints) if s.parameters and saved in (None, s.epoch)),
@@ -212,7 +214,7 @@ def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> 
         "config": holdings.config,
         "grid": holdings.axes,
         "runs": math.prod(len(values) for values in holdings.axes.values()),
-        "run": holdings.place and {"number": holdings.place.index, **holdings.place.coordinates},
+        "run": holdings.place and {"index": holdings.place.index, **holdings.place.coordinates},
         "epochs": {
             "asked": holdings.config["train"]["epochs"],
             "done": max([0, *holdings.measured, *(s.epoch for s in holdings.checkpoints)]),
@@ -235,7 +237,7 @@ def _describe(holdings: "Holdings", measured: int | None, saved: int | None) -> 
     }
 
 
-def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | None:
+def _measurements(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any] | None:
     """Every variable at one epoch, with the dimensions of its nested lists, and the coordinates
     of those.
     """
@@ -253,7 +255,7 @@ def _measurements(holdings: "Holdings", epoch: int | None) -> dict[str, Any] | N
     return {"epoch": epoch, "coordinates": coordinates | {"epoch": epoch}, "variables": variables}
 
 
-def _print(found: dict[str, Any], holdings: "Holdings", measured: int | None) -> None:
+def _print(found: dict[str, Any], holdings: "WorkdirContents", measured: int | None) -> None:
     from rich.table import Table
 
     from ncjax.report import tables
@@ -298,7 +300,7 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
     )
     swept = "; ".join(f"{name} = {listed(values)}" for name, values in found["grid"].items())
     one = ", ".join(
-        f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "number"
+        f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "index"
     )
     of_epochs = f"{epochs['done']} of {epochs['asked']}, measured at {listed(epochs['measured'])}"
     software = (
@@ -310,7 +312,7 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
         "WORKDIR": found["workdir"],
         **sections,
         "grid": f"{found['runs']} runs: {swept}",
-        "run": f"{one} (number {run['number']} of the grid, from 0)" if run else "",
+        "run": f"{one} (index {run['index']} in the grid, from 0)" if run else "",
         "epochs": of_epochs + ("" if found["checkpoints"] else "; no checkpoint yet"),
         "software": software,
         "device": f"{found['device'] or 'unknown'}; git revision "

@@ -20,7 +20,7 @@ from ncjax.metrics import theory
 from ncjax.runs import load as runs
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
-from ncjax.storage.checkpoint import Damaged, Facts
+from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
 from ncjax.training import evaluate, mesh, models, program, sweep
 
@@ -58,7 +58,7 @@ class Saved(NamedTuple):
     parameters: list[Parameter]
 
 
-class Holdings(NamedTuple):
+class WorkdirContents(NamedTuple):
     """What was found in a WORKDIR.
 
     Attributes:
@@ -122,7 +122,7 @@ class Verification(NamedTuple):
         return self.deviation <= self.tolerance
 
 
-def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
+def read(workdir: Path, coordinates: Mapping[str, float]) -> WorkdirContents:
     """All there is to say without computing; reads every checkpoint once, of one run (if given) its
     own part alone.
 
@@ -136,20 +136,20 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> Holdings:
     plan.check_path("WORKDIR", workdir)
     folder, notes = workdir / "checkpoints", []
     history, history_problem = _read_history(workdir / "history.nc")
-    facts = _newest_facts(folder)
-    config = _config(workdir, facts, history, notes)
-    axes = _axes(config, facts, history)
+    metadata = _newest_metadata(folder)
+    config = _config(workdir, metadata, history, notes)
+    axes = _axes(config, metadata, history)
     single = all(len(values) == 1 for values in axes.values())
     place = configuration.Grid(axes).find(coordinates) if coordinates or single else None
     if history is not None and place is not None:
         history = runs.slice_of(history, place.coordinates, keep_axes=True)
     checkpoints = [_check(folder, epoch, place) for epoch in checkpoint.epochs_in(folder)]
-    return Holdings(
+    return WorkdirContents(
         *(workdir, config, axes, place, history, history_problem),
         history_is_sealed=(workdir / "history.nc.sha256").exists(),
         # A run that is training removes its oldest while it is read.
         checkpoints=[saved for saved in checkpoints if saved.epoch in checkpoint.epochs_in(folder)],
-        provenance=_provenance(facts, history),
+        provenance=_provenance(metadata, history),
         notes=notes,
     )
 
@@ -165,29 +165,29 @@ def _read_history(path: Path) -> tuple[xr.Dataset | None, str | None]:
     return (None, f"history.nc lacks {missing}") if missing else (history, None)
 
 
-def _newest_facts(folder: Path) -> Facts | None:
+def _newest_metadata(folder: Path) -> CheckpointMetadata | None:
     for epoch in reversed(checkpoint.epochs_in(folder)):
         try:
-            return checkpoint.read_facts(folder, epoch)
+            return checkpoint.read_metadata(folder, epoch)
         except Damaged:  # reported where checkpoints are checked
             continue
     return None
 
 
 def _config(
-    workdir: Path, facts: Facts | None, history: xr.Dataset | None, notes: list[str]
+    workdir: Path, metadata: CheckpointMetadata | None, history: xr.Dataset | None, notes: list[str]
 ) -> dict[str, Any]:
     """config.json, else that of the newest checkpoint, else that of the history; what is amiss
     goes into `notes`.
     """
     config = runs.read_config(workdir)
     if config is not None:
-        if facts and runs.changes(config, facts):
-            lines = "; ".join(runs.changes(config, facts))
-            notes.append(f"config.json is not that of checkpoint {facts.epoch}: {lines}")
+        if metadata and runs.changes(config, metadata):
+            lines = "; ".join(runs.changes(config, metadata))
+            notes.append(f"config.json is not that of checkpoint {metadata.epoch}: {lines}")
         return config
-    if facts:
-        config, source = facts.config, f"checkpoint {facts.epoch}"
+    if metadata:
+        config, source = metadata.config, f"checkpoint {metadata.epoch}"
     elif history is not None and (config := runs.parse_config(history.attrs.get("config"))):
         source = "history.nc"
     else:
@@ -202,22 +202,22 @@ def _config(
 
 
 def _axes(
-    config: dict[str, Any], facts: Facts | None, history: xr.Dataset | None
+    config: dict[str, Any], metadata: CheckpointMetadata | None, history: xr.Dataset | None
 ) -> dict[str, list]:
     """Of the grid, in the project's units (as given, where nothing says how many classes there
     are).
     """
-    if facts:
-        return facts.axes
+    if metadata:
+        return metadata.axes
     if history is None:
         return {name: list(config["sweep"][name]) for name in configuration.SWEPT}
     grid = configuration.make_grid(configuration.from_stored(config), history.sizes["label"])
     return {name: list(values) for name, values in grid.axes.items()}
 
 
-def _provenance(facts: Facts | None, history: xr.Dataset | None) -> dict[str, Any]:
+def _provenance(metadata: CheckpointMetadata | None, history: xr.Dataset | None) -> dict[str, Any]:
     attrs = {} if history is None else history.attrs
-    versions = facts.versions if facts else {}
+    versions = metadata.versions if metadata else {}
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         versions = json.loads(attrs["versions"]) if "versions" in attrs else versions
     return {
@@ -232,10 +232,10 @@ def _check(folder: Path, epoch: int, place: configuration.Place | None) -> Saved
     size = _size(folder / str(epoch))
     parameters = []
     try:
-        facts = checkpoint.read_facts(folder, epoch)
+        metadata = checkpoint.read_metadata(folder, epoch)
         wanted = slice(place.index, place.index + 1) if place else slice(None)
-        for name in facts.crc32:
-            leaf = checkpoint.read_leaf(folder, facts, name, wanted)
+        for name in metadata.crc32:
+            leaf = checkpoint.read_leaf(folder, metadata, name, wanted)
             if name.startswith("params."):
                 parameters.append(
                     Parameter(name.removeprefix("params."), leaf.shape[1:], str(leaf.dtype))
@@ -260,7 +260,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def verify(holdings: Holdings, epoch: int) -> Verification:
+def verify(contents: WorkdirContents, epoch: int) -> Verification:
     """Measures the checkpoint of an epoch again, run by run, and compares all that depends on
     weights with the history.
 
@@ -268,17 +268,17 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
       Removed: it was, by a run that trains.
       InputError: the checkpoint is damaged, or its data are not found, or are others.
     """
-    assert holdings.history is not None
+    assert contents.history is not None
     deviations = {}
     try:
-        facts = checkpoint.read_facts(holdings.folder, epoch)
-        measure = _make_measure(facts)
-        for place in holdings.places:
+        metadata = checkpoint.read_metadata(contents.folder, epoch)
+        measure = _make_measure(metadata)
+        for place in contents.places:
             values = measure(
-                checkpoint.read_run(holdings.folder, epoch, place.index), place.coordinates
+                checkpoint.read_run(contents.folder, epoch, place.index), place.coordinates
             )
-            recorded = runs.slice_of(holdings.history, place.coordinates)
-            if epoch != holdings.measured[-1]:
+            recorded = runs.slice_of(contents.history, place.coordinates)
+            if epoch != contents.measured[-1]:
                 del values[histories.COSINES]  # only the newest are kept
             for name, value in values.items():
                 one = (
@@ -288,17 +288,17 @@ def verify(holdings: Holdings, epoch: int) -> Verification:
                 )
                 deviations[name, place.index] = deviation(value, one.values)
     except Damaged as damage:
-        runs.check_present(holdings.folder, epoch)
+        runs.check_present(contents.folder, epoch)
         raise InputError("--epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
-    variable, number = max(deviations, key=deviations.__getitem__)
+    variable, index = max(deviations, key=deviations.__getitem__)
     return Verification(
         epoch=epoch,
-        runs=len(holdings.places),
+        runs=len(contents.places),
         variables=len({name for name, _ in deviations}),
-        deviation=deviations[variable, number],
+        deviation=deviations[variable, index],
         variable=variable,
-        coordinates=configuration.Grid(holdings.axes).places()[number].coordinates,
-        tolerance=TOLERANCE[facts.config["train"]["precision"]],
+        coordinates=configuration.Grid(contents.axes).places()[index].coordinates,
+        tolerance=TOLERANCE[metadata.config["train"]["precision"]],
     )
 
 
@@ -311,11 +311,13 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
     return float(np.max(np.where(same, 0.0, np.where(np.isnan(relative), np.inf, relative))))
 
 
-def _make_measure(facts: Facts) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
+def _make_measure(
+    metadata: CheckpointMetadata,
+) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
     settings, dataset = (
-        configuration.from_stored(facts.config),
-        runs.load_data(facts.config, facts.data),
+        configuration.from_stored(metadata.config),
+        runs.load_data(metadata.config, metadata.data),
     )
     recipe = sweep.make_recipe(settings, dataset)
     data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)

@@ -162,8 +162,8 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
         )
     for candidate in reversed(found) if epoch is None else [epoch]:
         try:
-            facts = checkpoint.read_facts(folder, candidate)
-            place = configuration.Grid(facts.axes).find(coordinates)
+            metadata = checkpoint.read_metadata(folder, candidate)
+            place = configuration.Grid(metadata.axes).find(coordinates)
             variables = checkpoint.read_run(folder, candidate, place.index)
         except checkpoint.Damaged as damage:
             check_present(folder, candidate)
@@ -175,16 +175,16 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
                 f"checkpoint {candidate} in {workdir} is not used: {damage}", stacklevel=3
             )
             continue
-        changed = changes(read_config(workdir), facts)
+        changed = changes(read_config(workdir), metadata)
         if changed:
             line = (
                 f"config.json in {workdir} is not used, the checkpoint has another: "
                 f"{'; '.join(changed)}"
             )
             warnings.warn(line, stacklevel=3)
-        model = make_model(facts.config, variables["params"])
+        model = make_model(metadata.config, variables["params"])
         return Run(
-            workdir, candidate, place.coordinates, facts.config, model, variables, facts.data
+            workdir, candidate, place.coordinates, metadata.config, model, variables, metadata.data
         )
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
 
@@ -261,11 +261,11 @@ def _is_config(config: Any) -> bool:
     return configuration.is_sound(config)
 
 
-def changes(config: dict[str, Any] | None, facts: checkpoint.Facts) -> list[str]:
+def changes(config: dict[str, Any] | None, metadata: checkpoint.CheckpointMetadata) -> list[str]:
     """Where config.json, if there is one, is not the config of a checkpoint; a line per field."""
     if config is None:
         return []
-    return configuration.differences(config, facts.config)
+    return configuration.differences(config, metadata.config)
 
 
 def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:

@@ -5,10 +5,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ncjax.config import Config, log_spaced_epochs
 from ncjax.errors import listed, printable
 from ncjax.plan import Plan
 from ncjax.report import tables
+from ncjax.runs.schedule import make_schedule
 from ncjax.training import mesh, models
 from ncjax.training.sweep import Program
 
@@ -56,7 +56,7 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in "
         f"all",
         "epochs": f"{config.train.epochs:,} of {recipe.steps_per_epoch:,} steps",
-        "measured at": listed(measured_epochs(config)),
+        "measured at": listed(sorted(make_schedule(config).measured)),
         "mesh": _mesh(program),
         "programs": _programs(program),
         "memory": f"{_bytes(program.bytes_per_run)} a run, {_bytes(program.bytes_of_data)} of "
@@ -70,10 +70,6 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         table.add_row(name, value)
     console.print(table)
     tables.say(console, "nothing was trained and nothing was written")
-
-
-def measured_epochs(config: Config) -> list[int]:
-    return sorted(set(config.log.epochs or log_spaced_epochs(config.train.epochs)))
 
 
 def device() -> str:

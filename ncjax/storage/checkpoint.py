@@ -2,8 +2,9 @@
 
 A checkpoint holds the stacked `RunState` of all runs, unpadded, so that it does not depend on the
 devices it was trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of
-the grid, stored run by run. Its custom metadata are `Facts`: what the states are, and a CRC of
-every run of every leaf, for neither Orbax nor a file system notices a flipped bit.
+the grid, stored run by run. Its custom metadata are `CheckpointMetadata`, under the key "facts":
+what the states are, and a CRC of every run of every leaf, for neither Orbax nor a file system
+notices a flipped bit.
 """
 
 import functools
@@ -38,8 +39,8 @@ class _Folder(PosixGPath):
         return map(self._new, Path(self).glob(pattern))
 
 
-class Facts(NamedTuple):
-    """What a checkpoint says of itself.
+class CheckpointMetadata(NamedTuple):
+    """Describes the states of a checkpoint.
 
     Attributes:
       epoch: of the states.
@@ -99,8 +100,8 @@ class Checkpoints:
     def epochs(self) -> list[int]:
         return epochs_in(self._folder)
 
-    def save(self, states: Any, facts: Facts) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. `facts.crc32` is
+    def save(self, states: Any, metadata: CheckpointMetadata) -> None:
+        """Starts writing; the arrays may be donated as soon as this returns. `metadata.crc32` is
         filled in here.
 
         Raises:
@@ -108,29 +109,29 @@ class Checkpoints:
         """
         if not self._folder.is_dir():  # Orbax would make it anew
             raise FileNotFoundError(f"{self._folder} is gone")
-        content = facts._replace(crc32=checksums(states))._asdict()
+        content = metadata._replace(crc32=checksums(states))._asdict()
         sealed = {"facts": content, "seal": _seal(content)}
         try:
             # Unforced, Orbax skips a save while another one runs.
             self._checkpointer.save_async(
-                facts.epoch, states, force=True, overwrite=True, custom_metadata=sealed
+                metadata.epoch, states, force=True, overwrite=True, custom_metadata=sealed
             )
         except Exception as error:
             raise _cannot_write(self._folder, error) from error
 
-    def load(self, epoch: int, like: T) -> tuple[T, Facts]:
+    def load(self, epoch: int, like: T) -> tuple[T, CheckpointMetadata]:
         """The states of an epoch, NumPy arrays with the structure, shapes and types of `like`,
         verified; or Damaged.
         """
-        facts = read_facts(self._folder, epoch)
-        leaves = {name: read_leaf(self._folder, facts, name) for name in facts.crc32}
+        metadata = read_metadata(self._folder, epoch)
+        leaves = {name: read_leaf(self._folder, metadata, name) for name in metadata.crc32}
         found = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             stored = leaves.get(leaf_name(path))
             if stored is None or (stored.shape, stored.dtype) != (leaf.shape, leaf.dtype):
                 raise Damaged(f"{leaf_name(path)} is not what this program needs")
             found.append(stored)
-        return jax.tree.unflatten(jax.tree.structure(like), found), facts
+        return jax.tree.unflatten(jax.tree.structure(like), found), metadata
 
     def delete(self, epoch: int) -> None:
         self._checkpointer.delete(epoch, missing_ok=True)
@@ -178,21 +179,23 @@ def verify(
             raise Damaged(f"the checksum of {name} does not match in run {first_run + wrong[0]}")
 
 
-def read_facts(folder: Path, epoch: int) -> Facts:
-    """What the checkpoint of an epoch says of itself, or Damaged."""
+def read_metadata(folder: Path, epoch: int) -> CheckpointMetadata:
+    """Returns the metadata of the checkpoint of an epoch, or raises Damaged."""
     try:
         sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())[
             "custom_metadata"
         ]
-        facts = Facts(**{"data": {}, "random_bits": {}, "arithmetic": {}} | sealed["facts"])
+        metadata = CheckpointMetadata(
+            **{"data": {}, "random_bits": {}, "arithmetic": {}} | sealed["facts"]
+        )
         is_whole = sealed["seal"] == _seal(sealed["facts"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"its metadata cannot be read ({_last_line(error)})") from error
     if not is_whole:
         raise Damaged("the checksum of its metadata does not match")
-    if facts.epoch != epoch:
-        raise Damaged(f"it holds epoch {facts.epoch}")
-    return facts
+    if metadata.epoch != epoch:
+        raise Damaged(f"it holds epoch {metadata.epoch}")
+    return metadata
 
 
 def epochs_in(folder: Path) -> list[int]:
@@ -225,12 +228,12 @@ def read_run(folder: Path, epoch: int, run: int) -> dict:
 
     Verified; reads no large leaf of the other runs.
     """
-    facts = read_facts(folder, epoch)
+    metadata = read_metadata(folder, epoch)
     variables: dict = {}
-    for name in facts.crc32:
+    for name in metadata.crc32:
         if not name.startswith(("params.", "model_state.")):
             continue
-        leaf = read_leaf(folder, facts, name, slice(run, run + 1))
+        leaf = read_leaf(folder, metadata, name, slice(run, run + 1))
         *path, last = name.removeprefix("model_state.").split(".")
         nested = variables
         for key in path:
@@ -239,19 +242,21 @@ def read_run(folder: Path, epoch: int, run: int) -> dict:
     return variables
 
 
-def read_leaf(folder: Path, facts: Facts, name: str, runs: slice = slice(None)) -> np.ndarray:
+def read_leaf(
+    folder: Path, metadata: CheckpointMetadata, name: str, runs: slice = slice(None)
+) -> np.ndarray:
     """One leaf (R, ...) of a checkpoint, or of some of its runs, verified; or Damaged."""
     import tensorstore
 
     # By its path: a file:// URL would have to be quoted.
-    base = {"driver": "file", "path": f"{(folder / str(facts.epoch) / 'state').resolve()}/"}
+    base = {"driver": "file", "path": f"{(folder / str(metadata.epoch) / 'state').resolve()}/"}
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     try:
         stored = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
         leaf = np.asarray(stored[runs].read().result())
     except Exception as error:  # TensorStore reports damage by many types
         raise Damaged(f"{name} cannot be read ({_last_line(error)})") from error
-    verify(checksums({name: leaf}), {name: facts.crc32[name][runs]}, first_run=runs.start or 0)
+    verify(checksums({name: leaf}), {name: metadata.crc32[name][runs]}, first_run=runs.start or 0)
     return leaf
 
 

@@ -95,7 +95,7 @@ def by_run(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RUN))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

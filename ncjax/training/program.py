@@ -302,7 +302,7 @@ def host_data(dataset: Dataset, precision: str) -> Data:
 def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
     """`host_data` on every device of the mesh."""
     with jax.enable_x64(True):
-        return parallel.place(host_data(dataset, precision), parallel.everywhere(mesh))
+        return parallel.place(host_data(dataset, precision), parallel.replicated(mesh))
 
 
 def start(

@@ -239,6 +239,10 @@ class Sweep:
             self._states.append(self._set_aside(states))
             self._fixed.append(fixed)
 
+    def compile(self) -> None:
+        """Compiles the program, unless `make_program` had to in order to know its memory."""
+        _ = self.program.compiled
+
     def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
         """Trains, then measures; returns (R, ...) measurements ({} if not measured) and the
         seconds it took.

@@ -106,7 +106,7 @@ def test_one_run_is_shown_alone(trained, shown):
     code, out, _ = shown(trained, RUN, "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["run"]["number"], found["run"]["weight_decay"], found["run"]["seed"]) == (
+    assert (found["run"]["index"], found["run"]["weight_decay"], found["run"]["seed"]) == (
         2,
         1e-3,
         0,
@@ -117,7 +117,7 @@ def test_one_run_is_shown_alone(trained, shown):
     )
     _, out, _ = shown(trained, RUN)
     assert "one seed" in out
-    assert "number 2 of the grid" in out
+    assert "index 2 in the grid" in out
 
 
 def test_damage_is_found_in_the_run_that_has_it_and_earlier_checkpoints_stand_in(copied, shown):

@@ -38,7 +38,7 @@ def test_a_run_has_the_weights_and_the_history_of_its_coordinates(trained):
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_features_and_logits_are_those_of_a_forward_pass_in_numpy(copied, precision):
-    config = checkpoint.read_facts(copied / "checkpoints", 6).config
+    config = checkpoint.read_metadata(copied / "checkpoints", 6).config
     config["train"]["precision"] = precision
     (copied / "config.json").write_text(json.dumps(config))
     forge(copied, 6, lambda leaf: leaf.astype(precision) * (1 + 1e-10), config=config)

@@ -68,7 +68,7 @@ def train_alone(workdir, epochs):
 
 def leaves(workdir, epoch):
     """The parameters in a checkpoint, all runs."""
-    facts = checkpoint.read_facts(workdir / "checkpoints", epoch)
+    facts = checkpoint.read_metadata(workdir / "checkpoints", epoch)
     names = [name for name in facts.crc32 if name.startswith("params.")]
     return [checkpoint.read_leaf(workdir / "checkpoints", facts, name) for name in names]
 
@@ -173,7 +173,7 @@ def test_a_signal_to_one_process_stops_all_at_one_epoch(tmp_path, cache):
         assert "stopped by SIGTERM; this continues:" in err
     epochs = checkpoint.epochs_in(workdir / "checkpoints")
     assert 0 < epochs[-1] < 100
-    assert checkpoint.read_facts(workdir / "checkpoints", epochs[-1]).epoch == epochs[-1]
+    assert checkpoint.read_metadata(workdir / "checkpoints", epochs[-1]).epoch == epochs[-1]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     # All that had been trained and measured is on disk.
     folder = tmp_path / "run 1" / "checkpoints"
     assert checkpoint.epochs_in(folder)[-1] == epoch
-    assert checkpoint.read_facts(folder, epoch).measured == list(range(epoch + 1))
+    assert checkpoint.read_metadata(folder, epoch).measured == list(range(epoch + 1))
     assert history.load(tmp_path / "run 1" / "history.nc")["epoch"].values.tolist() == list(
         range(epoch + 1)
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ncjax.storage import checkpoint
-from ncjax.storage.checkpoint import Checkpoints, Damaged, Facts
+from ncjax.storage.checkpoint import CheckpointMetadata, Checkpoints, Damaged
 
 RUNS = 3
 DEEP = b"[" * 100_000  # deeper than Python's JSON goes
@@ -44,7 +44,7 @@ def states(seed):
 
 
 def facts(epoch):
-    return Facts(
+    return CheckpointMetadata(
         epoch=epoch,
         config={"train": {"epochs": 9}, "sweep": {"seed": [0, 1, 2]}},
         axes={"weight_decay": [1e-3], "seed": [0, 1, 2]},
@@ -96,7 +96,7 @@ def test_what_is_saved_comes_back_bit_for_bit_with_its_facts(saved):
             assert a.dtype == b.dtype
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert found_facts._replace(crc32={}) == facts(epoch)
-        assert found_facts == checkpoint.read_facts(saved, epoch)
+        assert found_facts == checkpoint.read_metadata(saved, epoch)
         assert {len(crcs) for crcs in found_facts.crc32.values()} == {RUNS}
     assert checkpoint.epochs_in(saved) == [2, 5]
 
@@ -224,7 +224,7 @@ def test_changed_facts_are_found(folder, change, reason):
     change(content["custom_metadata"])
     path.write_text(json.dumps(content))
     with pytest.raises(Damaged, match=reason):
-        checkpoint.read_facts(folder, 5)
+        checkpoint.read_metadata(folder, 5)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_changed_facts_are_found(folder, change, reason):
 def test_metadata_that_are_none_are_found(folder, content):
     (folder / "5" / "_CHECKPOINT_METADATA").write_bytes(content)
     with pytest.raises(Damaged, match="its metadata cannot be read"):
-        checkpoint.read_facts(folder, 5)
+        checkpoint.read_metadata(folder, 5)
 
 
 def test_every_missing_or_truncated_file_is_found_or_needed_by_nobody(folder, capfd):
@@ -397,6 +397,6 @@ def test_a_checkpoint_of_before_they_were_stored_has_no_checksums_of_data(folder
         "seal": zlib.crc32(json.dumps(old, sort_keys=True).encode()),
     }
     path.write_text(json.dumps(content))
-    found = checkpoint.read_facts(folder, 5)
+    found = checkpoint.read_metadata(folder, 5)
     assert [getattr(found, name) for name in OLD] == [{}, {}, {}]
     assert found._replace(crc32={}, **{name: getattr(facts(5), name) for name in OLD}) == facts(5)

@@ -1,0 +1,169 @@
+"""Continues a WORKDIR: finds the newest checkpoint that can be trusted, and cuts its history there.
+
+Everything that a checkpoint says of itself is compared with the plan before a file is changed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import xarray as xr
+
+from ncjax import config as configuration
+from ncjax.data import dataset
+from ncjax.errors import InputError, listed, printable
+from ncjax.plan import Plan
+from ncjax.runs import load, processes, provenance
+from ncjax.storage import checkpoint, history, journal
+from ncjax.training.sweep import Sweep
+
+
+def resume(
+    sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.CheckpointMetadata
+) -> xr.Dataset | None:
+    """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None:
+    there are none.
+
+    A checkpoint counts if its bits are those that were saved and all it had seen measured is in the
+    history. One that does not is named and removed; its epochs are computed again.
+    """
+    workdir, epochs = sweep.plan.workdir, saved.epochs()
+    recorded = _load_history(workdir / "history.nc")
+    metadata = _restore_newest(sweep, saved, mine, recorded)
+    processes.check_read(
+        workdir, metadata and metadata.epoch
+    )  # before anything is removed or written
+    if metadata is not None and recorded is not None:
+        _check_grid(recorded, sweep.plan.grid, workdir / "history.nc")
+    if metadata is None:
+        if epochs:
+            way_out = (
+                "no checkpoint in it can be trusted; remove its checkpoints and history.nc to "
+                "train anew"
+            )
+            raise InputError("--workdir", str(workdir), way_out)
+        if processes.is_leader():
+            journal.mend(workdir / "metrics.jsonl", None)
+        return None
+    recorded = (
+        history.up_to(recorded, metadata.epoch)
+        if metadata.measured and recorded is not None
+        else None
+    )
+    for later in (e for e in epochs if e > metadata.epoch):
+        saved.delete(later)
+    text = configuration.to_json(sweep.plan.config)
+    grown = (
+        recorded is not None and recorded.attrs.get("config") != text
+    )  # more epochs, or another mesh
+    if recorded is not None and grown:
+        recorded = recorded.assign_attrs(config=text)
+    if processes.is_leader():
+        if recorded is not None and grown:
+            history.save(recorded, workdir / "history.nc")
+        journal.mend(workdir / "metrics.jsonl", recorded)
+    return recorded
+
+
+def _load_history(path: Path) -> xr.Dataset | None:
+    """Returns the history to be continued, or None where there is none."""
+    if not path.exists():
+        return None
+    recorded = history.load(path)
+    if missing := history.missing(recorded):
+        way_out = (
+            f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with "
+            f"that one"
+        )
+        raise InputError("history", str(path), f"{way_out}, or choose another WORKDIR")
+    return recorded
+
+
+def _check_grid(recorded: xr.Dataset, grid: configuration.Grid, path: Path) -> None:
+    """Raises InputError where a history is not of the grid whose checkpoints lie beside it."""
+    for name, values in grid.dim_values.items():
+        found = recorded[name].values.tolist() if name in recorded.indexes else []
+        if found != values:
+            way_out = (
+                f"its {name} is {listed(found)} and not {listed(values)}: it is damaged; remove it"
+            )
+            raise InputError("history", str(path), f"{way_out}, and the same command trains anew")
+
+
+def _restore_newest(
+    sweep: Sweep,
+    saved: checkpoint.Checkpoints,
+    mine: checkpoint.CheckpointMetadata,
+    recorded: xr.Dataset | None,
+) -> checkpoint.CheckpointMetadata | None:
+    """Puts the sweep at the newest sound checkpoint and returns what that says of itself; None:
+    there is none.
+    """
+    workdir = sweep.plan.workdir
+    known = set() if recorded is None else set(recorded["epoch"].values.tolist())
+    for epoch in reversed(saved.epochs()):
+        try:
+            # First: nothing can be loaded into a program of another config, and that is no damage.
+            _check_metadata(
+                sweep.plan, mine, checkpoint.read_metadata(workdir / "checkpoints", epoch)
+            )
+            with jax.enable_x64(True):
+                states, metadata = saved.load(epoch, sweep.shapes)
+            lost = sorted(set(metadata.measured) - known)
+            if lost:
+                raise checkpoint.Damaged(f"history.nc lacks epoch {lost[0]}, measured before it")
+        except checkpoint.Damaged as damage:
+            _warn(f"checkpoint {epoch} in {workdir} is not used: {damage}")
+            continue
+        sweep.restore(states, epoch)
+        changed = provenance.differences(mine.arithmetic, metadata.arithmetic)
+        if changed and epoch < sweep.plan.config.train.epochs:
+            _warn(f"{workdir} continues to rounding, not to the same bits: {'; '.join(changed)}")
+        return metadata
+    return None
+
+
+def _check_metadata(
+    plan: Plan, mine: checkpoint.CheckpointMetadata, theirs: checkpoint.CheckpointMetadata
+) -> None:
+    """Raises InputError where a checkpoint is of another run: of other config, random bits or data.
+
+    config.json may be gone or changed: the checkpoint itself says what it is of.
+    """
+    if differences := configuration.differences(plan.config, theirs.config):
+        way_out = (
+            f"its checkpoints are of another config: {'; '.join(differences)}; choose another "
+            f"WORKDIR"
+        )
+        raise InputError("--workdir", str(plan.workdir), way_out)
+    if differences := provenance.differences(mine.random_bits, theirs.random_bits):
+        way_out = (
+            f"its checkpoints are of other random bits: {'; '.join(differences)}; set them back "
+            f"(as environment "
+        )
+        way_out += "variables, in capitals), or choose another WORKDIR"
+        raise InputError("--workdir", str(plan.workdir), way_out)
+    load.check_data(plan.config.data.name, mine.data, theirs.data)
+
+
+def make_metadata(sweep: Sweep) -> checkpoint.CheckpointMetadata:
+    """Returns what every checkpoint of a sweep says of itself, but for its epoch and what was
+    measured up to it.
+    """
+    return checkpoint.CheckpointMetadata(
+        epoch=0,
+        config=json.loads(configuration.to_json(sweep.plan.config)),
+        axes={name: list(values) for name, values in sweep.plan.grid.axes.items()},
+        measured=[],
+        versions=provenance.versions(),
+        crc32={},
+        data=dataset.checksums(sweep.plan.dataset),
+        random_bits=provenance.random_bits(),
+        arithmetic=provenance.arithmetic(sweep.mesh, sweep.program.runs),
+    )
+
+
+def _warn(line: str) -> None:
+    if processes.is_leader():
+        print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
