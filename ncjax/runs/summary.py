@@ -24,7 +24,7 @@ def headline(plan: Plan, program: Program) -> str:
 
 
 def summary(program: Program) -> str:
-    """Of a compiled program, in a line."""
+    """Returns one line about a compiled program: its size, memory and FLOPs."""
     return (
         f"compiled in {program.compile_seconds:.1f} s: {_programs(program)} on {_mesh(program)}; "
         f"a run has {program.parameters:,} parameters and takes {_bytes(program.bytes_per_run)}; "
@@ -33,7 +33,7 @@ def summary(program: Program) -> str:
 
 
 def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
-    """After the first chunk: what is left to train, measuring not counted."""
+    """Returns one line on the training time that is left, without measurements."""
     rate = program.flops_per_epoch / seconds_per_epoch
     return (
         f"about {tables.duration(seconds_per_epoch * epochs)} of training left, at {_flops(rate)}/s"
@@ -41,7 +41,7 @@ def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
 
 
 def show(plan: Plan, program: Program, console: Console) -> None:
-    """All that is known before training."""
+    """Prints all that is known before training."""
     config, recipe = plan.config, program.recipe
     table = Table(title=printable(headline(plan, program)), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)

@@ -100,7 +100,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def padded(num_runs: int, mesh: Mesh) -> int:
-    """The number of runs, filled up to a multiple of the `run` axis."""
+    """Returns the number of runs, rounded up to a multiple of the `run` axis."""
     return _ceil(num_runs, mesh.shape[RUN]) * mesh.shape[RUN]
 
 

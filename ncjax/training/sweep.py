@@ -24,7 +24,7 @@ _USABLE = 0.9
 
 
 def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
-    """What a config says of the compiled program."""
+    """Returns the static part of the compiled program that a config asks for."""
     return train.Recipe(
         model=models.make(config.model, dataset.num_classes, config.train.precision),
         head_bias=config.model.head_bias,
@@ -73,14 +73,14 @@ class Program:
 
     @functools.cached_property
     def _started(self) -> tuple:
-        """Shapes of a slice's states, keys and hyperparameters."""
+        """Returns the shapes of a slice's states, keys and hyperparameters."""
         return train.start_shapes(
             self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data
         )
 
     @property
     def shapes(self) -> train.RunState:
-        """Of the states of a slice."""
+        """Returns the shapes of a slice's states."""
         return self._started[0]
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class Program:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
+        """Returns the shape of one example."""
         return self._data.center.shape
 
     @property
@@ -125,18 +125,18 @@ class Program:
 
     @property
     def parameters(self) -> int:
-        """Of one run."""
+        """Returns the number of parameters of one run."""
         return sum(leaf.size // self.runs for leaf in jax.tree.leaves(self.shapes.params))
 
     @property
     def samples_per_epoch(self) -> int:
-        """Over all runs; padding does not count."""
+        """Returns the examples of one epoch over all runs, without padding."""
         batch = self.recipe.batch_size or self.recipe.train_size
         return self.slices[-1].stop * self.recipe.steps_per_epoch * batch
 
     @property
     def flops_per_epoch(self) -> int:
-        """Over all runs, of training's matmuls: see `training_flops`."""
+        """Returns the FLOPs of one epoch's matmuls over all runs, see `training_flops`."""
         return self.samples_per_epoch * training_flops(self.recipe.model, self.image_shape)
 
 
@@ -273,7 +273,7 @@ class Sweep:
 
     @property
     def shapes(self) -> train.RunState:
-        """Of `states`."""
+        """Returns the shapes of `states`."""
         runs = self.program.slices[-1].stop
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((runs, *s.shape[1:]), s.dtype), self.program.shapes
@@ -298,7 +298,7 @@ class Sweep:
 
 
 def _shares_memory(mesh: Mesh) -> bool:
-    """Whether the devices' memory is the host's."""
+    """Returns whether the devices use the memory of the host."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
