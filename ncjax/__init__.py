@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ncjax import metrics
     from ncjax.api import train
+    from ncjax.config import Config
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
     from ncjax.features.result import Measurement
-    from ncjax.runs.load import load_run
+    from ncjax.runs.load import Run, load_run
 
 __all__ = [
+    "Config",
     "InputError",
     "Measurement",
+    "Run",
     "load_run",
     "measure",
     "measure_batches",
@@ -25,8 +28,10 @@ __version__ = "0.1.0"
 # Where public names are defined. They are imported when they are first used: a command line must
 # not wait for JAX.
 _HOMES = {
+    "Config": "ncjax.config",
     "InputError": "ncjax.errors",
     "Measurement": "ncjax.features.result",
+    "Run": "ncjax.runs.load",
     "load_run": "ncjax.runs.load",
     "measure": "ncjax.features.measure",
     "measure_batches": "ncjax.features.measure",

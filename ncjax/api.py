@@ -19,9 +19,8 @@ def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
     `ncjax plot WORKDIR`.
 
     Args:
-      config: a `Config`, as `ncjax.config.default_config()` returns one; or the name of a config
-        that ships, as in "digits" or "mnist:smoke"; or the path of a Python file with
-        `get_config()`.
+      config: an `ncjax.Config`; or the name of a config that ships, as in "digits" or
+        "mnist:smoke"; or the path of a Python file with `get_config()`.
       workdir: the folder for config.json, history.nc, metrics.jsonl and checkpoints/. It is made
         where it is missing.
 
@@ -38,8 +37,7 @@ def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
     Examples:
       >>> import tempfile
       >>> import ncjax
-      >>> from ncjax.config import default_config
-      >>> config = default_config()
+      >>> config = ncjax.Config()
       >>> config.data.name, config.data.per_class, config.model.widths = "synthetic", 20, (8, 8)
       >>> config.train.epochs, config.train.batch_size = 2, 16
       >>> config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)

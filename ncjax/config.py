@@ -245,7 +245,33 @@ class CompileConfig(_Section):
 
 @dataclass
 class Config(_Section):
-    """Holds every field of a run, in sections: `config.train.epochs = 100`."""
+    """Holds every field of a sweep, in sections: `config.train.epochs = 100`.
+
+    A field that does not exist is refused when it is set; values are checked when training begins.
+
+    Attributes:
+      data: which data set, how many examples per class, how inputs are scaled.
+      model: the network: its kind, widths, activation, normalization and biases.
+      loss: `square` or `cross_entropy`.
+      targets: of the square loss: `one_hot` or `centered`.
+      train: epochs, batches, optimizer, schedule and precision.
+      sweep: the grid: every value of weight decay, learning rate, momentum, initialization scale
+        and seed.
+      mesh: how runs and batches are spread over devices.
+      units: `ours`, or `torch` for the numbers that PyTorch's optimizers take.
+      log: the epochs to measure at.
+      checkpoint: how often checkpoints are made, and how many are kept.
+      profile: where a profiler trace goes.
+      compile: whether compiled programs are kept.
+
+    Examples:
+      >>> import ncjax
+      >>> config = ncjax.Config()
+      >>> config.train.optimizer, config.sweep.weight_decay = "adamw", (0.0, 1e-3)
+      >>> config.train.epoch = 10
+      Traceback (most recent call last):
+      AttributeError: TrainConfig has no field epoch; did you mean epochs?
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -263,7 +289,14 @@ class Config(_Section):
     compile: CompileConfig = field(default_factory=CompileConfig)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Sets fields by their dotted names: `config.update({"train.epochs": 100})`."""
+        """Sets fields by their dotted names.
+
+        Examples:
+          >>> config = Config()
+          >>> config.update({"train.epochs": 100, "loss": "cross_entropy"})
+          >>> config.train.epochs
+          100
+        """
         for name, value in values.items():
             section, _, leaf = name.rpartition(".")
             setattr(getattr(self, section) if section else self, leaf, value)

@@ -9,7 +9,16 @@ from typing import Any, get_args
 
 
 class InputError(ValueError):
-    """Reports bad input in one line: the field, the value it had, and the way out."""
+    """Reports bad input in one line: the field, the value it had, and the way out.
+
+    It is a `ValueError`. A command prints it and exits with 2.
+
+    Examples:
+      >>> import ncjax
+      >>> ncjax.metrics.nc1([[1.0], [2.0]], [0, 2])
+      Traceback (most recent call last):
+      ncjax.errors.InputError: labels: got 'no example of class 1'; every class needs ...
+    """
 
     def __init__(self, field: str, value: object, way_out: str):
         super().__init__(printable(_one_line(f"{field}: got {_shown(value)}; {way_out}")))

@@ -8,8 +8,11 @@ import pytest
 import xarray as xr
 
 import ncjax
-from ncjax import api
+from docs import reference
+from ncjax import api, config, errors
 from ncjax.features import measure, result
+from ncjax.metrics import functions
+from ncjax.runs import load
 from tests.helpers import ROOT, small_config
 
 
@@ -57,8 +60,24 @@ def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
     assert seen[0].workdir.is_dir()
 
 
-@pytest.mark.parametrize("module", [api, measure, result], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [api, config, errors, functions, load, measure, result],
+    ids=lambda module: module.__name__,
+)
 def test_examples_in_docstrings_give_what_they_say(module):
-    results = doctest.testmod(module)
+    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_every_public_name_has_an_example():
+    functions_and_classes = [getattr(ncjax, name) for name in ncjax.__all__ if name != "metrics"]
+    functions_and_classes += [getattr(ncjax.metrics, name) for name in ncjax.metrics.__all__]
+    without = [f.__name__ for f in functions_and_classes if ">>>" not in (f.__doc__ or "")]
+    assert without == ["Run"]  # load_run returns it, and has the example
+
+
+def test_the_reference_is_that_of_the_docstrings():
+    """Where it is not, run `python -m docs.reference`."""
+    assert reference.PAGE.read_text() == reference.render()

@@ -53,15 +53,15 @@ def run(module: str) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that says what is wrong in one line, without the usage before it."""
+    """Parses arguments and says what is wrong in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; --help lists the arguments\n")
 
 
 class _Stream(io.FileIO):
-    """A standard stream that takes everything: what cannot be written is dropped, and `problem`
-    is the first reason.
+    """Writes to a standard stream and never fails: what cannot be written is dropped, and
+    `problem` is the first reason.
     """
 
     problem: OSError | None = None

@@ -230,7 +230,7 @@ def _names(arrays: dict[str, Any]) -> str:
 
 
 def _progress(total: int) -> Any:
-    """A context that gives a function to call with the number of examples done."""
+    """Returns a context that gives a function to call with the number of examples done."""
     import contextlib
 
     from rich.console import Console

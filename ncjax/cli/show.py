@@ -146,7 +146,7 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
 
 
 def _epochs(holdings: "WorkdirContents", epoch: int | None) -> tuple[int | None, int | None]:
-    """(measured epoch, epoch of a checkpoint) that were asked for, or the newest (sound) ones;
+    """Returns (measured epoch, epoch of a checkpoint) as asked for, or the newest (sound) ones;
     None: there is none.
     """
     sound = [saved.epoch for saved in holdings.checkpoints if saved.problem is None]
@@ -171,7 +171,7 @@ def _no_checkpoint(holdings: "WorkdirContents", epoch: int | None) -> str:
 
 
 def _verify(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any]:
-    """What `inspect.verify` finds, and all that was found damaged before it."""
+    """Returns what `inspect.verify` finds, and all that was found damaged before it."""
     from ncjax.runs import inspect
 
     saved = [s.epoch for s in holdings.checkpoints]
@@ -200,7 +200,7 @@ def _verify(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any]:
 def _describe(
     holdings: "WorkdirContents", measured: int | None, saved: int | None
 ) -> dict[str, Any]:
-    """Everything but the tables' layout: what --json prints."""
+    """Returns what --json prints: everything but the layout of the tables."""
     shown = next(
         (s for s in reversed(holdings.checkpoints) if s.parameters and saved in (None, s.epoch)),
         None,
@@ -323,7 +323,7 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _pairs(section: dict[str, Any]) -> str:
-    """A section of the config in one line; what is left empty is left out."""
+    """Returns a section of the config in one line; what is left empty is left out."""
     shown = {
         name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in section.items()
     }

@@ -156,7 +156,17 @@ def measure_batches(
       what would mislead.
 
     Raises:
-      InputError (a ValueError): names the argument, its value and the way out.
+      InputError: a ValueError of one line that names the argument, its value and the way out.
+
+    Examples:
+      >>> import numpy as np, ncjax
+      >>> rng = np.random.default_rng(0)
+      >>> labels = np.arange(300) % 3
+      >>> features = np.eye(3)[labels] + 0.1 * rng.standard_normal((300, 3))
+      >>> batches = [(features[i : i + 50], labels[i : i + 50]) for i in range(0, 300, 50)]
+      >>> m = ncjax.measure_batches(batches, num_classes=3)
+      >>> round(m.nc1, 3) == round(ncjax.metrics.nc1(features, labels), 3)
+      True
     """
 
     from ncjax.features import measurement, streaming

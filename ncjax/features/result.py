@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Measurement(Mapping[str, float]):
-    """The metrics of a set of features, by name: `m.nc1` and `m["nc1"]` are the same number.
+    """Holds the metrics of a set of features, by name: `m.nc1` and `m["nc1"]` are the same number.
 
     `print(m)` shows them as a table with their definitions, and so does a notebook. A metric that
     is not defined for these features is NaN, and `notes` says why; one that needs what was not
@@ -33,8 +33,7 @@ class Measurement(Mapping[str, float]):
       centred: mu_c - mu_G of those classes as rows.
       cautions: what would mislead a reader of these numbers.
       notes: what was left out and why, and what is undefined.
-      unit: of the features, in which these arrays are; 1 but where squares of features leave
-        float64.
+      unit: the unit of these arrays; 1 except where squares of features leave float64.
 
     Examples:
       >>> import numpy as np, ncjax
@@ -84,7 +83,7 @@ class Measurement(Mapping[str, float]):
 
     @property
     def headline(self) -> str:
-        """How much was measured, in a line."""
+        """Returns how much was measured, in a line."""
         present = self.examples[self.examples > 0]
         return (
             f"{present.sum():,} examples of {len(present):,} classes, "

@@ -36,19 +36,20 @@ Images = Shaped[np.ndarray | jax.Array, "B *image"]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A network of a sweep as it was at one epoch. What needs more than its weights is read when it
-    is first asked for.
+    """Holds one network of a sweep as it was at one epoch, as `ncjax.load_run` returns it.
+
+    What needs more than its weights is read when it is first asked for.
 
     Attributes:
-      workdir: where it is from.
-      epoch: of its weights.
+      workdir: the folder it was read from.
+      epoch: the epoch of its weights.
       coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
-      config: of the whole sweep, as in config.json; the checkpoint's own copy.
+      config: the config of the whole sweep, as in config.json; the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
       variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch
         normalization.
-      checksums: of the data that it was trained on, see `dataset.checksums`; empty where its
-        checkpoint does not say.
+      checksums: the checksums of the data that it was trained on; empty where its checkpoint does
+        not say.
     """
 
     workdir: Path
@@ -61,27 +62,33 @@ class Run:
 
     @property
     def params(self) -> dict:
-        """Its weights, layer by layer: kernels (in, out), of convolutions (3, 3, in, out)."""
+        """Returns its weights by layer: kernels (in, out), of convolutions (3, 3, in, out)."""
         return self.variables["params"]
 
     @functools.cached_property
     def dataset(self) -> datasets.Dataset:
-        """The data it was trained on, or InputError where they are no longer found, or are
-        others.
+        """Returns the data it was trained on; raises InputError where they are no longer found, or
+        are others.
         """
         return load_data(self.config, self.checksums)
 
     @functools.cached_property
     def history(self) -> xr.Dataset:
-        """Its measurements: the slice of history.nc at its coordinates; or InputError."""
+        """Returns its measurements, the slice of history.nc at its coordinates; raises InputError
+        where there is none.
+        """
         return slice_of(histories.load(self.workdir / "history.nc"), self.coordinates)
 
     def normalize(self, images: Images) -> Float[np.ndarray, "B *image"]:
-        """The network's inputs: (images - center) * scale by the statistics of ITS training split,
-        in its precision.
+        """Returns the network's inputs, (images - center) * scale by the statistics of the run's
+        own training split, in its precision.
 
-        images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8, 0
-          to 255).
+        Args:
+          images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8,
+            0 to 255).
+
+        Raises:
+          InputError: the images have another shape than the data set's.
         """
         center, scale = (
             np.asarray(a, self.config["train"]["precision"])
@@ -97,11 +104,11 @@ class Run:
         return (np.asarray(images).astype(center.dtype) - center) * scale
 
     def features(self, images: Images) -> Float[np.ndarray, "B p"]:
-        """h(x) of raw images, see `normalize`."""
+        """Returns the features h(x) of raw images, see `normalize`."""
         return self._forward(images, "features")
 
     def logits(self, images: Images) -> Float[np.ndarray, "B C"]:
-        """f(x) = W h(x) + b of raw images, see `normalize`."""
+        """Returns the outputs f(x) = W h(x) + b of raw images, see `normalize`."""
         return self._forward(images, "__call__")
 
     def _forward(self, images: Images, method: str) -> np.ndarray:
@@ -120,17 +127,35 @@ def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) ->
 
 
 def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
-    """The run of a WORKDIR at these coordinates, as in `load_run("runs/digits", weight_decay=1e-3,
-    seed=0)`.
+    """Returns one run of a sweep, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
+
+    Its part of a checkpoint is read alone and compared with its checksums.
 
     Args:
-      epoch: of a checkpoint; None: the newest one that is sound (one that is not is named in a
-        warning).
-      coordinates: numbers, of the run on the axes of the grid, in the project's units, as in
+      workdir: the folder that `ncjax.train` or `ncjax train` has left.
+      epoch: the epoch of a checkpoint; None: the newest one that is sound (one that is not is
+        named in a warning).
+      coordinates: the run's numbers on the axes of the grid, in the project's units, as in
         history.nc. An axis of one value may be left out.
 
+    Returns:
+      A `Run`: its weights, its outputs on images, its data and its history.
+
     Raises:
-      InputError: no such checkpoint or run, or it is damaged.
+      InputError: there is no such checkpoint or run, or it is damaged.
+
+    Examples:
+      >>> import tempfile
+      >>> import ncjax
+      >>> config = ncjax.Config()
+      >>> config.data.name, config.data.per_class, config.model.widths = "synthetic", 20, (8, 8)
+      >>> config.train.epochs, config.train.batch_size, config.sweep.seed = 2, 16, (0, 1)
+      >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+      ...     history = ncjax.train(config, folder)
+      ...     run = ncjax.load_run(folder, seed=1)
+      2 runs (1 weight_decay x 2 seed) of 32-8-8-10 on synthetic: ...
+      >>> run.epoch, run.params["head"]["kernel"].shape
+      (2, (8, 10))
     """
     workdir = expanded("workdir", workdir)
     if not workdir.is_dir():
