@@ -194,3 +194,12 @@ def regularized_bias(
         by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)
     )
     return np.where(by_bias_alone, 0.0, 1 - threshold - by_bias), by_bias
+
+
+def norm_imbalance(flow_time: Numbers, weight_decay: Numbers) -> np.ndarray:
+    """Returns exp(-2 lambda t): (||W_k||^2 - ||W_l||^2)(t) over its value at t = 0, any k and l.
+
+    Along gradient flow <W_k, G_k> is the same for all layers of a network of degree 1 in each, so
+    only decay acts on the difference.
+    """
+    return np.exp(-2 * np.asarray(weight_decay) * np.asarray(flow_time))

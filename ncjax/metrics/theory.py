@@ -65,18 +65,6 @@ def lemma2_residual(
     return jnp.max(jnp.abs(loss - right)) / loss
 
 
-def norm_imbalance(
-    flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]
-) -> np.ndarray:
-    """exp(-2 lambda t) = (||W_k||^2 - ||W_l||^2)(t) over its value at t = 0 along gradient flow,
-    for any two layers.
-
-    <W_k, G_k> is the same for all layers of a network of degree 1 in each, so only decay acts on
-    the difference.
-    """
-    return np.exp(-2 * np.asarray(weight_decay) * np.asarray(flow_time))
-
-
 def relaxation_time(
     flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]
 ) -> np.ndarray:

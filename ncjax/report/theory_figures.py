@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from ncjax.metrics import closed_forms, theory
+from ncjax.metrics import closed_forms
 from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import panels
 from ncjax.report.figures import setting_words
@@ -72,7 +72,7 @@ def collapse_against_clock(history: xr.Dataset) -> "Figure":
     axes = figure.axes[0]
     low = axes.get_ylim()
     grid = np.geomspace(times[times > 0].min(), times.max(), 300)
-    predicted = theory.norm_imbalance(grid / 2, np.ones_like(grid))  # the clock is 2 lambda t
+    predicted = closed_forms.norm_imbalance(grid / 2, np.ones_like(grid))  # the clock is 2 lambda t
     axes.plot(grid, predicted, color="0.4", linestyle="--", linewidth=1)
     axes.set_ylim(*low)
     return figure

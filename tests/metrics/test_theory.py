@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax.metrics import theory
+from ncjax.metrics import closed_forms, theory
 from ncjax.metrics.linalg import symmetric_part
 
 
@@ -536,7 +536,7 @@ def test_norm_imbalance_decays_as_gradient_flow_of_a_linear_net_does():
             w + step / 6 * (a + 2 * b + 2 * c + d)
             for w, a, b, c, d in zip(weights, k1, k2, k3, k4, strict=True)
         ]
-    predicted = theory.norm_imbalance(step * np.arange(1001), np.full(1001, weight_decay))
+    predicted = closed_forms.norm_imbalance(step * np.arange(1001), np.full(1001, weight_decay))
     np.testing.assert_allclose(np.array(imbalance) / imbalance[0], predicted, rtol=1e-6)
     assert imbalance[0] > 5
     assert predicted[-1] == pytest.approx(np.exp(-1), rel=1e-12)
