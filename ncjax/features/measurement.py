@@ -28,7 +28,7 @@ from ncjax.features.streaming import SAME_EXAMPLES, as_array
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.linalg import symmetric_part
 from ncjax.metrics.statistics import Statistics
-from ncjax.metrics.vocabulary import assemble
+from ncjax.metrics.vocabulary import Quantities, assemble
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ GLOBAL_MEANS, LOSSES = ("classes", "examples"), ("square", "cross_entropy")
 
 
 class Asked(NamedTuple):
-    """What is to be measured; see `measure.measure`."""
+    """Names what is to be measured; its fields are arguments of `measure.measure_batches`."""
 
     loss: str = "square"
     weight_decay: float | None = None
@@ -80,8 +80,8 @@ class Units(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the second pass measures against. Of the C classes that have examples, but for
-    `examples`:
+    """Holds what the second pass measures against, of the C classes that have examples; `examples`
+    counts those of every class.
 
     Attributes:
       examples: of every class, those with none too.
@@ -328,7 +328,7 @@ def _units(
         if outputs > most:
             way_out = (
                 f"cross-entropy of outputs beyond 2^{most} leaves {np.dtype(dtype)}; scale "
-                f"logits, head or features"
+                "logits, head or features"
             )
             raise InputError("outputs", f"up to 2^{outputs}", way_out)
         outputs = 0
@@ -517,7 +517,7 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
         raise InputError("features", "examples very far from their class mean", way_out)
 
 
-_of_features = jax.jit(assemble)
+_of_features = jax.jit(lambda statistics: assemble(Quantities(statistics)))
 
 
 def _statistics(reference: Reference, deviations: Deviations) -> Statistics:
@@ -555,7 +555,7 @@ def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:
 def _outputs(
     reference: Reference, deviations: Deviations, residuals: np.ndarray | None
 ) -> dict[str, Any]:
-    """What outputs say: NC4 and quasi-interpolation."""
+    """Returns NC4, accuracy and quasi-interpolation, which outputs determine."""
     counts, units = reference.examples[reference.present], reference.units
     num_classes, total = len(counts), counts.sum()
     if residuals is not None:
@@ -569,9 +569,8 @@ def _outputs(
         spread = np.ldexp(spread, units.features + units.head - units.outputs)
     else:
         spread = deviations.residuals
-        if (
-            deviations.residual_sums is not None
-        ):  # about the mean residual, not that of the mean output
+        if deviations.residual_sums is not None:
+            # About the mean residual, not that of the mean output.
             spread = spread - np.sum(deviations.residual_sums**2 / counts[:, None])
         spread = np.sqrt(spread)
     return {
@@ -593,7 +592,7 @@ def _head_strengths(reference: Reference) -> np.ndarray:
 def _equilibrium(
     reference: Reference, deviations: Deviations, residuals: Any, notes: list[str]
 ) -> dict[str, Any]:
-    """What theory says of a head that was trained with weight decay lambda."""
+    """Returns what theory says of a head that was trained with weight decay lambda."""
     assert reference.head is not None
     counts, units = reference.examples[reference.present], reference.units
     num_classes, total = len(counts), counts.sum()

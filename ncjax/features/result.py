@@ -1,4 +1,4 @@
-"""What a measurement of features has found: numbers by name, as a table, as data."""
+"""Defines what a measurement of features returns: numbers by name, as a table, as data."""
 
 import html
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Num
 
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import VOCABULARY, Metric
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +57,8 @@ class Measurement(Mapping[str, float]):
     unit: float = 1.0
 
     def __post_init__(self) -> None:
-        known = [name for name in VOCABULARY if name in self.metrics]
-        others = [name for name in self.metrics if name not in VOCABULARY]
-        ordered = {name: self.metrics[name] for name in (*known, *others)}
+        order = [*VOCABULARY, *self.metrics]
+        ordered = dict(sorted(self.metrics.items(), key=lambda item: order.index(item[0])))
         object.__setattr__(self, "metrics", ordered)
 
     def __getitem__(self, name: str) -> float:
@@ -97,10 +96,8 @@ class Measurement(Mapping[str, float]):
         """
         import xarray as xr
 
-        known = {name: VOCABULARY[name] for name in self.metrics if name in VOCABULARY}
         variables: dict[str, Any] = {
-            name: ((), value, known[name].attributes if name in known else {})
-            for name, value in self.metrics.items()
+            name: ((), value, _entry(name).attributes) for name, value in self.metrics.items()
         }
         present = np.flatnonzero(self.examples)
         variables["examples"] = (("label",), self.examples[present], {"long_name": "examples"})
@@ -116,8 +113,8 @@ class Measurement(Mapping[str, float]):
         rows = {
             name: {
                 "value": value,
-                "definition": VOCABULARY[name].definition if name in VOCABULARY else "",
-                "best": VOCABULARY[name].best if name in VOCABULARY else None,
+                "definition": _entry(name).definition,
+                "best": _entry(name).best,
             }
             for name, value in self.metrics.items()
         }
@@ -126,7 +123,7 @@ class Measurement(Mapping[str, float]):
     def __repr__(self) -> str:
         width = max((len(name) for name in self.metrics), default=0)
         lines = [
-            f"{name:<{width}}  {value:>10.4g}  {self._definition(name)}"
+            f"{name:<{width}}  {value:>10.4g}  {_entry(name).definition}"
             for name, value in self.metrics.items()
         ]
         remarks = [f"note: {remark}" for remark in (*self.cautions, *self.notes)]
@@ -135,13 +132,14 @@ class Measurement(Mapping[str, float]):
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{value:.4g}</td>"
-            f"<td style='text-align:left'>{html.escape(self._definition(name))}</td></tr>"
+            f"<td style='text-align:left'>{html.escape(_entry(name).definition)}</td></tr>"
             for name, value in self.metrics.items()
         )
         remarks = "".join(f"<p>{html.escape(r)}</p>" for r in (*self.cautions, *self.notes))
         head = "<tr><th>metric</th><th>value</th><th>definition</th></tr>"
         return f"<p>{html.escape(self.headline)}</p><table>{head}{rows}</table>{remarks}"
 
-    @staticmethod
-    def _definition(name: str) -> str:
-        return VOCABULARY[name].definition if name in VOCABULARY else ""
+
+def _entry(name: str) -> Metric:
+    """Returns what the vocabulary says of a metric; its title alone of a name that it lacks."""
+    return VOCABULARY.get(name) or Metric(name, definition="")

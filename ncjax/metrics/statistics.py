@@ -6,7 +6,7 @@ batches.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -39,7 +39,6 @@ class Statistics:
       along_means: sum of (u_j^T (h - mu_c))^2 for the left singular vector u_j of each singular
         value.
       head: W_L.
-      bias: b of the head.
       in_row_space: sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
       correct: number of examples whose largest output is their class's.
       disagreements: number of examples whose largest output is not that of the nearest class mean.
@@ -51,7 +50,6 @@ class Statistics:
       fit_gradient: gradient of the fit term with respect to W_L, which is -mean r h^T.
       weight_decay: lambda.
       class_weights: what mu_G weighs the class means by; None: all alike.
-      balanced: whether all classes have one size.
     """
 
     examples: Num[AnyArray, " C"]
@@ -61,7 +59,6 @@ class Statistics:
     within: Num[AnyArray, " C"]
     along_means: Num[AnyArray, " k"]
     head: Num[AnyArray, "C p"] | None = None
-    bias: Num[AnyArray, " C"] | None = None
     in_row_space: Num[AnyArray, ""] | None = None
     correct: Num[AnyArray, ""] | None = None
     disagreements: Num[AnyArray, ""] | None = None
@@ -72,13 +69,10 @@ class Statistics:
     fit_gradient: Num[AnyArray, "C p"] | None = None
     weight_decay: Num[AnyArray, ""] | None = None
     class_weights: Num[AnyArray, " C"] | None = None
-    balanced: bool = field(default=True, metadata={"static": True})
 
     def has(self, names: Iterable[str]) -> bool:
-        """Returns whether none of these fields is None or False."""
-        return all(
-            getattr(self, name) is not None and getattr(self, name) is not False for name in names
-        )
+        """Returns whether none of these fields is None."""
+        return all(getattr(self, name) is not None for name in names)
 
 
 def statistics_of_passes(
@@ -155,4 +149,4 @@ def class_statistics(
             "mean_residuals": mean_residuals,
             "residual_scatter": jnp.sum((residuals - mean_residuals[labels]) ** 2),
         }
-    return Statistics(examples, means, center, spectrum, head=head, bias=bias, **fields)
+    return Statistics(examples, means, center, spectrum, head=head, **fields)

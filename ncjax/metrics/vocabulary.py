@@ -11,7 +11,7 @@ function.
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Quantities:
 
     @functools.cached_property
     def class_weights(self) -> Array:
-        """What mu_G weighs the class means by."""
+        """Returns what mu_G weighs the class means by."""
         weights = self.statistics.class_weights
         return jnp.ones(self.num_classes) if weights is None else weights
 
@@ -84,13 +84,8 @@ class Quantities:
 
     @functools.cached_property
     def interpolation(self) -> dict[str, Array]:
-        """How far class-mean outputs are from targets."""
-        statistics = self.statistics
-        if statistics.mean_residuals is not None:
-            return collapse.quasi_interpolation(statistics.mean_residuals)
-        return collapse.quasi_interpolation_of_head(
-            statistics.means, statistics.head, statistics.bias, jnp.ones(())
-        )
+        """Returns how far class-mean outputs are from targets."""
+        return collapse.quasi_interpolation(self.statistics.mean_residuals)
 
     @functools.cached_property
     def class_mean_logits(self) -> Array:
@@ -164,10 +159,10 @@ def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Fun
 
 
 _SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
-_HEAD, _OUTPUTS = ("head",), ("disagreements",)
+_HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # The theorem and the budget are of classes of one size.
-_THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance", "balanced")
+_THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
 
 VOCABULARY |= {
     "finite": Metric(
@@ -334,7 +329,7 @@ def nc3_floor(q: Quantities) -> Array:
     dims=_SPLIT,
     most=1,
     best=0,
-    needs=_OUTPUTS,
+    needs=("disagreements",),
 )
 def nc4(q: Quantities) -> Array:
     return q.statistics.disagreements / q.total
@@ -345,7 +340,7 @@ def nc4(q: Quantities) -> Array:
     "mean residual y - f of an example's own class (f: probabilities with cross-entropy)",
     dims=_SPLIT,
     least=-math.inf,
-    needs=_OUTPUTS,
+    needs=("mean_residuals",),
 )
 def epsilon(q: Quantities) -> Array:
     return q.interpolation["epsilon"]
@@ -356,7 +351,7 @@ def epsilon(q: Quantities) -> Array:
     "minus the mean residual of the other classes",
     dims=_SPLIT,
     least=-math.inf,
-    needs=_OUTPUTS,
+    needs=("mean_residuals",),
 )
 def delta(q: Quantities) -> Array:
     return q.interpolation["delta"]
@@ -367,13 +362,19 @@ def delta(q: Quantities) -> Array:
     "|delta - epsilon/(C-1)|: 0 under symmetric quasi-interpolation",
     dims=_SPLIT,
     best=0,
-    needs=_OUTPUTS,
+    needs=("mean_residuals",),
 )
 def sqi_gap(q: Quantities) -> Array:
     return q.interpolation["sqi_gap"]
 
 
-@_metric("spread of outputs", "sqrt(mean ||r - rbar_c||^2/C)", dims=_SPLIT, best=0, needs=_OUTPUTS)
+@_metric(
+    "spread of outputs",
+    "sqrt(mean ||r - rbar_c||^2/C)",
+    dims=_SPLIT,
+    best=0,
+    needs=("residual_scatter",),
+)
 def output_spread(q: Quantities) -> Array:
     return jnp.sqrt(q.statistics.residual_scatter / q.total / q.num_classes)
 
@@ -383,7 +384,7 @@ def output_spread(q: Quantities) -> Array:
     "||E||_F/C, E what of the mean residuals is not symmetric between classes",
     dims=_SPLIT,
     best=0,
-    needs=_OUTPUTS,
+    needs=("mean_residuals",),
 )
 def output_asymmetry(q: Quantities) -> Array:
     return q.interpolation["output_asymmetry"]
@@ -467,6 +468,7 @@ VOCABULARY |= {
     "normalized_margin": Metric(
         "normalized margin gamma",
         "gamma: margin of the class-mean outputs over the product of all ||W_k||_F",
+        least=-math.inf,
     ),
     "mode_eigenvalues": Metric(
         "mode eigenvalue",
@@ -524,16 +526,20 @@ VOCABULARY["budget_residual"] = Metric(
 )
 
 
-def assemble(summed: "statistics.Statistics") -> dict[str, Array]:
-    """Computes every metric that a split's statistics determine.
+def assemble(quantities: Quantities, names: Iterable[str] = tuple(VOCABULARY)) -> dict[str, Array]:
+    """Computes the metrics that a split's statistics determine.
+
+    Args:
+      quantities: of the split.
+      names: metrics that are wanted; by default all.
 
     Returns:
-      name -> float64 scalar, in the order of the vocabulary. Metrics whose `needs` are not all
-      there are left out.
+      name -> float64 scalar. Metrics whose `needs` are not all there are left out, and so are those
+      that have no function.
     """
-    quantities = Quantities(summed)
+    entries = {name: VOCABULARY[name] for name in names}
     return {
         name: metric.function(quantities)
-        for name, metric in VOCABULARY.items()
-        if metric.function is not None and summed.has(metric.needs)
+        for name, metric in entries.items()
+        if metric.function is not None and quantities.statistics.has(metric.needs)
     }

@@ -137,10 +137,11 @@ def evaluate(
         penalty = decay_penalty(params, decayed, weight_decay)
         loss = jnp.stack([fit + penalty for fit in fits])
         with jax.enable_x64(True):
-            metrics = _by_split(assemble(train), assemble(test))
+            quantities = Quantities(train)
+            metrics = _by_split(quantities, Quantities(test))
             metrics |= {"loss": loss, "fit_loss": jnp.stack(fits)}
             metrics |= _of_network(
-                params, gradients, train, train_sums, loss[0], weight_decay, names, decayed
+                params, gradients, quantities, train_sums, loss[0], weight_decay, names, decayed
             )
         if objective.loss != "square":  # an identity of the square loss alone
             metrics["lemma2_residual"] = jnp.full((), jnp.nan)
@@ -152,18 +153,21 @@ def evaluate(
         return _masked(metrics, params, loss[0], head.dtype)
 
 
-def _by_split(train: dict[str, Array], test: dict[str, Array]) -> dict[str, Array]:
-    """Joins the metrics of both splits; those without that dimension are of the training split."""
-    return {
-        name: jnp.stack([value, test[name]]) if "split" in VOCABULARY[name].dims else value
-        for name, value in train.items()
-    }
+def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
+    """Returns the metrics of both splits together, and those of training alone.
+
+    What has a number for every layer is left to `_of_network`.
+    """
+    of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
+    of_training = [name for name, metric in VOCABULARY.items() if not metric.dims]
+    pairs = assemble(train, of_splits), assemble(test, of_splits)
+    return jax.tree.map(lambda *values: jnp.stack(values), *pairs) | assemble(train, of_training)
 
 
 def _of_network(
     params: dict,
     gradients: dict,
-    statistics: Statistics,
+    quantities: Quantities,
     sums: _FirstPass,
     loss: Array,
     weight_decay: Array,
@@ -171,7 +175,6 @@ def _of_network(
     decayed: dict,
 ) -> dict[str, Array]:
     """Returns metrics of all layers, and (C, C) matrices of the class means."""
-    quantities = Quantities(statistics)
     pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
     norms_sq = jnp.stack([jnp.sum(kernel**2) for kernel, _ in pairs])
     lemma2 = theory.lemma2_residual(

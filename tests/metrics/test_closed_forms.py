@@ -179,9 +179,8 @@ def unconstrained_loss(flat, shapes, per_class, weight_decay, setting):
     targets = np.repeat(np.eye(num_classes), per_class, axis=0)
     if setting.targets == "centered":
         targets = targets - 1 / num_classes
-    products = list(
-        itertools.accumulate(factors, np.matmul)
-    )  # features of each layer, the inputs being e_n
+    # Features of each layer, the inputs being e_n.
+    products = list(itertools.accumulate(factors, np.matmul))
     residual = (products[-1] + bias - targets) / len(targets)
     loss = np.sum(residual**2) * len(targets) / 2 + weight_decay / 2 * sum(
         np.sum(w**2) for w in factors

@@ -10,7 +10,7 @@ import pytest
 
 from ncjax.metrics import collapse
 from ncjax.metrics.statistics import statistics_of_passes
-from ncjax.metrics.vocabulary import assemble
+from ncjax.metrics.vocabulary import Quantities, assemble
 from tests.helpers import (
     oracle_geometry,
     oracle_nc3_floor,
@@ -25,7 +25,7 @@ def assembled(means, scatter, frame, head):
     with jax.enable_x64(True):
         statistics = statistics_of_passes(means, frame, scatter, head)
         cosines = collapse.cosines(statistics.means - statistics.center[None])
-        metrics = assemble(statistics) | {"class_mean_cosine": cosines}
+        metrics = assemble(Quantities(statistics)) | {"class_mean_cosine": cosines}
         del metrics["weight_norm_sq"]  # the one that has a unit
         return metrics
 
@@ -226,9 +226,8 @@ def test_opposite_head_has_the_largest_nc3():
 def test_equal_class_means_have_rank_0_and_nc1_nan():
     rng = np.random.default_rng(0)
     deviation = rng.integers(-4, 5, (6, 8)).astype(np.float64)
-    features = np.tile(
-        np.concatenate([1 + deviation, 1 - deviation]), (5, 1)
-    )  # every class has mean 1, exactly
+    # Every class has mean 1, exactly.
+    features = np.tile(np.concatenate([1 + deviation, 1 - deviation]), (5, 1))
     labels = np.repeat(np.arange(5), 12)
     got = measured(features, np.eye(5)[labels], labels, rng.standard_normal((5, 8)))
     assert got["nc1_rank"] == 0
@@ -303,9 +302,8 @@ def test_scaling_the_within_class_deviations_scales_nc1_by_the_square():
 @pytest.mark.parametrize("seed", range(3))
 def test_quasi_interpolation_of_mean_residuals_by_hand(seed):
     """With Rbar = t (I - J/C) + q J/C + E: epsilon + delta = t and epsilon - (C-1) delta = q."""
-    outputs = np.random.default_rng(seed).standard_normal(
-        (6, 6)
-    )  # mean outputs of class c in row c
+    # Mean outputs of class c in row c.
+    outputs = np.random.default_rng(seed).standard_normal((6, 6))
     with jax.enable_x64(True):
         got = {
             name: float(v)
@@ -443,9 +441,8 @@ def test_pairs_of_classes_taken_a_few_rows_at_a_time_give_the_same(num_classes, 
     features, outputs, labels, head = random_split(num_classes=num_classes)
     expected = oracle_split(features, outputs, labels, head) | oracle_geometry(head, "head")
     expected["nc3_floor"] = oracle_nc3_floor(head)
-    monkeypatch.setattr(
-        collapse, "_MOST_PAIRS", 2 * num_classes
-    )  # two rows at a time of an odd number
+    # Two rows at a time of an odd number.
+    monkeypatch.setattr(collapse, "_MOST_PAIRS", 2 * num_classes)
     with jax.enable_x64(True):
         got = measured(features, outputs, labels, head, dtype=np.float64, f=two_passes)
     assert_equal(got, expected, 1e-11, atol=1e-12)

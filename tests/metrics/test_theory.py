@@ -385,10 +385,11 @@ def test_the_budget_is_an_identity_at_any_moment_of_training():
 def test_every_term_of_the_budget_equals_its_definition():
     arguments, head, weight_decay = budget_problem()
     terms, shares = account(head, weight_decay, **arguments)
+    # Classes as columns, and as rows.
     rbar, means = (
         arguments["mean_residuals"].T,
         arguments["means"],
-    )  # classes as columns, and as rows
+    )
     t, q = np.sum(rbar * across(4)) / 3, np.sum(rbar * average(4))
     expected = {
         "theorem": t / 4 * (means - means.mean(0)),
