@@ -200,7 +200,7 @@ def main() -> None:
 def show(found: dict[tuple[str, str], list[float]], matmul: dict[str, float]) -> None:
     title = (
         f"8 runs; float32 matmul of 2048: JAX {matmul['jax']:.0f}, PyTorch {matmul['torch']:.0f} "
-        f"GFLOP/s"
+        "GFLOP/s"
     )
     table = Table(title=title)
     for column in (

@@ -288,7 +288,7 @@ def main() -> None:
     size, rounds = (5_000, 2) if arguments.quick else (50_000, ROUNDS)
     table = Table(
         title=f"N = {size:,}, p = 512, float32: median (least to greatest) of {rounds} rounds in "
-        f"turns"
+        "turns"
     )
     for heading in (
         "C",
@@ -328,7 +328,7 @@ def main() -> None:
             f"reading it twice {reading:.1f} s, two GEMM passes {gemm[0]:.1f} s (PyTorch) "
             f"{gemm[1]:.1f} s (JAX): "
             f"{min(found['seconds']) / bound:.2f} times the larger; {found['peak'] / 2**20:.0f} "
-            f"MiB beside the file",
+            "MiB beside the file",
             highlight=False,
         )
     with tempfile.TemporaryDirectory() as folder:

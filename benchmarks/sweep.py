@@ -502,7 +502,7 @@ def plot(result: dict, path: Path) -> None:
     rounds, hardware = result["config"]["repeats"], result["machine"]
     caption = (
         f"Median and range of {rounds} rounds; {hardware['cpu']}, {hardware['cores']} cores, "
-        f"float32"
+        "float32"
     )
     figure.suptitle(caption, fontsize=7, color="0.3")
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -23,9 +23,8 @@ EPOCHS, BATCH, LEARNING_RATE, MOMENTUM = 100, 64, 0.1, 0.9
 
 images, labels = load_digits(return_X_y=True)
 images = images - images.mean(0)
-images = jnp.asarray(
-    2 * images / jnp.linalg.norm(images, axis=1).mean(), jnp.float32
-)  # mean norm 2
+# Mean norm 2.
+images = jnp.asarray(2 * images / jnp.linalg.norm(images, axis=1).mean(), jnp.float32)
 labels = jnp.asarray(labels)
 
 

@@ -75,9 +75,8 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
     kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
-    if not path.exists() or not history.load(path).equals(
-        kept
-    ):  # the same numbers keep the file they have
+    if not path.exists() or not history.load(path).equals(kept):
+        # The same numbers keep the file they have.
         history.save(kept, path)
     return kept
 

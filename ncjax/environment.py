@@ -1,4 +1,7 @@
-"""Refuses environment variables by which JAX would crash, or train something else."""
+"""Looks at what JAX runs in: refuses variables by which it would crash, or train something else.
+
+It also says how much memory the machine has.
+"""
 
 import os
 import re
@@ -81,3 +84,8 @@ def import_jax() -> None:
         name = named.group().upper() if named else "JAX_*"
         way_out = f"JAX does not start ({last_line(error)}); correct it, or unset it"
         raise InputError(name, os.environ.get(name), way_out) from error
+
+
+def physical_memory() -> int:
+    """Returns the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -147,7 +147,7 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
         return
     way_out = (
         f"{config.data.name} has examples of shape {shape}; it needs images (height, width, "
-        f"channels)"
+        "channels)"
     )
     if config.model.kind == "conv":
         raise InputError("config.model.kind", config.model.kind, way_out)
@@ -172,7 +172,7 @@ def check_path(field: str, folder: Path) -> None:
     if found:
         way_out = (
             f"Orbax and TensorStore take {found[0].strip('/')!a} in its path for another place; "
-            f"choose another"
+            "choose another"
         )
         raise InputError(field, str(folder), way_out)
 
@@ -206,7 +206,8 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         TypeError,
         AttributeError,
         RecursionError,
-    ) as error:  # no JSON, or JSON that is no config
+    ) as error:
+        # No JSON, or JSON that is no config.
         raise InputError(
             "--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR"
         ) from error

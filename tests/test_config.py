@@ -352,10 +352,11 @@ def test_differences_name_field_and_both_values():
     stored["train"]["epochs"] = 7
     stored["sweep"]["seed"] = [0, 1]
     stored["units"] = "torch"
+    # Younger than what was stored: their defaults.
     del (
         stored["train"]["augment"],
         stored["checkpoint"]["marked"],
-    )  # younger than what was stored: their defaults
+    )
     seeds, epochs, units = configuration.differences(config, stored)
     assert seeds.startswith("config.sweep.seed is ")
     assert seeds.endswith("there")

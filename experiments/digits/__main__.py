@@ -39,7 +39,7 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     history = histories["digits"]
     when = (
         f"Epoch {int(history['epoch'][-1])}, training split unless test is named, mean ± sd over "
-        f"seeds"
+        "seeds"
     )
     return {
         "collapse": _table(f"{when}; in bold the least", history, COLLAPSE),

@@ -96,9 +96,8 @@ def _figure(networks):
         scaled = 2 * num_classes * theory.collapsed_loss(alpha, num_classes)
         curves.plot(alpha, scaled, color=colour, linewidth=1, label=f"C = {num_classes}")
         curves.plot((num_classes - 1) / num_classes, 1, "o", color=colour, markersize=3.5)
-        etf = closed_forms.simplex_etf(num_classes) / np.sqrt(
-            num_classes
-        )  # checks the formula by its matrices
+        # Checks the formula by its matrices.
+        etf = closed_forms.simplex_etf(num_classes) / np.sqrt(num_classes)
         explicit = [
             np.sum((np.eye(num_classes) - a * num_classes * etf @ etf.T) ** 2)
             for a in (0.2, 0.5, 0.9)

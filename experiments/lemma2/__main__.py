@@ -46,7 +46,7 @@ def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     ]
     table = common.Table(
         f"Lemma 2: greatest error |L - right side|/L over {history.sizes['epoch']} epochs, seeds "
-        f"and layers; "
+        "and layers; "
         "and what forbids interpolation, mean ± sd over seeds in float32",
         (f"lambda (n = {history.sizes['seed']})", *errors, *at_the_end),
         list(zip(map(common.number, decays.values), *columns, strict=True)),

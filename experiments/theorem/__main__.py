@@ -78,7 +78,7 @@ def _table(
         rows += [(setting, *row) for row in zip(decays, *columns, strict=True)]
         runs = history["theorem_residual"].isel(epoch=-1).size // len(decays)
     return common.Table(
-        f"Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: "
+        "Error of the theorem, and lambda W_L by the budget (shares that sum to 1; below 1e-6: "
         f"0): {caption}",
         (f"setting (n = {runs})", "lambda", "error", "nc3", *TERMS),
         rows,

@@ -59,6 +59,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())}; --help lists the arguments\n")
 
 
+def refuse(error: Exception) -> int:
+    """Says what is wrong in one line, whatever a reader's message was; returns the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
 class _Stream(io.FileIO):
     """Writes to a standard stream and never fails: what cannot be written is dropped, and
     `problem` is the first reason.
@@ -93,9 +99,8 @@ def _open_streams() -> _Stream:
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except (
-            OSError
-        ):  # a file of ours would be given this number, and what is meant for the stream
+        except OSError:
+            # A file of ours would be given this number, and what is meant for the stream.
             os.open(os.devnull, os.O_RDWR)
     output, errors = (_Stream(number, "w", closefd=False) for number in (1, 2))
     sys.stdout, sys.stderr = output.as_text(sys.stdout), errors.as_text(sys.stderr)

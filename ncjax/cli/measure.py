@@ -18,7 +18,6 @@ In Python: `ncjax.measure(features, labels, head=W, bias=b)`; docs/measure.md. E
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _measure_files(arguments)
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return command.refuse(error)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -341,8 +339,7 @@ def _print(
         console.print(table)
     last = found[-1]
     present = last.examples[last.examples > 0]
-    words = f"{present.sum():,} examples of {len(present):,} classes, {_dim(last):,} features"
-    table = Table(title=printable(f"{layers[-1]}: {words}"))
+    table = Table(title=printable(f"{layers[-1]}: {last.headline}"))
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")

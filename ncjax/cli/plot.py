@@ -4,7 +4,6 @@ over one another.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,10 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_folder("--out", arguments.out)
         written = _draw(histories, arguments)
     except (InputError, OSError) as error:
-        print(
-            f"error: {' '.join(str(error).split())}", file=sys.stderr
-        )  # one line, whatever a reader's message was
-        return 2
+        return command.refuse(error)
     console = tables.make_console()
     for path in written:
         tables.say(console, str(path))

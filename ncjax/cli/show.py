@@ -12,7 +12,6 @@ input.
 import argparse
 import json
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return _show(arguments, coordinates)
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return command.refuse(error)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -347,7 +345,7 @@ def _verdict(verification: dict[str, Any]) -> str:
         runs = f"{verification['runs']} run{'s' if verification['runs'] > 1 else ''}"
         line += (
             f"{verification['variables']} variables of {runs} at epoch {verification['epoch']}, "
-            f"measured again: the "
+            "measured again: the "
             f"largest relative deviation is {verification['deviation']:.2g} "
             f"({verification['variable']} at {where}), "
             f"of {verification['tolerance']:g} allowed; "

@@ -209,15 +209,13 @@ def _load_config(named: str) -> config_dict.ConfigDict:
         repr(configuration.flatten(config.to_dict()))
     except (Interrupted, Stopped):
         raise
-    except (
-        BaseException
-    ) as error:  # the config is the user's Python file: anything may be wrong in it
+    except BaseException as error:
+        # The config is the user's Python file: anything may be wrong in it.
         raise InputError("--config", named, _fault(error, str(file))) from error
     finally:
         logger.disabled = False
-        sys.modules.pop(
-            "config_config", None
-        )  # ml_collections would load the next file on top of this one's names
+        # ml_collections would load the next file on top of this one's names.
+        sys.modules.pop("config_config", None)
     return config
 
 

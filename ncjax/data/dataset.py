@@ -336,7 +336,8 @@ def _cached(
         ValueError,
         AttributeError,
         RecursionError,
-    ) as error:  # the last three: checksums.json is damaged
+    ) as error:
+        # The last three: checksums.json is damaged.
         if os.path.isdir(folder):  # unlike Path.is_dir, also where it must not be asked
             warn(f"the decoded data in {folder} are not used ({error}): decoding anew")
     raw = make()

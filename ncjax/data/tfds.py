@@ -60,7 +60,7 @@ def find(name: str, root: Path) -> Path:
             name,
             "it is none of digits, synthetic, identity, and no prepared TFDS set is at "
             f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where "
-            f"there is a network, "
+            "there is a network, "
             f"prepare it with: {_preparation(name, root)}",
         )
     return max(homes, key=by_version.__getitem__)
@@ -155,7 +155,7 @@ def _pair(name: str, declared: dict[str, Any]) -> dict[str, Any]:
             for key, feature in declared.items()
         )
         way_out = (
-            f"it is no image-classification set, a TFDS Image and a ClassLabel "
+            "it is no image-classification set, a TFDS Image and a ClassLabel "
             f"({found or 'it has no such pair'}); "
             "choose another, or prepare this one anew if it is damaged"
         )

@@ -41,12 +41,12 @@ def _of_scatter(reference: "Reference", deviations: "Deviations") -> Iterator[st
     elif np.sum(within) < spacing**2 * np.sum(counts * np.sum(reference.means**2, axis=1)):
         yield (
             f"the scatter within classes is no larger than the rounding of the features: {names} "
-            f"are noise"
+            "are noise"
         )
     if 0 < single < len(counts):
         yield (
             f"{single:,} of {len(counts):,} classes have a single example and no scatter: {names} "
-            f"are too low"
+            "are too low"
         )
 
 
@@ -65,7 +65,7 @@ def _of_means(reference: "Reference", deviations: "Deviations") -> Iterator[str]
     for label in present[central][:_MOST_NAMED]:
         yield (
             f"the mean of class {label} is the global mean but for rounding: its angles are noise "
-            f"or undefined"
+            "or undefined"
         )
     # Equal means are neighbours in order of any coordinate.
     order = np.argsort(centred @ np.random.default_rng(0).standard_normal(centred.shape[1]))

@@ -1,5 +1,5 @@
-"""What two passes over examples add up, and how: sums by class, then squares and products of
-deviations from the means.
+"""Adds up the statistics of two passes: sums by class, then squares and products of deviations from
+the means.
 
 Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes
 and metrics of the sums.
@@ -115,7 +115,8 @@ class Scores(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What the second pass holds an example against, in the precision of the pass. With C classes:
+    """Holds what the second pass compares an example with, in the precision of the pass. With C
+    classes:
 
     Attributes:
       unit: power of two that features are multiplied by; what follows is of features in these
@@ -161,9 +162,8 @@ def _merge_sums(a: Sums, b: Sums) -> Sums:
             f"the other statistics have (classes, features) {a.pivots.shape}",
         )
     pivots = np.where(a.examples[:, None] > 0, a.pivots, b.pivots)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # what is not finite is refused by those who use the sums
+    with np.errstate(over="ignore", invalid="ignore"):
+        # What is not finite is refused by those who use the sums.
         features = np.subtract(b.pivots, pivots, dtype=np.float64)
         features *= b.examples[:, None]
         features += b.features
@@ -188,7 +188,7 @@ def save(statistics: Sums | Deviations, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Sums | Deviations:
-    """What `save` wrote."""
+    """Reads the statistics that `save` wrote."""
     try:
         with np.load(path) as file:
             fields = dict(file)

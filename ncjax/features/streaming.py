@@ -19,7 +19,6 @@ features costs no digits. Memory: O(C p) and a chunk, whatever the number of exa
 import collections
 import contextlib
 import operator
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ncjax import environment
 from ncjax.errors import InputError
 from ncjax.features.statistics import (
     LEAST_BLOCK,
@@ -100,9 +100,8 @@ def first_pass(
         )
 
     given: set[int] = set()  # bytes of a feature
-    seen = collections.defaultdict(
-        lambda: np.arange(num_classes + 1) == num_classes
-    )  # padding, always
+    # Padding, always.
+    seen = collections.defaultdict(lambda: np.arange(num_classes + 1) == num_classes)
 
     def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
         met = seen[device]
@@ -322,9 +321,8 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
     if size > most >= LEAST_BLOCK and _readable(features):
         most = rows or max(most, min(_IN_PLACE // dim, _COPIED // outputs))
         if features.ctypes.data % _ALIGNMENT:
-            begin = -(
-                -_ALIGNMENT // features[0].nbytes
-            )  # the rows before are copied, at the end, on their own
+            # The rows before are copied, at the end, on their own.
+            begin = -(-_ALIGNMENT // features[0].nbytes)
     count = parts * max(1, -(-(size - begin) // (parts * most)))
     length = _rounded(max(1, -(-(size - begin) // count)), most)
     for first in range(begin, size, length):
@@ -416,7 +414,7 @@ def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
         number = 0
     if number < 1 or isinstance(num_classes, bool):
         raise InputError(name, num_classes, "give an integer from 1 on")
-    needed, memory = _BYTES * number * dim, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = _BYTES * number * dim, environment.physical_memory()
     if number > _MOST_CLASSES or needed > memory:
         way_out = (
             f"sums of {dim} features of so many take {needed / 1e9:.3g} GB, and there are "
@@ -453,9 +451,8 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
         value = value.data
     if not isinstance(value, np.ndarray | jax.Array):
         value = value.detach() if hasattr(value, "detach") else value
-        if (
-            hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1
-        ):  # not in a CPU's memory
+        if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:
+            # Not in a CPU's memory.
             value = jax.dlpack.from_dlpack(value)
         elif hasattr(value, "__dlpack__"):
             try:
@@ -523,7 +520,7 @@ def _filled(part: Any, rows: int, float64: bool) -> Any:
 
 
 def _readable(features: Any) -> bool:
-    """Whether XLA can read an array where it lies, from an aligned address on."""
+    """Returns whether XLA can read an array where it lies, from an aligned address on."""
     return (
         isinstance(features, np.ndarray)
         and str(features.dtype) in _DEVICE_TYPES

@@ -1,4 +1,4 @@
-"""What the numbers are: the vocabulary of metrics, their formulas and the theory, of arrays alone.
+"""Defines the metrics: their vocabulary, formulas and theory, in functions of arrays alone.
 
 Public are the metrics one by one, imported when asked for: `ncjax.metrics.nc1(features, labels)`.
 """

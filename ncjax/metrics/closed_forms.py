@@ -83,7 +83,7 @@ def margin(relative: Numbers, depth: int, branch: str = "stable") -> np.ndarray:
 
 
 class Setting(NamedTuple):
-    """Who fits the sum of the outputs: C, head_bias in {none, free, decayed}, targets in
+    """Says who fits the sum of the outputs: C, head_bias in {none, free, decayed}, targets in
     {one_hot, centered}.
     """
 
@@ -93,7 +93,7 @@ class Setting(NamedTuple):
 
     @property
     def sum_is_fitted(self) -> bool:
-        """Whether the weights fit the sum of the outputs too, as one more mode."""
+        """Returns whether the weights fit the sum of the outputs too, as one more mode."""
         return self.head_bias == "none" and self.targets == "one_hot"
 
     @property
@@ -187,9 +187,8 @@ def regularized_bias(
         num_classes * np.asarray(weight_decay, np.float64),
         np.asarray(bias_decay, np.float64),
     )
-    by_bias_alone = (
-        bias_decay / (1 + bias_decay) <= threshold
-    )  # the residual sum without the mode, against its threshold
+    # The residual sum without the mode, against its threshold.
+    by_bias_alone = bias_decay / (1 + bias_decay) <= threshold
     by_bias = np.where(
         by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)
     )

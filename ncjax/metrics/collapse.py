@@ -276,8 +276,8 @@ def _means_over_pairs(
 def _angle_terms(
     rows: Float[Array, "C p"],
 ) -> Callable[[Array | slice, Array], tuple[Array, Array]]:
-    """Of an index of rows and their products with all rows: |cos + 1/(C-1)| and (cos - mean over
-    pairs of cos)^2.
+    """Returns a function of an index of rows and their products with all rows: |cos + 1/(C-1)| and
+    (cos - mean over pairs of cos)^2.
     """
     num_classes, norms = len(rows), jnp.linalg.norm(rows, axis=1)
     unit = rows / norms[:, None]
@@ -308,8 +308,9 @@ def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
 
 
 def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -> dict[str, Array]:
-    """What is a mean over pairs of classes, of centred class means, in one go: NC2 as `geometry`
-    has it, and
+    """Returns the means over pairs of classes of centred class means, in one go.
+
+    These are NC2 as `geometry` has it, and
 
     cdnv: class-distance normalized variance, mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c -
       mu_c'||^2).

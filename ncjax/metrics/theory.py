@@ -1,5 +1,5 @@
-"""What theory says of a trained network: equilibrium, norm balance, Lemmas 1 and 2, theorem,
-budget. Pure arrays.
+"""Computes what theory says of a trained network: equilibrium, norm balance, Lemmas 1 and 2,
+theorem, budget. Pure arrays.
 
 Notation: r = y - f the residual (y - softmax(f) with cross-entropy), b the head bias, mean the mean
 over all examples, W (C, p) the head, M^T (C, p) the class means mu_c as rows, mu_G their mean, Mdot
@@ -106,7 +106,7 @@ def theorem_residual(
 
 
 class SymmetricSolution(NamedTuple):
-    """What collapse and equilibrium together say of a head whose classes are all alike.
+    """Holds what collapse and equilibrium together imply for a head whose classes are all alike.
 
     Attributes:
       head_norm_sq: ||W||_F^2.
@@ -179,8 +179,8 @@ def budget(
     covariance: Float[Array, "C p"],
     gradient: Float[Array, "C p"],
 ) -> Budget:
-    """Where a head deviates from the theorem, and why: an identity at every moment of training,
-    without assumption.
+    """Returns where a head deviates from the theorem, and why: an identity at every moment of
+    training, without assumption.
 
     lambda W = (t/C) Mdot^T + (q/C) 1 mu_G^T + (1/C) E M^T + K + G with Rbar = t (I - J/C) + q J/C +
     E.

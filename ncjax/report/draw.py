@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@np.errstate(
-    over="ignore"
-)  # where weight decay spans 300 decades, ends of curves and axes leave float64
+# Where weight decay spans 300 decades, ends of curves and axes leave float64.
+@np.errstate(over="ignore")
 def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = None) -> list[Path]:
     """Writes the figures of one run, one set per setting of the axes other than weight_decay and
     seed.

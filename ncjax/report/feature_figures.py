@@ -39,12 +39,8 @@ def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
 
 
 def _caption(found: "Measurement") -> str:
-    present = found.examples[found.examples > 0]
     unit = "" if found.unit == 1 else f" in units of {panels.number(found.unit)}"
-    return (
-        f"{present.sum():,} examples of {len(present):,} classes, {found.centred.shape[1]:,} "
-        f"features{unit}"
-    )
+    return f"{found.headline}{unit}"
 
 
 def _words(axes: "Axes", title: str, x: str, y: str) -> None:

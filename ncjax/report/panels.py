@@ -1,5 +1,4 @@
-"""How figures are drawn: panels of curves against a clock or weight decay, their scales, legends
-and captions.
+"""Draws panels of curves against a clock or weight decay, with their scales, legends and captions.
 
 Lines are means over seeds and bands reach from the least to the greatest of them: unlike a standard
 deviation, that stays positive on a log axis. Matplotlib is imported late, and pyplot never, so that
@@ -25,11 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+# A panel, in inches: two fill the text width of a two-column page.
 WIDTH, HEIGHT, DPI = (
     3.4,
     2.1,
     200,
-)  # a panel, in inches: two fill the text width of a two-column page
+)
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 60  # characters: a longer one leaves no room for panels
@@ -92,8 +92,9 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
 
 
 def training(history: xr.Dataset) -> xr.Dataset:
-    """What panels draw: the training split, both errors, the residual of every layer under the
-    layer's name, and what is a short sum away from what was measured."""
+    """Returns what panels draw: the training split, both errors, the residual of every layer under
+    the layer's name, and what is a short sum away from what was measured.
+    """
     drawn = {
         f"error_{split}": 1 - history["accuracy"].sel(split=split, drop=True)
         for split in ("train", "test")
@@ -343,9 +344,8 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     axes.set_title(panel.title, size=SIZE)
     axes.set_ylabel(panel.label, size=SIZE)
     positive = values[(values > 0) & np.isfinite(values)]
-    axes.set_autoscaley_on(
-        False
-    )  # it sees lines moved by points elsewhere than where they are drawn
+    # It sees lines moved by points elsewhere than where they are drawn.
+    axes.set_autoscaley_on(False)
     # Twelve decades hold what means anything; what lies below is drawn with the zeros.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
     if positive.size and values[np.isfinite(values)].min() < least:

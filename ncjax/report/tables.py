@@ -1,4 +1,4 @@
-"""What a run says: a live line while it trains, a table and a verdict when it is done."""
+"""Prints what a run says: a live line while it trains, a table and a verdict when it is done."""
 
 import io
 import json
@@ -105,7 +105,7 @@ class Progress:
         left = (self._epochs - epoch) * self._seconds_per_epoch
         return (
             f"epoch {epoch}/{self._epochs}  {rate:.3g} epochs/s  {rate * self._samples:,.0f} "
-            f"samples/s  "
+            "samples/s  "
             f"{duration(left)} left  {self._nc1}"
         )
 
@@ -120,9 +120,8 @@ def make_console(quiet: bool = False, stderr: bool = False) -> Console:
     if quiet:
         return Console(quiet=True, force_terminal=False)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # of a locale that has no "±" it gets "\xb1"
+        # Of a locale that has no "±" it gets "\xb1".
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.is_terminal:
         console.width = 220
@@ -261,7 +260,7 @@ def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tupl
 
 
 def _least(history: xr.Dataset) -> list[str]:
-    """Where nc1 and nc3 are least, and what they are without weight decay."""
+    """Says where nc1 and nc3 are least, and what they are without weight decay."""
     final = history.isel(epoch=-1).sel(split="train")
     alive = ~extinct(history.isel(epoch=-1))
     names, settings = _settings(history)
@@ -287,7 +286,7 @@ def _least(history: xr.Dataset) -> list[str]:
 
 
 def _degenerate(history: xr.Dataset) -> list[str]:
-    """Which numbers of the table of collapse do not say what they seem to."""
+    """Says which numbers of the table of collapse do not say what they seem to."""
     final = history.isel(epoch=-1)
     out, lines = extinct(final), []
     if out.any():
@@ -303,7 +302,7 @@ def _degenerate(history: xr.Dataset) -> list[str]:
         where = f"{int(lost.sum())} runs at lambda = {_decays_where(lost)}"
         lines.append(
             f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class "
-            f"means are one"
+            "means are one"
         )
     if history.attrs["per_class"] == "1":
         lines.append(
@@ -320,7 +319,7 @@ def _decays_where(condition: xr.DataArray) -> str:
 
 
 def _short(history: xr.Dataset) -> list[str]:
-    """Which lambdas the run is too short for, and the epochs that would do (the clock is
+    """Says which lambdas the run is too short for, and the epochs that would do (the clock is
     proportional to them).
     """
     final = history["relaxation_time"].isel(epoch=-1)
@@ -336,7 +335,7 @@ def _short(history: xr.Dataset) -> list[str]:
 
 
 def _closed_form(history: xr.Dataset) -> list[str]:
-    """How many runs of an unconstrained-feature model met its closed form, how closely, and
+    """Says how many runs of an unconstrained-feature model met its closed form, how closely, and
     where others did not.
     """
     final = history.isel(epoch=-1).sel(split="train")
@@ -353,7 +352,7 @@ def _closed_form(history: xr.Dataset) -> list[str]:
     }
     line = (
         f"closed form: epsilon met to {_MET:g} by {int(met.sum())} of {int(exists.sum())} finite "
-        f"runs that have one"
+        "runs that have one"
     )
     if met.any():
         line += "; largest error of those: " + ", ".join(
@@ -363,6 +362,6 @@ def _closed_form(history: xr.Dataset) -> list[str]:
     if elsewhere.any():
         line += (
             f"; not by all at lambda = {_decays_where(elsewhere)}, where modes died or the run is "
-            f"short"
+            "short"
         )
     return [line]

@@ -33,8 +33,8 @@ _TERM_WORDS = (
 
 
 def equilibrium_against_epoch(history: xr.Dataset) -> "Figure":
-    """How far every layer is from a critical point; weight decay 0, where this has no meaning,
-    is left out.
+    """Draws how far every layer is from a critical point; weight decay 0, where this has no
+    meaning, is left out.
     """
     label = r"$\Vert\lambda W_k+\nabla_{W_k}\mathrm{fit}\Vert\,/\,\Vert\lambda W_k\Vert$"
     layers = [str(layer) for layer in history["layer"].values]
@@ -57,8 +57,8 @@ _CLOCK_PANELS = (
 
 
 def collapse_against_clock(history: xr.Dataset) -> "Figure":
-    """Do curves of different lambda fall together against 2 lambda t? Along gradient flow the
-    norm balance must.
+    """Draws curves of every lambda against 2 lambda t, on which norm balance must fall together
+    along gradient flow.
     """
     curves = panels.one_per_lambda(_decayed(history))
     title = ", ".join(

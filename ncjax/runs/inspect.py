@@ -1,4 +1,6 @@
-"""What a WORKDIR holds: read and checked, measured again, taken out. Nothing in it is changed."""
+"""Reads and checks what a WORKDIR holds, measures it again and exports it. Nothing in it is
+changed.
+"""
 
 import contextlib
 import io
@@ -59,7 +61,7 @@ class Saved(NamedTuple):
 
 
 class WorkdirContents(NamedTuple):
-    """What was found in a WORKDIR.
+    """Holds what was found in a WORKDIR.
 
     Attributes:
       config: config.json, or what stands in for it.
@@ -204,8 +206,8 @@ def _config(
 def _axes(
     config: dict[str, Any], metadata: CheckpointMetadata | None, history: xr.Dataset | None
 ) -> dict[str, list]:
-    """Of the grid, in the project's units (as given, where nothing says how many classes there
-    are).
+    """Returns the axes of the grid, in the project's units (as given, where nothing says how many
+    classes there are).
     """
     if metadata:
         return metadata.axes

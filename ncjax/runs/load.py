@@ -270,7 +270,7 @@ def parse_config(text: Any) -> dict[str, Any] | None:
 
 
 def _is_config(config: Any) -> bool:
-    """Whether it has the sections of one and what its grid is made of; an older one may lack
+    """Returns whether a config has its sections and what its grid is made of; an older one may lack
     other fields.
     """
     sections = ("data", "model", "train", "sweep", "checkpoint", "log")
@@ -287,7 +287,9 @@ def _is_config(config: Any) -> bool:
 
 
 def changes(config: dict[str, Any] | None, metadata: checkpoint.CheckpointMetadata) -> list[str]:
-    """Where config.json, if there is one, is not the config of a checkpoint; a line per field."""
+    """Returns where config.json, if there is one, is not the config of a checkpoint; a line per
+    field.
+    """
     if config is None:
         return []
     return configuration.differences(config, metadata.config)
@@ -310,7 +312,7 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
     if changed:
         way_out = (
             f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore "
-            f"the data set "
+            "the data set "
             "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
         )
         raise InputError("config.data.name", name, way_out)

@@ -35,7 +35,7 @@ _PARTING_SECONDS = 3600
 
 
 def is_leader() -> bool:
-    """Whether this process writes what there is one of."""
+    """Returns whether this process writes what there is one of."""
     return jax.process_index() == 0
 
 
@@ -83,7 +83,7 @@ def check_shared(workdir: Path) -> None:
     ):
         way_out = (
             f"process {found[0]} does not see the same folder; give all one --workdir, on a file "
-            f"system they share"
+            "system they share"
         )
         raise InputError("--workdir", str(workdir), way_out)
 
@@ -103,7 +103,7 @@ def check_read(workdir: Path, epoch: int | None) -> None:
     if found := _first_difference({"epoch": epoch}):
         way_out = (
             f"process {found[0]} cannot read the checkpoint that process 0 can, or the other way "
-            f"round; look there"
+            "round; look there"
         )
         raise InputError("--workdir", str(workdir), way_out)
 
@@ -136,9 +136,8 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
     if where is None:
         yield
         return
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # its handler would take SIGTERM from `interrupts`
+    # Its handler would take SIGTERM from `interrupts`.
+    jax.config.update("jax_enable_preemption_service", False)
     if where.coordinator:
         others = (
             f"process {where.process} of {where.processes} waits for the others at "
@@ -199,7 +198,7 @@ def leave(code: int) -> None:
 
 
 def _is_of_runtime(error: Exception) -> bool:
-    """Whether JAX's runtime raised it, as of a collective whose other end is gone; on CPUs that
-    is a ValueError.
+    """Returns whether JAX's runtime raised an error, as of a collective whose other end is gone; on
+    CPUs that is a ValueError.
     """
     return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)

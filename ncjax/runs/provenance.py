@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, the revision of the source, and what decides their bits
+"""Finds where numbers come from: versions, the revision of the source, and what decides their bits
 beside config and data.
 """
 

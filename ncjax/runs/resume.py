@@ -3,7 +3,6 @@
 Everything that a checkpoint says of itself is compared with the plan before a file is changed.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -31,11 +30,8 @@ def resume(
     workdir, epochs = sweep.plan.workdir, saved.epochs()
     recorded = _load_history(workdir / "history.nc")
     metadata = _restore_newest(sweep, saved, mine, recorded)
-    processes.check_read(
-        workdir, metadata and metadata.epoch
-    )  # before anything is removed or written
-    if metadata is not None and recorded is not None:
-        _check_grid(recorded, sweep.plan.grid, workdir / "history.nc")
+    # Before anything is removed or written.
+    processes.check_read(workdir, metadata and metadata.epoch)
     if metadata is None:
         if epochs:
             way_out = (
@@ -46,17 +42,14 @@ def resume(
         if processes.is_leader():
             journal.mend(workdir / "metrics.jsonl", None)
         return None
-    recorded = (
-        history.up_to(recorded, metadata.epoch)
-        if metadata.measured and recorded is not None
-        else None
-    )
+    if recorded is not None:
+        _check_grid(recorded, sweep.plan.grid, workdir / "history.nc")
+        recorded = history.up_to(recorded, metadata.epoch) if metadata.measured else None
     for later in (e for e in epochs if e > metadata.epoch):
         saved.delete(later)
     text = configuration.to_json(sweep.plan.config)
-    grown = (
-        recorded is not None and recorded.attrs.get("config") != text
-    )  # more epochs, or another mesh
+    # More epochs, or another mesh.
+    grown = recorded is not None and recorded.attrs.get("config") != text
     if recorded is not None and grown:
         recorded = recorded.assign_attrs(config=text)
     if processes.is_leader():
@@ -74,7 +67,7 @@ def _load_history(path: Path) -> xr.Dataset | None:
     if missing := history.missing(recorded):
         way_out = (
             f"it lacks {missing}: it is damaged, or of another version of ncjax; continue with "
-            f"that one"
+            "that one"
         )
         raise InputError("history", str(path), f"{way_out}, or choose another WORKDIR")
     return recorded
@@ -134,15 +127,14 @@ def _check_metadata(
     if differences := configuration.differences(plan.config, theirs.config):
         way_out = (
             f"its checkpoints are of another config: {'; '.join(differences)}; choose another "
-            f"WORKDIR"
+            "WORKDIR"
         )
         raise InputError("--workdir", str(plan.workdir), way_out)
     if differences := provenance.differences(mine.random_bits, theirs.random_bits):
         way_out = (
             f"its checkpoints are of other random bits: {'; '.join(differences)}; set them back "
-            f"(as environment "
+            "(as environment variables, in capitals), or choose another WORKDIR"
         )
-        way_out += "variables, in capitals), or choose another WORKDIR"
         raise InputError("--workdir", str(plan.workdir), way_out)
     load.check_data(plan.config.data.name, mine.data, theirs.data)
 
@@ -153,7 +145,7 @@ def make_metadata(sweep: Sweep) -> checkpoint.CheckpointMetadata:
     """
     return checkpoint.CheckpointMetadata(
         epoch=0,
-        config=json.loads(configuration.to_json(sweep.plan.config)),
+        config=configuration.to_mapping(sweep.plan.config),
         axes={name: list(values) for name, values in sweep.plan.grid.axes.items()},
         measured=[],
         versions=provenance.versions(),

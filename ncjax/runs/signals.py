@@ -42,9 +42,8 @@ class Requests:
         self._previous: dict = {}
 
     def __enter__(self) -> "Requests":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():
+            # Python allows handlers nowhere else.
             self._previous = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
         return self
 
@@ -58,12 +57,12 @@ class Requests:
         self._noted = signum
         _say(
             f"{signal.Signals(signum).name}: stopping after this chunk and a checkpoint; again: "
-            f"at once"
+            "at once"
         )
 
     @property
     def signum(self) -> int:
-        """Of the signal noted; 0: none."""
+        """Returns the number of the signal noted; 0: none."""
         return self._noted
 
 
@@ -84,7 +83,7 @@ class Stops:
 
     @property
     def noted(self) -> Stopped | None:
-        """What was raised, whether or not it got through."""
+        """Returns what was raised, whether or not it got through."""
         return self._noted
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run is going to be: its headline, its plan, and what a dry run tells."""
+"""Describes what a run is going to be: its headline, its plan, and what a dry run tells."""
 
 import jax
 import numpy as np
@@ -54,17 +54,17 @@ def show(plan: Plan, program: Program, console: Console) -> None:
             table.add_row(f"{name}.{leaf}", " x ".join(map(str, shape.shape[1:])))
     rows = {
         "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in "
-        f"all",
+        "all",
         "epochs": f"{config.train.epochs:,} of {recipe.steps_per_epoch:,} steps",
         "measured at": listed(sorted(make_schedule(config).measured)),
         "mesh": _mesh(program),
         "programs": _programs(program),
         "memory": f"{_bytes(program.bytes_per_run)} a run, {_bytes(program.bytes_of_data)} of "
-        f"data and so "
+        "data and so "
         f"{_bytes(program.bytes_per_device)} on each device, {_room(program)}",
         "FLOPs": f"{_flops(program.flops_per_epoch)} an epoch, "
         f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
-        f"shapes)",
+        "shapes)",
     }
     for name, value in rows.items():
         table.add_row(name, value)

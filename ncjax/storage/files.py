@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a killed process was writing."""
+    """Removes what a killed process was writing."""
     for scratch in folder.glob(".*.tmp"):
         scratch.unlink(missing_ok=True)
 

@@ -91,8 +91,8 @@ def missing(history: xr.Dataset) -> str:
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
-    """Where weight decay has put a network out: outputs are the same for every input, and there is
-    nothing to collapse.
+    """Returns where weight decay has put a network out: outputs are the same for every input, and
+    there is nothing to collapse.
 
     1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with
     cross-entropy), whatever meets their sum: epsilon alone stops at (C-1)/C where a bias does, or
@@ -177,7 +177,7 @@ def _read_verified(path: Path) -> bytes:
         if path.read_bytes() == content:  # not replaced, with its checksum, by a run in between
             way_out = (
                 f"does not match {_sums(path).name}: one of them was changed or damaged; restore "
-                f"it, or train anew"
+                "it, or train anew"
             )
             raise InputError("history", str(path), f"{way_out} in another WORKDIR")
 

@@ -52,7 +52,7 @@ def _check_held(path: Path, held: os.stat_result) -> None:
     if not is_held:
         raise OSError(
             f"{path} was removed while this process trained there; another may have begun, so "
-            f"this one stopped"
+            "this one stopped"
         )
 
 

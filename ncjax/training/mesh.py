@@ -1,5 +1,5 @@
-"""Where runs live: a mesh of devices, `run` x `data`; runs padded to fill it, and each device's
-share of a batch.
+"""Places runs on devices: a mesh `run` x `data`, runs padded to fill it, and each device's share of
+a batch.
 """
 
 import contextlib
@@ -89,8 +89,8 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
 
 
 def by_run(mesh: Mesh) -> NamedSharding:
-    """Of (padded, ...) leaves: runs over the mesh's `run` axis, each the same on all devices of
-    the `data` axis.
+    """Returns the sharding of (padded, ...) leaves: runs over the mesh's `run` axis, each the same
+    on all devices of the `data` axis.
     """
     return NamedSharding(mesh, PartitionSpec(RUN))
 
@@ -143,8 +143,8 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 class Share(NamedTuple):
-    """What one device of the `data` axis has of a batch. To be used under shard_map over that axis,
-    unless it is 1.
+    """Describes one device's share of a batch along the `data` axis. It is used under shard_map
+    over that axis, unless it is 1.
 
     Attributes:
       devices: d, on the axis.
@@ -153,7 +153,7 @@ class Share(NamedTuple):
     devices: int = 1
 
     def first(self, rows: int) -> Int[Array, ""] | int:
-        """Where this device's rows begin, if each has `rows`."""
+        """Returns where this device's rows begin, if each has `rows`."""
         return lax.axis_index(DATA) * rows if self.devices > 1 else 0
 
     def part(

@@ -72,7 +72,7 @@ class Network(nn.Module):
         return x
 
     def _normalized(self, h: Array, k: int, train: bool) -> Array:
-        """What stands between W_k and its activation."""
+        """Returns what stands between W_k and its activation."""
         return h
 
     def features(self, x: Float[Array, "B *image"], train: bool = False) -> Float[Array, "B p"]:
@@ -194,7 +194,7 @@ def part_names(params: dict) -> tuple[str, ...]:
 
 
 def layer_names(params: dict) -> tuple[str, ...]:
-    """Of these, the layers of weights."""
+    """Returns the names of those parts that are layers of weights."""
     return tuple(name for name in part_names(params) if not name.startswith("norm_"))
 
 

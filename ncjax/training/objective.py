@@ -1,5 +1,5 @@
-"""What is minimized: L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2, the mean over all NC
-examples.
+"""Defines what is minimized: L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2, the mean over
+all NC examples.
 
 The square loss is the theory's, 1/2 ||y_n - f_n||^2 with the norm over all C outputs (Rangamani &
 Banburski 2022). Cross-entropy is there for contrast (Papyan, Han & Donoho 2020).

@@ -31,7 +31,7 @@ class Hyper(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """What training changes. Stacked over runs, every leaf gains a leading axis."""
+    """Holds what training changes. Stacked over runs, every leaf gains a leading axis."""
 
     params: dict
     model_state: dict  # other collections of the network: `batch_stats` of batch normalization
@@ -40,12 +40,12 @@ class RunState(NamedTuple):
 
     @property
     def variables(self) -> dict:
-        """What flax applies the network to."""
+        """Returns what flax applies the network to."""
         return {"params": self.params, **self.model_state}
 
 
 class Recipe(NamedTuple):
-    """What is the same for every run of a program: comparing two of these takes two programs.
+    """Holds what is the same for every run of a program: comparing two of these takes two programs.
 
     Attributes:
       model: the network.
@@ -320,7 +320,7 @@ def start(
 def start_shapes(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple:
-    """What `start` returns, as shapes and types; `data` may be `host_data`."""
+    """Returns what `start` does, as shapes and types; `data` may be `host_data`."""
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
         return jax.eval_shape(begin, seeds, hyper, data)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ncjax import config as configuration
+from ncjax import environment
 from ncjax.data.dataset import Dataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
@@ -42,8 +42,8 @@ def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
 
 
 class Program:
-    """What a plan compiles to: one program, which takes the runs of the grid in equal slices, one
-    after another.
+    """Compiles a plan to one program, which takes the runs of the grid in equal slices, one after
+    another.
 
     Attributes:
       slices: of the grid, in its order.
@@ -162,7 +162,7 @@ def make_program(plan: Plan) -> Program:
             needs, has = program.bytes_per_run + program.bytes_of_data, f"{limit:,} bytes of memory"
             way_out = (
                 f"one run needs {needs:,} bytes of a device that has {has}; smaller layers or "
-                f"batches would do"
+                "batches would do"
             )
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
         program = Program(plan, fewer)
@@ -176,19 +176,20 @@ def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
     states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes)) * len(
         program.slices
     )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = environment.physical_memory()
     if states > memory:
         way_out = (
             f"weights and momenta of all runs take {states:,} bytes, and there are {memory:,}; "
-            f"shrink layers"
+            "shrink layers"
         )
         raise InputError("config.model.widths", widths, way_out)
 
 
 def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
-    """Of one example in one step, counted from shapes: 6 a weight and position (where a kernel is
-    applied), 2 of them forward, 2 for the gradient of the weights and 2 for that of the inputs,
-    which the first layer does not need."""
+    """Counts the FLOPs of one example in one step from shapes: 6 a weight and position (where a
+    kernel is applied), 2 of them forward, 2 for the gradient of the weights and 2 for that of the
+    inputs, which the first layer does not need.
+    """
 
     def outputs(x: jax.Array) -> tuple[Any, Any]:
         variables = model.init(jax.random.key(0), x)
@@ -260,8 +261,8 @@ class Sweep:
 
     @property
     def states(self) -> train.RunState:
-        """Of all runs in the order of the grid: on the devices where they fill one program, else
-        NumPy arrays.
+        """Returns the states of all runs in the order of the grid: on the devices where they fill
+        one program, else NumPy arrays.
         """
         slices = self.program.slices
         if len(slices) == 1 and slices[0].stop == self.program.runs:

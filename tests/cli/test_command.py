@@ -93,9 +93,9 @@ PLACES = {
     "in the open": KILL,
     "swallowed": f"try: {KILL}\n    except BaseException: pass",
     "turned into another": f"try: {KILL}\n    except BaseException: raise ImportError('numpy') "
-    f"from None",
+    "from None",
     "in a destructor": f"class Dying:\n        def __del__(self): {KILL}\n    Dying(); "
-    f"time.sleep(30)",
+    "time.sleep(30)",
     "below a library that does not return": f"threading.Timer(0.2, lambda: {KILL}).start()\n"
     "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)",
     "twice": f"try: {KILL}\n    finally: {KILL}",

@@ -12,10 +12,8 @@ import ncjax
 run = ncjax.load_run("runs/digits", weight_decay=1e-3, seed=0)
 images, labels = run.dataset.train
 chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:40] for c in range(10)]))
-folder, features = (
-    Path(__file__).parent,
-    run.features(images[chosen]).astype(np.float16),
-)  # which keeps the file small
+folder = Path(__file__).parent
+features = run.features(images[chosen]).astype(np.float16)  # which keeps the file small
 np.savez_compressed(
     folder / "features.npz", features=features, labels=labels[chosen].astype(np.uint8)
 )

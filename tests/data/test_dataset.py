@@ -145,9 +145,8 @@ def test_centred_training_inputs_have_the_mean_norm_asked_for(input_scale):
 
 def test_standardized_channels_have_mean_0_and_variance_1_over_images_and_pixels():
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(
-        np.uint8
-    )  # more than one chunk of the statistics
+    # More than one chunk of the statistics.
+    images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(np.uint8)
     images[..., 1] //= 3
     center, scale = data._statistics(images, 2.0, True)
     x = (images - center) * scale

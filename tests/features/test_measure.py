@@ -367,9 +367,8 @@ def test_powers_of_two_change_no_digit(exponent, scaled):
     found = measure.measure_batches([batch], head=kernel)
     powers = BY_FEATURES if scaled == "features" else BY_HEAD
     for name, value in before.items():
-        if (
-            name == "output_asymmetry" and exponent < 0
-        ):  # what is left of 1 - f at the rounding of 1
+        if name == "output_asymmetry" and exponent < 0:
+            # What is left of 1 - f at the rounding of 1.
             continue
         if name in QUASI:
             continue
@@ -635,9 +634,8 @@ def passes(parts, num_classes, **about):
 
 
 @INVARIANT
-@given(
-    seed=st.integers(0, 2**16), cuts=st.tuples(*[st.sampled_from([0, 7, 20, 41])] * 2)
-)  # every length is a compilation
+# Every length is a compilation.
+@given(seed=st.integers(0, 2**16), cuts=st.tuples(*[st.sampled_from([0, 7, 20, 41])] * 2))
 def test_parts_merge_to_the_whole_in_any_grouping(seed, cuts):
     h, labels, head, bias = split(seed=seed, sizes=[5, 9, 12, 12, 3])
     edges = [0, *sorted(cuts), 41]
@@ -772,9 +770,10 @@ def test_a_large_array_is_read_where_it_lies():
     st.booleans(),
 )
 def test_chunks_hold_every_row_once(size, dim, rows, devices, skipped, with_logits):
+    # Unread.
     memory = np.lib.stride_tricks.as_strided(
         np.zeros(32, np.float32)[skipped:], (size, dim), (4 * dim, 4)
-    )  # unread
+    )
     logits = np.empty((size, 40)) if with_logits else None
     chunks = list(streaming._cut(memory, logits, rows, devices))
     held = np.zeros(size, int)

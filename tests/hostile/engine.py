@@ -118,9 +118,8 @@ def check(
             for line in ran.err.splitlines()
             if line.strip() and not line.lower().startswith("warning")
         ]
-        is_usage = ran.err.startswith(
-            "usage: "
-        )  # argparse's: several lines, the last of which is the message
+        # Argparse's: several lines, the last of which is the message.
+        is_usage = ran.err.startswith("usage: ")
         if "error: " in (lines or [""])[-1] and (is_usage or len(lines) == 1):
             return
         raise Failure("other", f"exit code 2 without a single line that says why: {ran}")

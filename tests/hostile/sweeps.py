@@ -99,9 +99,8 @@ def _is_honest(workdir: Path, asked: dict[str, list[float]], precision: str, ran
 
 def _sweep(name: str, values: str, precision: str, draw: bool, folder: Path) -> None:
     flags = (f"--config.sweep.{name}={values}", f"--config.train.precision={precision}")
-    others = (
-        flag for flag in _TINY if name not in flag
-    )  # a field given twice has the values of both
+    # A field given twice has the values of both.
+    others = (flag for flag in _TINY if name not in flag)
     ran = engine.run_here("train", *others, *flags, f"--workdir={folder / 'run'}", draw=draw)
     asked = {name: [float(value) for value in values.split(",")]}
     engine.check(ran, lambda ran: _is_honest(folder / "run", asked, precision, ran))

@@ -43,9 +43,8 @@ def test_features_and_logits_are_those_of_a_forward_pass_in_numpy(copied, precis
     (copied / "config.json").write_text(json.dumps(config))
     forge(copied, 6, lambda leaf: leaf.astype(precision) * (1 + 1e-10), config=config)
     run = ncjax.load_run(copied, **RUN)
-    images = (
-        np.random.default_rng(1).standard_normal((2500, 32)).astype(np.float32)
-    )  # more than one batch of rows
+    # More than one batch of rows.
+    images = np.random.default_rng(1).standard_normal((2500, 32)).astype(np.float32)
     training = run.dataset.train.images.astype(np.float64)
     center = training.mean(0)
     x = (images - center) * 2 / np.linalg.norm(training - center, axis=1).mean()

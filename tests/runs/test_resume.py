@@ -629,9 +629,8 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "inodes", [10, 25, 41, 43, 48, 53]
-)  # in each of its three saves, in its folders and its files
+# In each of its three saves, in its folders and its files.
+@pytest.mark.parametrize("inodes", [10, 25, 41, 43, 48, 53])
 def test_no_inodes_are_one_line_and_an_end_and_it_continues(tmp_path, small_disk, finished, inodes):
     workdir = small_disk(inodes) / "run"
     _, err = chaos.finish(chaos.start(chaos.SMALL, workdir, tmp_path), 1)

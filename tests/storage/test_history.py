@@ -156,9 +156,8 @@ def test_saving_and_loading_return_every_bit_and_attribute(grid, tmp_path):
     dataset, path = grown([0, 3], grid), tmp_path / "history.nc"
     history.save(dataset, path)
     loaded = history.load(path)
-    xr.testing.assert_identical(
-        loaded, dataset
-    )  # names, attributes, values; not bits of NaN, nor types
+    # Names, attributes, values; not bits of NaN, nor types.
+    xr.testing.assert_identical(loaded, dataset)
     for name in dataset.data_vars:
         assert loaded[name].dtype == dataset[name].dtype == np.float32
         assert loaded[name].values.tobytes() == dataset[name].values.tobytes(), name

@@ -104,9 +104,8 @@ def test_float64_is_float64_throughout():
 
 def test_layer_names_stand_in_forward_order_beyond_nine_layers():
     params = network(widths=(2,) * 11)[1]
-    shuffled = dict(
-        sorted(params.items())
-    )  # layer_10 before layer_2, as a dict that went through a pytree
+    # Layer_10 before layer_2, as a dict that went through a pytree.
+    shuffled = dict(sorted(params.items()))
     assert models.layer_names(shuffled) == (*(f"layer_{k}" for k in range(1, 12)), "head")
 
 

@@ -61,9 +61,8 @@ def trained_by_us(case, folder):
             -1, len(start[0])
         )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            program, "evaluate", lambda *_, **__: {}
-        )  # most of the program, and not of interest here
+        # Most of the program, and not of interest here.
+        patch.setattr(program, "evaluate", lambda *_, **__: {})
         sweep.advance(STEPS, measured=False)
     return start, inputs, np.asarray(sweep.data.train.labels), weights()
 
