@@ -62,7 +62,10 @@ def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "module",
-    [api, config, errors, functions, load, measure, result],
+    [
+        *(config, errors, functions, measure, result),
+        *(pytest.param(module, marks=pytest.mark.slow) for module in (api, load)),  # these train
+    ],
     ids=lambda module: module.__name__,
 )
 def test_examples_in_docstrings_give_what_they_say(module):

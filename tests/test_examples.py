@@ -2,9 +2,12 @@
 
 import importlib.util
 
+import pytest
+
 from tests import chaos
 
 
+@pytest.mark.slow
 def test_the_minimal_sweep_shows_that_weight_decay_lowers_nc3():
     path = chaos.ROOT / "examples/minimal_sweep.py"
     spec = importlib.util.spec_from_file_location("minimal_sweep", path)

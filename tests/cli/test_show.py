@@ -150,6 +150,7 @@ def test_what_was_measured_is_measured_again(trained, shown):
     assert out.splitlines()[-1].endswith("PASS")
 
 
+@pytest.mark.slow
 def test_a_weight_that_was_changed_and_sealed_fails_the_verification(copied, shown):
     def change(leaf):
         leaf = np.array(leaf)

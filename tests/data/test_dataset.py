@@ -449,7 +449,8 @@ TFDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["mnist", pytest.param("cifar10", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir, cache_home):
     known, raw = TFDS[name], data._tfds(name, tfds_dir)
     assert np.bincount(raw.train.labels).tolist() == known["train"]

@@ -91,6 +91,7 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
     assert_equal(measured(*split, dtype=dtype), oracle_split(*split), rtol, atol=rtol / 10)
 
 
+@pytest.mark.slow
 def test_a_direct_call_outside_jit_and_x64_gives_float64_metrics():
     split = random_split(dtype=np.float32)
     assert not jax.config.jax_enable_x64
@@ -99,7 +100,9 @@ def test_a_direct_call_outside_jit_and_x64_gives_float64_metrics():
     assert_equal(got, oracle_split(*split), 2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["x64_off", "x64_on"])
+@pytest.mark.parametrize(
+    "x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["x64_off", "x64_on"]
+)
 def test_vmap_measures_each_run_of_a_stack(x64):
     splits = [random_split(seed=seed, dtype=np.float32) for seed in range(3)]
     with jax.enable_x64(x64):
@@ -436,7 +439,7 @@ def test_the_floor_is_that_of_the_frames_known():
     np.testing.assert_allclose(floors, [2 - 2 * np.sqrt(0.9), 0, 2], rtol=1e-14, atol=1e-28)
 
 
-@pytest.mark.parametrize("num_classes", [5, 9])
+@pytest.mark.parametrize("num_classes", [5, pytest.param(9, marks=pytest.mark.slow)])
 def test_pairs_of_classes_taken_a_few_rows_at_a_time_give_the_same(num_classes, monkeypatch):
     features, outputs, labels, head = random_split(num_classes=num_classes)
     expected = oracle_split(features, outputs, labels, head) | oracle_geometry(head, "head")

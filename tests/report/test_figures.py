@@ -213,6 +213,7 @@ def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
         pytest.param(
             make_history(epochs=(1,), classes=2, weight_decay=(1e-3,), seed=(0,)),
             id="one run, two classes",
+            marks=pytest.mark.slow,
         ),
         pytest.param(diverge(make_history(epochs=(0, 1))), id="all diverged"),
     ],
@@ -221,6 +222,7 @@ def test_unusual_histories_are_drawn(history, tmp_path):
     assert_drawn(draw.draw_all(history, tmp_path), EVERY_FIGURE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize(
     "history",
@@ -390,6 +392,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize("decays", EXTREMES.values(), ids=EXTREMES.keys())
 def test_weight_decays_of_any_size_are_drawn(decays, tmp_path):

@@ -87,6 +87,7 @@ def test_what_no_device_measures_stands_beside_what_one_does(finished):
         assert history[name].isnull().all()  # no unconstrained-feature model
 
 
+@pytest.mark.slow
 def test_decoupled_decay_is_measured_at_the_lambda_that_it_acts_as(tmp_path):
     changes = {
         "train__decay": "decoupled",
@@ -105,6 +106,7 @@ def test_decoupled_decay_is_measured_at_the_lambda_that_it_acts_as(tmp_path):
     np.testing.assert_allclose(history["relaxation_time"].values[1], clock.values[1])
 
 
+@pytest.mark.slow
 def test_adam_has_no_clock_and_cross_entropy_no_lemma_2(tmp_path, capsys):
     choice = {
         "train__optimizer": "adam",
@@ -157,7 +159,10 @@ def test_a_finished_run_says_so_and_stays_as_it_is(finished, capsys):
     assert (workdir / "history.nc").read_bytes() == before
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    "stop_at",
+    [0, pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_continues_to_the_same_bits(
     finished, tmp_path, monkeypatch, stop_at, capsys
 ):
@@ -205,6 +210,7 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch
     assert command == f"    python -m ncjax.main '--workdir={workdir}'"
 
 
+@pytest.mark.slow
 def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, capsys):
     history = run(
         tmp_path,
@@ -236,6 +242,7 @@ def test_a_diverged_run_is_counted_in_the_table(tmp_path, capsys):
     assert "0 of 2" in out
 
 
+@pytest.mark.slow
 def test_float64_and_full_batch_train(tmp_path):
     history = run(tmp_path, train__precision="float64", train__batch_size=0, train__epochs=2)
     assert history["nc1"].dtype == np.float64

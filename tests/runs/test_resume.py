@@ -146,9 +146,17 @@ def test_a_missing_history_is_not_trained_around(workdir, capfd):
             {"sweep__learning_rate": (0.05,)},
             r"config.sweep.learning_rate is \(0.05,\) here and \(0.1,\) there",
         ),
-        ({"model__widths": (4, 8)}, r"config.model.widths is \(4, 8\) here and \(8, 8\) there"),
+        pytest.param(
+            {"model__widths": (4, 8)},
+            r"config.model.widths is \(4, 8\) here and \(8, 8\) there",
+            marks=pytest.mark.slow,
+        ),
         ({"sweep__seed": (0,)}, r"config.sweep.seed is \(0,\) here and \(0, 1\) there"),
-        ({"train__optimizer": "adam"}, "config.train.optimizer is 'adam' here and 'sgd' there"),
+        pytest.param(
+            {"train__optimizer": "adam"},
+            "config.train.optimizer is 'adam' here and 'sgd' there",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -225,7 +233,10 @@ def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
 
 @pytest.mark.parametrize(
     "fixed",
-    [{"train__schedule": "constant"}, {"train__schedule_epochs": 6}],
+    [
+        pytest.param({"train__schedule": "constant"}, marks=pytest.mark.slow),
+        {"train__schedule_epochs": 6},
+    ],
     ids=["constant", "set"],
 )
 def test_a_run_grows_to_the_bits_of_one_that_was_as_long_at_once(tmp_path, fixed):

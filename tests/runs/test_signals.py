@@ -46,7 +46,7 @@ def signal_at(monkeypatch, epoch, *signums):
     monkeypatch.setattr(tables.Progress, "measured", signalled)
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 3])
+@pytest.mark.parametrize("epoch", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("signum", EXIT_CODES)
 def test_a_signal_saves_what_was_computed_and_names_the_command_that_continues(
     signum, epoch, reference, tmp_path, monkeypatch, capfd

@@ -85,6 +85,7 @@ def test_batch_statistics_are_each_runs_own(tmp_path):
     assert (variance[1] > 1.2 * variance[0]).all()
 
 
+@pytest.mark.slow
 def test_init_scale_is_a_factor_on_kernels_alone(tmp_path):
     params = start(
         tmp_path, model__normalization="batch", sweep__init_scale=(1.0, 4.0)
@@ -193,6 +194,7 @@ def test_without_normalization_every_layer_has_its_equilibrium(tmp_path):
     assert np.isfinite(final["normalized_margin"]).all()
 
 
+@pytest.mark.slow
 def test_free_norms_do_not_decay(tmp_path):
     """One step from scale 1 and shift 0 at a large lambda: only what decays has felt it."""
     fields = {

@@ -201,6 +201,7 @@ def evaluated(
         }
 
 
+SLOW = pytest.mark.slow
 # (rows of a batch, most rows held, head bias, objective). In batches of at most 8, both splits need
 # padding.
 CASES = {
@@ -218,7 +219,12 @@ def assert_metrics(got, expected, rtol, atol):
 
 
 @pytest.mark.parametrize(
-    ("rows", "held", "head_bias", "objective"), CASES.values(), ids=CASES.keys()
+    ("rows", "held", "head_bias", "objective"),
+    [
+        pytest.param(*case, marks=() if name in ("one_batch", "both_recomputed") else SLOW)
+        for name, case in CASES.items()
+    ],
+    ids=CASES.keys(),
 )
 def test_every_metric_equals_numpy_however_the_splits_are_batched(
     rows, held, head_bias, objective, monkeypatch

@@ -190,10 +190,12 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("head_bias", "batch_size", "choice"),
     [
+        ("none", 16, "plain"),
+        ("free", 0, "plain"),
+        ("decayed", 16, "plain"),
         *(
-            (head_bias, batch_size, "plain")
-            for head_bias in ("none", "free", "decayed")
-            for batch_size in (0, 16)
+            pytest.param(head_bias, batch_size, "plain", marks=pytest.mark.slow)
+            for head_bias, batch_size in (("none", 0), ("free", 16), ("decayed", 0))
         ),
         *(("free", 16, choice) for choice in ("decoupled", "centered", "cross_entropy")),
     ],
@@ -293,6 +295,7 @@ def test_adam_has_no_flow_time():
     np.testing.assert_array_equal(times, np.full((2, 3), np.nan))
 
 
+@pytest.mark.slow
 def test_parameters_keep_their_type():
     for dtype in (np.float32, np.float64):
         states, metrics = advance(*setup(dtype=dtype), 1, measured=True)
