@@ -34,8 +34,8 @@ def test_importing_the_package_imports_nothing_slow():
 
 
 def test_training_returns_the_history_continues_and_reads_what_is_complete(tmp_path):
-    first = ncjax.train(small_config(**{"train.schedule": "constant", "train.epochs": 3}), tmp_path)
-    longer = small_config(**{"train.schedule": "constant"})
+    first = ncjax.train(small_config(**{"train.schedule_epochs": 6, "train.epochs": 3}), tmp_path)
+    longer = small_config(**{"train.schedule_epochs": 6})
     history = ncjax.train(longer, tmp_path)
     assert (first.epoch[-1], history.epoch[-1]) == (3, 6)
     assert history.nc1.sel(split="train", epoch=6).shape == (2, 2)

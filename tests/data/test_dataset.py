@@ -476,6 +476,7 @@ def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir,
         )
 
 
+@pytest.mark.slow
 def test_mnist_may_have_at_most_the_size_of_its_smallest_class(tfds_dir):
     with pytest.raises(InputError, match=r"^config\.data\.per_class: got 5422;.* 5421 "):
         data.load("mnist", directory=tfds_dir, per_class=5422)
