@@ -28,7 +28,7 @@ suite: $(INSTALLED)
 	$(PYTEST)
 
 slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 tables: $(INSTALLED)
 	$(BIN)/python -m experiments.tables
