@@ -26,8 +26,7 @@ from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations, Frames, Scores, Sums, rounding_of_sums
 from ncjax.features.streaming import SAME_EXAMPLES, as_array
 from ncjax.metrics import collapse, theory
-from ncjax.metrics.linalg import symmetric_part
-from ncjax.metrics.statistics import Statistics
+from ncjax.metrics.statistics import FactoredResiduals, Statistics
 from ncjax.metrics.vocabulary import Quantities, assemble
 
 T = TypeVar("T")
@@ -115,10 +114,6 @@ class Reference(NamedTuple):
     frames: Frames
 
 
-_interpolation = jax.jit(collapse.quasi_interpolation)
-_interpolation_of_head = jax.jit(collapse.quasi_interpolation_of_head)
-
-
 @functools.cache
 def _blas() -> threadpoolctl.ThreadpoolController:
     return threadpoolctl.ThreadpoolController()
@@ -166,8 +161,7 @@ def prepare(
         if sums.logits is not None
         else None
     )
-    units, rows, offsets = _units(unit, means, rows, offsets, outputs, loss, dtype)
-    _check_decay(weight_decay, units)
+    units, rows, offsets = _units(unit, means, rows, offsets, outputs, asked, dtype)
 
     values, basis = _span(centred, min(len(present) - 1, means.shape[1]))
     counted = values > collapse.rank_tolerance(dtype) * values[0]
@@ -310,9 +304,13 @@ def _longest(rows: np.ndarray) -> float:
 
 
 def _units(
-    unit: int, means: np.ndarray, head: Any, bias: Any, logits: Any, loss: str, dtype: Any
+    unit: int, means: np.ndarray, head: Any, bias: Any, logits: Any, asked: Asked, dtype: Any
 ) -> tuple[Units, np.ndarray | None, np.ndarray | None]:
-    """Returns the units, and head and bias in them; the means are so already."""
+    """Returns the units, and head and bias in them; the means are so already.
+
+    The head's unit is that of its largest number, and with a weight decay the one in which it takes
+    features to outputs, since equilibrium is between the three.
+    """
     head_unit, sizes = 0, [0]
     if logits is not None:
         sizes.append(min(_exponent(_largest(logits)), np.finfo(dtype).maxexp - 4))
@@ -323,7 +321,7 @@ def _units(
         reach = _longest(head) * _longest(means)  # no output is larger
         sizes += [_exponent(_largest(bias)), unit + head_unit + _exponent(reach) if reach else 0]
     outputs = max(sizes)
-    if loss == "cross_entropy":  # an exponential has a unit of its own
+    if asked.loss == "cross_entropy":  # an exponential has a unit of its own
         most = np.finfo(dtype).maxexp - 24
         if outputs > most:
             way_out = (
@@ -333,7 +331,12 @@ def _units(
             raise InputError("outputs", f"up to 2^{outputs}", way_out)
         outputs = 0
     bias = None if bias is None else np.ldexp(bias, -outputs)
-    return Units(unit, head_unit, outputs), head, bias
+    units = Units(unit, head_unit, outputs)
+    if head is not None and asked.weight_decay is not None:
+        _check_decay(asked.weight_decay, units)
+        head = _in_output_units(head, units)
+        units = units._replace(head=outputs - unit)
+    return units, head, bias
 
 
 def _in_output_units(head: np.ndarray, units: Units) -> np.ndarray:
@@ -341,12 +344,10 @@ def _in_output_units(head: np.ndarray, units: Units) -> np.ndarray:
     return np.ldexp(head, units.features + units.head - units.outputs)
 
 
-def _check_decay(weight_decay: float | None, units: Units) -> None:
+def _check_decay(weight_decay: float, units: Units) -> None:
     """Refuses what equilibrium is compared with where squares of it, in the units of the
     outputs, leave float64.
     """
-    if weight_decay is None:
-        return
     shift = units.features + units.head - units.outputs
     decay = _exponent(weight_decay) - 2 * units.features if weight_decay else 0
     if max(abs(decay), abs(shift), abs(decay + shift)) > _MOST_EXPONENT:
@@ -449,13 +450,8 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     counts, units = reference.examples[reference.present], reference.units
     notes: list[str] = []
     with jax.enable_x64(True):
-        metrics: dict[str, Any] = _of_features(_statistics(reference, deviations))
-        residuals = None if reference.outputs is None else _mean_residuals(reference, deviations)
-        if reference.frames.nearness is not None:
-            metrics |= _outputs(reference, deviations, residuals)
-        if reference.asked.weight_decay is not None:
-            metrics |= _equilibrium(reference, deviations, residuals, notes)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(_metrics_of(_statistics(reference, deviations, notes)))
+    metrics = {name: float(value) for name, value in found.items()}
     for word, test in (("undefined (NaN)", np.isnan), ("infinite", np.isinf)):
         names = [name for name, value in metrics.items() if test(value)]
         if names:
@@ -517,16 +513,32 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
         raise InputError("features", "examples very far from their class mean", way_out)
 
 
-_of_features = jax.jit(lambda statistics: assemble(Quantities(statistics)))
+_metrics_of = jax.jit(lambda statistics: assemble(Quantities(statistics)))
 
 
-def _statistics(reference: Reference, deviations: Deviations) -> Statistics:
-    """Returns what NC1 to NC3 are computed from, as in training."""
+def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) -> Statistics:
+    """Returns what every metric is computed from, as in training, in the reference's units.
+
+    The head is in the unit that takes features to outputs where there is a weight decay (`_units`).
+    """
     counts = reference.examples[reference.present]
     weights = _class_weights(counts, reference.asked.global_mean)
-    seen = None
+    fields: dict[str, Any] = {}
     if reference.head is not None:
-        seen = np.asarray(np.sum(np.asarray(deviations.along_head)[: reference.head_rank]))
+        along_head = np.asarray(deviations.along_head)
+        fields |= {
+            "head": reference.head,
+            "in_row_space": np.asarray(along_head[: reference.head_rank].sum()),
+        }
+    if reference.frames.nearness is not None:
+        fields |= {
+            "correct": np.asarray(deviations.correct),
+            "disagreements": np.asarray(deviations.disagreements),
+            "mean_residuals": _mean_residuals(reference, deviations),
+            "residual_norm": _residual_norm(reference, deviations),
+        }
+    if reference.asked.weight_decay is not None:
+        fields |= _equilibrium(reference, deviations, fields["mean_residuals"], notes)
     return Statistics(
         examples=counts,
         means=reference.means,
@@ -534,55 +546,41 @@ def _statistics(reference: Reference, deviations: Deviations) -> Statistics:
         spectrum=reference.spectrum,
         within=deviations.within,
         along_means=deviations.along_means,
-        head=reference.head,
-        in_row_space=seen,
         class_weights=weights,
+        **fields,
     )
 
 
-def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray:
-    """rbar_c in row c."""
-    assert reference.outputs is not None
-    counts, outputs = reference.examples[reference.present], reference.outputs
-    if reference.asked.loss == "cross_entropy":
-        outputs = (
-            np.asarray(jax.nn.softmax(jnp.asarray(outputs)))
-            - deviations.residual_sums / counts[:, None]
-        )
-    return np.ldexp(np.eye(len(outputs)), -reference.units.outputs) - outputs
-
-
-def _outputs(
-    reference: Reference, deviations: Deviations, residuals: np.ndarray | None
-) -> dict[str, Any]:
-    """Returns NC4, accuracy and quasi-interpolation, which outputs determine."""
-    counts, units = reference.examples[reference.present], reference.units
-    num_classes, total = len(counts), counts.sum()
-    if residuals is not None:
-        interpolation = _interpolation(residuals)
-    else:
+def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray | FactoredResiduals:
+    """Returns rbar_c as row c, or in factors where C x C arrays are too large."""
+    units, outputs = reference.units, reference.outputs
+    target = np.asarray(np.ldexp(1.0, -units.outputs))
+    if outputs is None:
         assert reference.head is not None
-        head, target = _in_output_units(reference.head, units), np.ldexp(1.0, -units.outputs)
-        interpolation = _interpolation_of_head(reference.means, head, reference.bias, target)
+        assert reference.bias is not None
+        return FactoredResiduals(_in_output_units(reference.head, units), reference.bias, target)
+    if reference.asked.loss == "cross_entropy":
+        counts = reference.examples[reference.present]
+        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(outputs)))
+        outputs = probabilities - deviations.residual_sums / counts[:, None]
+    return target * np.eye(len(outputs)) - outputs
+
+
+def _residual_norm(reference: Reference, deviations: Deviations) -> np.ndarray:
+    """Returns the root of the sum of ||r - rbar_c||^2, about the mean residual of each class."""
+    units = reference.units
     if deviations.residuals is None:  # ||W d||^2 = sum_j s_j^2 (v_j^T d)^2
-        spread = np.sqrt(np.sum(_head_strengths(reference) * deviations.along_head))
-        spread = np.ldexp(spread, units.features + units.head - units.outputs)
-    else:
-        spread = deviations.residuals
-        if deviations.residual_sums is not None:
-            # About the mean residual, not that of the mean output.
-            spread = spread - np.sum(deviations.residual_sums**2 / counts[:, None])
-        spread = np.sqrt(spread)
-    return {
-        "accuracy": deviations.correct / total,
-        "nc4": deviations.disagreements / total,
-        **interpolation,
-        "output_spread": spread / np.sqrt(total * num_classes),
-    }
+        norm = np.sqrt(np.sum(_head_strengths(reference) * np.asarray(deviations.along_head)))
+        return np.asarray(np.ldexp(norm, units.features + units.head - units.outputs))
+    scatter = np.asarray(deviations.residuals)
+    if deviations.residual_sums is not None:  # the second pass had the mean output's residual
+        counts = reference.examples[reference.present]
+        scatter = scatter - np.sum(np.asarray(deviations.residual_sums) ** 2 / counts[:, None])
+    return np.asarray(np.sqrt(scatter))
 
 
 def _head_strengths(reference: Reference) -> np.ndarray:
-    """||W v_j||^2 of each vector of the head's row space: squared singular values."""
+    """Returns ||W v_j||^2 of each vector of the head's row space: squared singular values."""
     assert reference.head is not None
     return np.sum(
         (reference.head @ np.asarray(reference.frames.head_basis, np.float64).T) ** 2, axis=0
@@ -592,48 +590,36 @@ def _head_strengths(reference: Reference) -> np.ndarray:
 def _equilibrium(
     reference: Reference, deviations: Deviations, residuals: Any, notes: list[str]
 ) -> dict[str, Any]:
-    """Returns what theory says of a head that was trained with weight decay lambda."""
+    """Returns the fields of `Statistics` that compare a head with its equilibrium at lambda."""
+    decay = reference.asked.weight_decay
     assert reference.head is not None
+    assert decay is not None
     counts, units = reference.examples[reference.present], reference.units
-    num_classes, total = len(counts), counts.sum()
-    decay = jnp.asarray(np.ldexp(float(reference.asked.weight_decay or 0), -2 * units.features))
-    head = jnp.asarray(_in_output_units(reference.head, units))
-    means, centred = jnp.asarray(reference.means), jnp.asarray(reference.centred)
-    covariance = jnp.asarray(deviations.covariance) / total
+    head, means = jnp.asarray(reference.head), jnp.asarray(reference.means)
+    covariance = jnp.asarray(deviations.covariance)
     if deviations.residuals is None:  # r - rbar_c = -W (h - mu_c)
         covariance = -(head @ jnp.asarray(reference.frames.head_basis, jnp.float64).T) @ covariance
-    shares = jnp.asarray(counts / total)[:, None]
-    if residuals is None:  # rbar_c = e_c - W mu_c - b, and no C x C array
-        weighted, bias = shares * means, jnp.asarray(reference.bias)
-        products = head @ (means.T @ weighted) + jnp.outer(bias, weighted.sum(0))
-        between = jnp.ldexp(weighted, -units.outputs) - products
+    weighted = jnp.asarray(counts / counts.sum())[:, None] * means
+    factored = isinstance(residuals, FactoredResiduals)
+    if factored:
+        products = head @ (means.T @ weighted) + jnp.outer(residuals.bias, weighted.sum(0))
+        between = residuals.target * weighted - products
     else:
-        residuals = jnp.asarray(residuals)
-        between = residuals.T @ (shares * means)
-    pull = between + covariance  # mean(r h^T), minus the gradient of the fit term
-    metrics = {
-        "equilibrium_residual": theory.equilibrium_residual(head, -pull, decay),
-        "norm_target": theory.norm_target(jnp.sum(pull * head), decay),
+        between = jnp.asarray(residuals).T @ weighted
+    pull = between + covariance / counts.sum()  # mean(r h^T), minus the gradient of the fit term
+    fields: dict[str, Any] = {
+        "fit_gradient": -pull,
+        "residual_dot_logit": jnp.sum(pull * head),
+        "weight_decay": np.asarray(np.ldexp(decay, -2 * units.features)),
     }
-    if residuals is None or counts.min() != counts.max():
-        why = (
-            "the same number of examples in each class"
-            if residuals is not None
-            else f"at most {MOST_SQUARE} classes"
-        )
-        notes.append(
-            f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}"
-        )
-        return metrics
-    logits = means @ head.T
-    logit_part, residual_part = symmetric_part(logits), symmetric_part(residuals)
-    solution = theory.symmetric_solution(logit_part, residual_part, num_classes, decay)
-    terms = theory.budget(residuals, means, covariance, decay * head - pull)
-    epsilon = _interpolation(residuals)["epsilon"]
-    return metrics | {
-        "theorem_residual": theory.theorem_residual(epsilon, head, centred, decay),
-        "symmetric_nc3": solution.nc3,
-        "predicted_head_norm_sq": solution.head_norm_sq,
-        "predicted_head_cosine": solution.head_cosine,
-        **theory.budget_account(terms, head, decay),
-    }
+    if not factored and counts.min() == counts.max():
+        return fields | {"covariance": covariance}
+    why = (
+        f"at most {MOST_SQUARE} classes"
+        if factored
+        else "the same number of examples in each class"
+    )
+    notes.append(
+        f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}"
+    )
+    return fields

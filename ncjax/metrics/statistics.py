@@ -7,7 +7,7 @@ batches.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,14 @@ AnyArray: TypeAlias = Array | np.ndarray
 def wide() -> jnp.dtype:
     """Returns the widest type that JAX computes with here: float64 where it is enabled."""
     return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
+class FactoredResiduals(NamedTuple):
+    """Holds the mean residuals target e_c - (W mu_c + b) of classes too many for a C x C array."""
+
+    head: Num[AnyArray, "C p"]
+    bias: Num[AnyArray, " C"]
+    target: Num[AnyArray, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +50,8 @@ class Statistics:
       in_row_space: sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
       correct: number of examples whose largest output is their class's.
       disagreements: number of examples whose largest output is not that of the nearest class mean.
-      mean_residuals: rbar_c, the mean residual of class c, as rows; None where C x C arrays are too
-        large.
-      residual_scatter: sum of ||r - rbar_c||^2.
+      mean_residuals: rbar_c, the mean residual of class c, as rows, or in factors.
+      residual_norm: root of the sum of ||r - rbar_c||^2 over examples.
       covariance: sum of (r - rbar_c)(h - mu_c)^T.
       residual_dot_logit: mean <r, f - b> over examples.
       fit_gradient: gradient of the fit term with respect to W_L, which is -mean r h^T.
@@ -62,8 +69,8 @@ class Statistics:
     in_row_space: Num[AnyArray, ""] | None = None
     correct: Num[AnyArray, ""] | None = None
     disagreements: Num[AnyArray, ""] | None = None
-    mean_residuals: Num[AnyArray, "C C"] | None = None
-    residual_scatter: Num[AnyArray, ""] | None = None
+    mean_residuals: Num[AnyArray, "C C"] | FactoredResiduals | None = None
+    residual_norm: Num[AnyArray, ""] | None = None
     covariance: Num[AnyArray, "C p"] | None = None
     residual_dot_logit: Num[AnyArray, ""] | None = None
     fit_gradient: Num[AnyArray, "C p"] | None = None
@@ -102,7 +109,7 @@ def statistics_of_passes(
             correct=correct,
             disagreements=scatter.disagreements,
             mean_residuals=means.residuals,
-            residual_scatter=scatter.residuals,
+            residual_norm=jnp.sqrt(scatter.residuals),
             covariance=scatter.covariance,
         )
 
@@ -147,6 +154,6 @@ def class_statistics(
             "correct": jnp.sum(jnp.argmax(logits, 1) == labels),
             "disagreements": jnp.sum(jnp.argmax(logits, 1) != nearest),
             "mean_residuals": mean_residuals,
-            "residual_scatter": jnp.sum((residuals - mean_residuals[labels]) ** 2),
+            "residual_norm": jnp.linalg.norm(residuals - mean_residuals[labels]),
         }
     return Statistics(examples, means, center, spectrum, head=head, **fields)

@@ -85,7 +85,11 @@ class Quantities:
     @functools.cached_property
     def interpolation(self) -> dict[str, Array]:
         """Returns how far class-mean outputs are from targets."""
-        return collapse.quasi_interpolation(self.statistics.mean_residuals)
+        residuals = self.statistics.mean_residuals
+        if isinstance(residuals, statistics.FactoredResiduals):
+            factors = map(jnp.asarray, residuals)
+            return collapse.quasi_interpolation_of_head(self.statistics.means, *factors)
+        return collapse.quasi_interpolation(residuals)
 
     @functools.cached_property
     def class_mean_logits(self) -> Array:
@@ -373,10 +377,10 @@ def sqi_gap(q: Quantities) -> Array:
     "sqrt(mean ||r - rbar_c||^2/C)",
     dims=_SPLIT,
     best=0,
-    needs=("residual_scatter",),
+    needs=("residual_norm",),
 )
 def output_spread(q: Quantities) -> Array:
-    return jnp.sqrt(q.statistics.residual_scatter / q.total / q.num_classes)
+    return q.statistics.residual_norm / jnp.sqrt(q.total * q.num_classes)
 
 
 @_metric(

@@ -221,12 +221,9 @@ def test_many_classes_hold_no_matrix_between_them(monkeypatch):
     expected = measure.measure(h, labels, head=head, bias=bias, weight_decay=1e-2)
     monkeypatch.setattr(measurement, "MOST_SQUARE", 10)
     monkeypatch.setattr(collapse, "_MOST_PAIRS", 100)
-    compiled = measurement._of_means, measurement._of_head, measurement._interpolation_of_head
-    for function in compiled:
-        function.clear_cache()
+    measurement._metrics_of.clear_cache()
     found = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=1e-2)
-    for function in compiled:
-        function.clear_cache()
+    measurement._metrics_of.clear_cache()
     assert_same(found.metrics, {name: expected[name] for name in found.metrics}, 1e-9)
     assert {
         "nc4",

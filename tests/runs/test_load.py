@@ -16,6 +16,7 @@ import ncjax
 from ncjax import config as configuration
 from ncjax import plan
 from ncjax.errors import InputError
+from ncjax.runs import inspect
 from ncjax.storage import checkpoint
 from tests.helpers import ROOT, flip, forge, whole_checkpoint
 
@@ -64,6 +65,34 @@ def test_its_accuracy_is_the_one_in_its_history(trained):
     images, labels = run.dataset.test
     accuracy = np.mean(run.logits(images).argmax(1) == labels)
     assert float(run.history.accuracy.sel(split="test", epoch=6)) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_run_its_features_and_its_verification_are_measured_alike(trained, split):
+    """The history, `measure` on the run's features, and `--verify` agree to float32's rounding."""
+    run = ncjax.load_run(trained, **RUN)
+    data, head = getattr(run.dataset, split), run.params["head"]
+    measured = ncjax.measure(
+        run.features(data.images),
+        data.labels,
+        head=head["kernel"].T,
+        bias=head["bias"],
+        weight_decay=RUN["weight_decay"],
+    )
+    recorded = run.history.sel(epoch=run.epoch, layer="head")
+    both = [
+        name
+        for name in measured.metrics.keys() & recorded.keys()
+        if split == "train" or "split" in recorded[name].dims
+    ]
+    assert len(both) == {"train": 40, "test": 18}[split]
+    for name in both:
+        variable = recorded[name]
+        one = variable.sel(split=split) if "split" in variable.dims else variable
+        np.testing.assert_allclose(
+            measured[name], float(one), rtol=2e-6, atol=1e-6, err_msg=name, equal_nan=True
+        )
+    assert inspect.verify(inspect.read(trained, {}), run.epoch).deviation < 1e-5
 
 
 def test_only_its_own_chunks_are_read(copied, recwarn):
