@@ -85,7 +85,7 @@ def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
         from ncjax.runs import loop
         from ncjax.runs import processes as distributed
 
-        with distributed.joined(arguments.processes, command):
+        with distributed.joined(arguments.processes):
             (loop.preview if arguments.dry_run else loop.run)(plan)
     except InputError as error:
         return _refuse(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ncjax.features.measurement import Reference
+    from ncjax.features.reference import Reference
     from ncjax.features.statistics import Deviations
 
 # What rounding alone makes of a class mean, relative to the spread of the class, by the precision

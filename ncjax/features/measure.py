@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ncjax.errors import InputError
 
 if TYPE_CHECKING:
-    from ncjax.features.measurement import find, prepare
+    from ncjax.features.measurement import find
+    from ncjax.features.reference import prepare
     from ncjax.features.result import Measurement
     from ncjax.features.statistics import load, merge, save
     from ncjax.features.streaming import first_pass, second_pass
@@ -31,11 +32,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The two passes one by one. They import JAX, for which a command line must not wait."""
     if name in __all__:
-        from ncjax.features import measurement, statistics, streaming
+        from ncjax.features import measurement, reference, statistics, streaming
 
         return next(
             getattr(module, name)
-            for module in (measurement, statistics, streaming)
+            for module in (measurement, reference, statistics, streaming)
             if hasattr(module, name)
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -169,7 +170,9 @@ def measure_batches(
       True
     """
 
-    from ncjax.features import measurement, streaming
+    from ncjax.features import streaming
+    from ncjax.features.measurement import find
+    from ncjax.features.reference import prepare
 
     if rows is not None and rows < 1:
         raise InputError("rows", rows, "give a number from 1 on")
@@ -186,11 +189,11 @@ def measure_batches(
         raise InputError("num_classes", None, "give the number of classes, or a head")
     work = {"rows": rows, "devices": devices, "progress": progress}
     sums = streaming.first_pass(batches, num_classes, float64=float64, **work)
-    reference = measurement.prepare(
+    reference = prepare(
         sums, head=head, bias=bias, loss=loss, weight_decay=weight_decay, global_mean=global_mean
     )
     del sums
-    return measurement.find(reference, streaming.second_pass(batches, reference, **work))
+    return find(reference, streaming.second_pass(batches, reference, **work))
 
 
 def _classes_in(batch: Any) -> int:

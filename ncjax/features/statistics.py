@@ -382,10 +382,10 @@ def _deviations_of_block(
         added[name] = getattr(sums, name).at[labels].add(terms.astype(jnp.float64), mode="drop")
     if outputs is None:
         return sums._replace(**added)
-    winners = jnp.argmax(outputs, axis=1)
+    predictions = jnp.argmax(outputs, axis=1)
     nearest = jnp.argmax(frames.nearness.of(along_means, own), axis=1)
-    added["correct"] = sums.correct + jnp.sum(valid & (winners == labels))
-    added["disagreements"] = sums.disagreements + jnp.sum(valid & (winners != nearest))
+    added["correct"] = sums.correct + jnp.sum(valid & (predictions == labels))
+    added["disagreements"] = sums.disagreements + jnp.sum(valid & (predictions != nearest))
     if linear:
         return sums._replace(**added)
     if sums.residual_sums is not None:

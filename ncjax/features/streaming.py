@@ -2,9 +2,9 @@
 them.
 
     sums = first_pass(batches, num_classes)
-    reference = measurement.prepare(sums, head=W)
+    reference = prepare(sums, head=W)
     deviations = second_pass(batches, reference)
-    found = measurement.find(reference, deviations)
+    found = find(reference, deviations)
 
 `batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits
 (B, C)), of NumPy, JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the
@@ -166,7 +166,7 @@ def second_pass(
     progress: Callable[[int], Any] | None = None,
 ) -> Deviations:
     """Squares and products of deviations from the class means of `reference`, made by
-    `measurement.prepare`.
+    `reference.prepare`.
 
     The batches may come in another order than in the first pass, or be a part of them for `merge`.
 

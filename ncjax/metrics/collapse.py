@@ -102,13 +102,13 @@ def class_means(sums: ClassSums) -> ClassMeans:
 def class_scatter(
     features: Float[Array, "B p"],
     residuals: Float[Array, "B C"],
-    winners: Int[Array, " B"],
+    predictions: Int[Array, " B"],
     labels: Int[Array, " B"],
     means: ClassMeans,
     frame_means: Frame,
     frame_head: Frame,
 ) -> Scatter:
-    """Second pass over one batch: `winners` have the largest output of each example; labels as
+    """Second pass over one batch: `predictions` are the labels of largest output; labels as
     in `class_sums`.
     """
     num_classes = residuals.shape[1]
@@ -132,7 +132,7 @@ def class_scatter(
         in_row_space=jnp.sum(along_head**2),
         residuals=jnp.sum(residual_deviation**2),
         covariance=residual_deviation.T @ deviation,
-        disagreements=jnp.sum(valid * (winners != nearest)),
+        disagreements=jnp.sum(valid * (predictions != nearest)),
     )
 
 

@@ -229,11 +229,9 @@ def _of_features(
     with jax.enable_x64(True):
         arrays = {k: np.asarray(v) for k, v in arrays.items()}
         num_classes = _checked(arrays, num_classes)
-        wide = {
-            k: v.astype(np.float64) if k != "labels" and v.dtype.kind in "iu" else v
-            for k, v in arrays.items()
-        }
-        return float(_metric(wide, name=name, num_classes=num_classes))
+        labels = arrays.pop("labels").astype(np.int32)
+        wide = {k: v.astype(np.float64) if v.dtype.kind in "iu" else v for k, v in arrays.items()}
+        return float(_metric(wide | {"labels": labels}, name=name, num_classes=num_classes))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "num_classes"))

@@ -8,7 +8,6 @@ they wait in, or by abort from C++, as when heartbeats fail to come or process 0
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 import zlib
@@ -126,9 +125,8 @@ def _first_difference(content: Mapping[str, Any]) -> tuple[int, str] | None:
 
 
 @contextlib.contextmanager
-def joined(where: Processes | None, command: str) -> Iterator[None]:
-    """Within it, this process is one of several (`where`), or alone (None). `command` continues
-    what is lost.
+def joined(where: Processes | None) -> Iterator[None]:
+    """Makes this process one of several (`where`) while the context lasts; None: it is alone.
 
     Raises:
       InputError: the environment does not say where the others are.
@@ -141,52 +139,30 @@ def joined(where: Processes | None, command: str) -> Iterator[None]:
     if where.coordinator:
         others = (
             f"process {where.process} of {where.processes} waits for the others at "
-            f"{where.coordinator}"
+            f"{where.coordinator}; should one be lost, all others end: started again, all continue"
         )
         print(others, file=sys.stderr, flush=True)
-    with _last_word(command):
-        try:
-            jax.distributed.initialize(
-                *where,
-                initialization_timeout=_PATIENCE_SECONDS,
-                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=_PARTING_SECONDS,
-            )
-        except (RuntimeError, ValueError) as error:
-            way_out = f"the processes did not come together ({last_line(error)})"
-            raise InputError("--coordinator", where.coordinator or "auto", way_out) from error
-        try:
-            yield
-        except Interrupted:  # all of them, at one epoch
-            jax.distributed.shutdown()
-            raise
-        except Exception as error:
-            if not _is_of_runtime(error):
-                raise
-            print(f"error: {last_line(error)}", file=sys.stderr, flush=True)
-            os._exit(1)
-        jax.distributed.shutdown()  # together: process 0 has figures to draw
-
-
-@contextlib.contextmanager
-def _last_word(command: str) -> Iterator[None]:
-    """Within it, a process beside this one waits to say how to go on, should this one be killed
-    or aborted.
-    """
-    text = (
-        "this or another process was lost or never came; started again in all processes, this "
-        "continues:"
-    )
-    script = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
-    beside = subprocess.Popen(
-        [sys.executable, "-c", script, f"{text}\n    {command}"],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+    try:
+        jax.distributed.initialize(
+            *where,
+            initialization_timeout=_PATIENCE_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_PARTING_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        way_out = f"the processes did not come together ({last_line(error)})"
+        raise InputError("--coordinator", where.coordinator or "auto", way_out) from error
     try:
         yield
-    finally:
-        beside.communicate(b"spoken")
+    except Interrupted:  # all of them, at one epoch
+        jax.distributed.shutdown()
+        raise
+    except Exception as error:
+        if not _is_of_runtime(error):
+            raise
+        print(f"error: {last_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
+    jax.distributed.shutdown()  # together: process 0 has figures to draw
 
 
 def leave(code: int) -> None:

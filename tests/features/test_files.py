@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from ncjax.cli import measure
 from ncjax.errors import InputError, printable
-from ncjax.features import files, measurement
+from ncjax.features import files
+from ncjax.features.result import Measurement
 from ncjax.report import feature_figures
 
 H = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
@@ -305,7 +306,7 @@ def measured(monkeypatch):
     metrics = dict.fromkeys(measure._BY_LAYER, 0.5) | {"nc3": 0.25}
     centred = H[:3].astype(np.float64)
     spectrum, within, variances = np.array([2.0, 1.0]), np.array([0.1, 0.2]), np.full(3, 0.1)
-    found = measurement.Measurement(
+    found = Measurement(
         metrics, np.array([4, 4, 4]), [], spectrum, within, variances, centred, [], []
     )
     monkeypatch.setattr(measure, "measure_batches", lambda *_, **__: found)

@@ -150,10 +150,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(lost, uninterrupted,
     for process in (processes[1 - lost], processes[lost]):
         _, err = process.communicate(timeout=60)
         assert process.returncode not in (0, None)
-        assert (
-            "this or another process was lost or never came; started again in all processes, this "
-            "continues:" in err
-        )
+        assert "should one be lost" in err
         assert "Traceback" not in err
     if lost:
         assert "continuing from epoch" in train_together(workdir, cache, *LONG)
