@@ -23,7 +23,7 @@ from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations
 from ncjax.features.streaming import SAME_EXAMPLES
 from ncjax.metrics.statistics import FactoredResiduals, Statistics
-from ncjax.metrics.vocabulary import Quantities, assemble
+from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
 
 
 @one_thread
@@ -44,19 +44,16 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         names = [name for name, value in metrics.items() if test(value)]
         if names:
             notes.append(f"{word}: {', '.join(names)}")
-    for name, exponent in units.of_metrics.items():
-        if name in metrics:
-            metrics[name] = _in_unit_one(name, metrics[name], exponent, notes)
+    for name, value in metrics.items():
+        if exponent := units.exponent(VOCABULARY[name].scale):
+            metrics[name] = _in_unit_one(name, value, exponent, notes)
     # Squares of features leave float64: arrays stay in the units of the reference.
     kept = units.features if abs(units.features) > MOST_EXPONENT else 0
-    square, missing = (
-        2.0 ** (2 * (units.features - kept)),
-        np.flatnonzero(reference.examples == 0).tolist(),
-    )
+    square = 2.0 ** (2 * (units.features - kept))
     return Measurement(
         metrics=metrics,
         examples=reference.examples.astype(np.int64),
-        missing=missing,
+        missing=np.flatnonzero(reference.examples == 0).tolist(),
         spectrum=reference.spectrum**2 * square,
         within=np.asarray(deviations.along_means) / counts.sum() * square,
         variances=np.asarray(deviations.within) / counts * square,
@@ -107,7 +104,7 @@ _metrics_of = jax.jit(lambda statistics: assemble(Quantities(statistics)))
 def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) -> Statistics:
     """Returns what every metric is computed from, as in training, in the reference's units.
 
-    The head is in the unit that takes features to outputs where there is a weight decay (`_units`).
+    The head is in the unit that takes features to outputs where there is a weight decay.
     """
     counts = reference.counts
     weights = reference.class_weights

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Num
 from ncjax.errors import InputError
 from ncjax.features.statistics import Frames, Scores, Sums, rounding_of_sums
 from ncjax.features.streaming import as_array
-from ncjax.metrics import collapse, theory
+from ncjax.metrics import collapse
 
 T = TypeVar("T")
 
@@ -57,16 +57,10 @@ class Units(NamedTuple):
     head: int
     outputs: int
 
-    @property
-    def of_metrics(self) -> dict[str, int]:
-        """Exponents by which metrics in these units are to be multiplied."""
-        a, b, e = self
-        units = dict.fromkeys(
-            ("epsilon", "delta", "sqi_gap", "output_asymmetry", "output_spread"), e
-        )
-        units |= dict.fromkeys(("norm_target", "predicted_head_norm_sq"), 2 * (e - a))
-        units |= {f"budget_{term}_norm": e + a for term in theory.Budget._fields}
-        return units | {"weight_norm_sq": 2 * b}
+    def exponent(self, scale: tuple[int, int, int]) -> int:
+        """Returns the exponent of the unit of a metric of this `Metric.scale`."""
+        features, head, outputs = scale
+        return features * self.features + head * self.head + outputs * self.outputs
 
 
 class Reference(NamedTuple):

@@ -110,11 +110,11 @@ class Quantities:
     @functools.cached_property
     def budget(self) -> dict[str, Array]:
         """The equilibrium budget: shares, norms and what they leave."""
-        statistics = self.statistics
-        gradient = statistics.fit_gradient + statistics.weight_decay * statistics.head
-        covariance = statistics.covariance / self.total
-        terms = theory.budget(statistics.mean_residuals, statistics.means, covariance, gradient)
-        return theory.budget_account(terms, statistics.head, statistics.weight_decay)
+        split = self.statistics
+        gradient = split.fit_gradient + split.weight_decay * split.head
+        covariance = split.covariance / self.total
+        terms = theory.budget(split.mean_residuals, split.means, covariance, gradient)
+        return theory.budget_account(terms, split.head, split.weight_decay)
 
 
 class Metric(NamedTuple):
@@ -127,6 +127,7 @@ class Metric(NamedTuple):
       least, most: the range.
       best: the value at collapse, or where the theory holds; None: there is no best one.
       units: of the numbers; "1" for those without.
+      scale: powers of the sizes of features, head and outputs that the metric is proportional to.
       needs: fields of `Statistics` without which there is no such metric.
       function: computes it from `Quantities`; None: `training.evaluate` and `runs.loop` do.
     """
@@ -138,6 +139,7 @@ class Metric(NamedTuple):
     most: float = math.inf
     best: float | None = None
     units: str = "1"
+    scale: tuple[int, int, int] = (0, 0, 0)
     needs: tuple[str, ...] = ()
     function: Callable[[Quantities], Array] | None = None
 
@@ -163,6 +165,9 @@ def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Fun
 
 
 _SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
+# Proportional to outputs f; to ||W||^2 of the head, and of a head predicted as f/h; to r h.
+_AS_OUTPUTS, _AS_HEAD_SQ = (0, 0, 1), (0, 2, 0)
+_AS_PREDICTED_HEAD_SQ, _AS_GRADIENT = (-2, 0, 2), (1, 0, 1)
 _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # The theorem and the budget are of classes of one size.
@@ -345,6 +350,7 @@ def nc4(q: Quantities) -> Array:
     dims=_SPLIT,
     least=-math.inf,
     needs=("mean_residuals",),
+    scale=_AS_OUTPUTS,
 )
 def epsilon(q: Quantities) -> Array:
     return q.interpolation["epsilon"]
@@ -356,6 +362,7 @@ def epsilon(q: Quantities) -> Array:
     dims=_SPLIT,
     least=-math.inf,
     needs=("mean_residuals",),
+    scale=_AS_OUTPUTS,
 )
 def delta(q: Quantities) -> Array:
     return q.interpolation["delta"]
@@ -367,6 +374,7 @@ def delta(q: Quantities) -> Array:
     dims=_SPLIT,
     best=0,
     needs=("mean_residuals",),
+    scale=_AS_OUTPUTS,
 )
 def sqi_gap(q: Quantities) -> Array:
     return q.interpolation["sqi_gap"]
@@ -378,6 +386,7 @@ def sqi_gap(q: Quantities) -> Array:
     dims=_SPLIT,
     best=0,
     needs=("residual_norm",),
+    scale=_AS_OUTPUTS,
 )
 def output_spread(q: Quantities) -> Array:
     return q.statistics.residual_norm / jnp.sqrt(q.total * q.num_classes)
@@ -389,12 +398,13 @@ def output_spread(q: Quantities) -> Array:
     dims=_SPLIT,
     best=0,
     needs=("mean_residuals",),
+    scale=_AS_OUTPUTS,
 )
 def output_asymmetry(q: Quantities) -> Array:
     return q.interpolation["output_asymmetry"]
 
 
-@_metric("squared norm of a layer", "||W_k||_F^2", dims=_LAYER, needs=_HEAD)
+@_metric("squared norm of a layer", "||W_k||_F^2", dims=_LAYER, needs=_HEAD, scale=_AS_HEAD_SQ)
 def weight_norm_sq(q: Quantities) -> Array:
     return jnp.sum(q.statistics.head**2)
 
@@ -404,6 +414,7 @@ def weight_norm_sq(q: Quantities) -> Array:
     "mean<r, f - b>/lambda: ||W_k||_F^2 of every layer at equilibrium",
     least=-math.inf,
     needs=("residual_dot_logit", "weight_decay"),
+    scale=_AS_PREDICTED_HEAD_SQ,
 )
 def norm_target(q: Quantities) -> Array:
     return theory.norm_target(q.statistics.residual_dot_logit, q.statistics.weight_decay)
@@ -417,10 +428,8 @@ def norm_target(q: Quantities) -> Array:
     needs=_EQUILIBRIUM,
 )
 def equilibrium_residual(q: Quantities) -> Array:
-    statistics = q.statistics
-    return theory.equilibrium_residual(
-        statistics.head, statistics.fit_gradient, statistics.weight_decay
-    )
+    split = q.statistics
+    return theory.equilibrium_residual(split.head, split.fit_gradient, split.weight_decay)
 
 
 VOCABULARY["lemma2_residual"] = Metric(
@@ -435,10 +444,9 @@ VOCABULARY["lemma2_residual"] = Metric(
     needs=_THEORY,
 )
 def theorem_residual(q: Quantities) -> Array:
-    statistics = q.statistics
-    return theory.theorem_residual(
-        q.interpolation["epsilon"], statistics.head, q.centred, statistics.weight_decay
-    )
+    split = q.statistics
+    epsilon = q.interpolation["epsilon"]
+    return theory.theorem_residual(epsilon, split.head, q.centred, split.weight_decay)
 
 
 @_metric(
@@ -456,6 +464,7 @@ def symmetric_nc3(q: Quantities) -> Array:
     "predicted squared norm of the head",
     "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs",
     needs=_THEORY,
+    scale=_AS_PREDICTED_HEAD_SQ,
 )
 def predicted_head_norm_sq(q: Quantities) -> Array:
     return q.solution.head_norm_sq
@@ -509,15 +518,16 @@ BUDGET_TERMS = {
     "within": "mean (r - rbar_c)(h - mu_c)^T: examples of a class differ",
     "gradient": "dL/dW_L: not at equilibrium yet",
 }
-for _suffix, _words, _least in (
-    ("", "share of lambda W_L by projection: {}", -math.inf),
-    ("_norm", "Frobenius norm of {}", 0.0),
+for _suffix, _words, _least, _scale in (
+    ("", "share of lambda W_L by projection: {}", -math.inf, (0, 0, 0)),
+    ("_norm", "Frobenius norm of {}", 0.0, _AS_GRADIENT),
 ):
     for _term, _definition in BUDGET_TERMS.items():
         VOCABULARY[f"budget_{_term}{_suffix}"] = Metric(
             f"budget: {_term}{_suffix.replace('_', ' ')}",
             _words.format(_definition),
             least=_least,
+            scale=_scale,
             needs=_THEORY,
             function=_budget_entry(f"budget_{_term}{_suffix}"),
         )
@@ -530,18 +540,18 @@ VOCABULARY["budget_residual"] = Metric(
 )
 
 
-def assemble(quantities: Quantities, names: Iterable[str] = tuple(VOCABULARY)) -> dict[str, Array]:
+def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict[str, Array]:
     """Computes the metrics that a split's statistics determine.
 
     Args:
       quantities: of the split.
-      names: metrics that are wanted; by default all.
+      names: metrics that are wanted; None: all.
 
     Returns:
       name -> float64 scalar. Metrics whose `needs` are not all there are left out, and so are those
       that have no function.
     """
-    entries = {name: VOCABULARY[name] for name in names}
+    entries = VOCABULARY if names is None else {name: VOCABULARY[name] for name in names}
     return {
         name: metric.function(quantities)
         for name, metric in entries.items()

@@ -87,8 +87,8 @@ class HistoryWriter:
 
     def on_measured(self, metrics: dict[str, np.ndarray], timing: Timing) -> None:
         """Adds the metrics of the current epoch; the first process writes both files."""
-        mean_logits = metrics.pop("class_mean_logits")
-        metrics |= derived_metrics(self._sweep, mean_logits)
+        measured = {k: v for k, v in metrics.items() if k != "class_mean_logits"}
+        metrics = measured | derived_metrics(self._sweep, metrics["class_mean_logits"])
         self.recorded = history.append(self.recorded, self._label(metrics))
         if not processes.is_leader():
             return

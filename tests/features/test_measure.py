@@ -20,7 +20,8 @@ from ncjax.cli import measure as command_line
 from ncjax.errors import InputError
 from ncjax.features import files, measure, measurement, reference, streaming
 from ncjax.metrics import collapse
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.statistics import class_statistics
+from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
 from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 
 DATA = ROOT / "tests" / "data"
@@ -391,6 +392,19 @@ def test_powers_of_two_change_no_digit(exponent, scaled):
         rtol=1e-10,
         atol=1e-12,
     )
+
+
+def test_every_scale_in_the_vocabulary_is_that_of_its_metric():
+    """`measure` in units of powers of two, against the statistics in memory, which know of none."""
+    h, labels, head, bias = split(sizes=[5, 9, 12, 12, 3])
+    h, head = 3000 * h, head / 700
+    found = measure.measure(h, labels, head=head, bias=bias)
+    with jax.enable_x64(True):
+        arrays = map(jnp.asarray, (head, bias))
+        statistics = class_statistics(jnp.asarray(h), jnp.asarray(labels), 5, *arrays)
+        expected = jax.device_get(assemble(Quantities(statistics)))
+    assert found.metrics.keys() == expected.keys()
+    assert_same(found, expected, 1e-10)
 
 
 def centred_of(h, labels):
