@@ -37,7 +37,7 @@ GLOBAL_MEANS, LOSSES = ("classes", "examples"), ("square", "cross_entropy")
 
 
 class Asked(NamedTuple):
-    """Holds the arguments of `measure.measure_batches` that say what is measured."""
+    """Holds the arguments of `measure.measure_batches` that choose what is measured."""
 
     loss: str = "square"
     weight_decay: float | None = None
@@ -73,7 +73,7 @@ class Reference(NamedTuple):
     """Holds what the second pass compares examples with, for the C classes that have examples.
 
     Attributes:
-      asked: the arguments that say what is measured.
+      asked: the arguments that choose what is measured.
       examples: the number of examples of every class, including those that have none.
       present: the classes that have examples.
       units: the units of the fields below.

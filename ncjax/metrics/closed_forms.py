@@ -194,7 +194,7 @@ def regularized_bias(
         num_classes * np.asarray(weight_decay, np.float64),
         np.asarray(bias_decay, np.float64),
     )
-    # The weights leave the sum to the bias while its residual there is below their threshold.
+    # The sum is no mode while its residual, with the bias alone, is within the threshold C lambda.
     by_bias_alone = bias_decay / (1 + bias_decay) <= threshold
     by_bias = np.where(
         by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)

@@ -151,9 +151,10 @@ def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
 
 
 def rank_tolerance(dtype: Any) -> float:
-    """Returns the singular value, relative to the largest, below which features or a head have 0.
+    """Returns the tolerance, relative to the largest singular value, below which one counts as 0.
 
-    It depends on their type. It decides ranks, and which directions count in nc1 and nc1_row_space.
+    It depends on the type of the features or the head. It decides ranks, and the directions that
+    nc1 and nc1_row_space measure; no output depends on it.
     """
     return 1e-5 if jnp.dtype(dtype).itemsize < 8 else 1e-12
 
@@ -242,7 +243,10 @@ def cosines(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
 
 
 def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
-    """Returns the population standard deviation of the rows' norms over their mean (NC2)."""
+    """Returns the population standard deviation of the rows' norms over their mean (NC2).
+
+    It is 0 if all rows are equally long.
+    """
     norms = jnp.linalg.norm(rows, axis=1)
     return norms.std() / norms.mean()
 
