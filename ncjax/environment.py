@@ -1,6 +1,6 @@
-"""Looks at what JAX runs in: refuses variables by which it would crash, or train something else.
+"""Checks JAX's environment: refuses variables that would make it crash or train something else.
 
-It also says how much memory the machine has.
+It also finds the memory of the machine.
 """
 
 import os
@@ -11,15 +11,15 @@ from collections.abc import Mapping
 
 from ncjax.errors import InputError, last_line
 
-# Devices that JAX can simulate within seconds.
+# The most devices that JAX can simulate within seconds.
 _MOST_DEVICES = 4096
 
 _OFF = ("0", "false", "no", "off", "n", "f")
 _DIVERGED = "a run that diverges is recorded as NaN, and its neighbours go on"
 _COMPILED = "a sweep is one compiled program"
 _MOVED = "data are moved to the devices, measurements from them"
-# Variables of JAX by which the programs would end in an error, or train something else: the values
-# that do no harm, and the reason.
+# Variables of JAX that would make the programs fail or train something else: the values that do no
+# harm, and the reason.
 _REFUSED = {
     "JAX_DEBUG_NANS": (_OFF, _DIVERGED),
     "JAX_DEBUG_INFS": (_OFF, _DIVERGED),
@@ -40,7 +40,7 @@ _REFUSED = {
 
 
 def check(environment: Mapping[str, str]) -> None:
-    """Raises InputError for the first variable that must not be so; JAX is not imported."""
+    """Raises InputError for the first variable with a refused value, without importing JAX."""
     for name, (harmless, reason) in _REFUSED.items():
         if name in environment and environment[name].lower() not in harmless:
             raise InputError(name, environment[name], f"{reason}; unset it")
@@ -55,7 +55,7 @@ def check(environment: Mapping[str, str]) -> None:
 def _check_xla_flags(environment: Mapping[str, str]) -> None:
     """Raises InputError for flags that XLA refuses.
 
-    XLA ends the process that has a wrong one, so another process tries them.
+    XLA ends the process if a flag is wrong, so another process tries them.
     """
     script = "from jaxlib import xla_client; xla_client.CompileOptions()"
     tried = subprocess.run(
@@ -73,9 +73,7 @@ def _check_xla_flags(environment: Mapping[str, str]) -> None:
 
 
 def import_jax() -> None:
-    """Imports JAX, which takes longer than to see that a flag is wrong; raises InputError where
-    variables forbid it.
-    """
+    """Imports JAX; raises InputError, before the slow import if possible, for refused variables."""
     check(os.environ)
     try:
         import jax  # noqa: F401

@@ -20,17 +20,17 @@ from ncjax.data import dataset as data
 from ncjax.errors import InputError
 from ncjax.paths import check_name, expanded
 
-# What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
+# The files of a run in WORKDIR. A folder that has other files, and no config.json, is refused.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
-# TensorStore separates folders by a backslash too; the others are storage buckets to Orbax. Neither
-# knows surrogates, which stand for bytes that are no UTF-8.
+# TensorStore takes a backslash for a separator of folders, and Orbax takes the other names for
+# storage buckets. Neither accepts surrogates, which stand for bytes that are not UTF-8.
 _MISTAKEN = re.compile(r"\\|gs:/|^/(gs|s3|az|hf)/|[\ud800-\udfff]")
 
 
 class Plan(NamedTuple):
-    """Holds what was checked: a valid config, its WORKDIR, its data and its grid.
+    """Holds a valid config, its WORKDIR, its data and its grid, all checked.
 
-    A dry run may name no WORKDIR; `workdir` is then the current folder, and not used.
+    A dry run need not name a WORKDIR; `workdir` is then the current folder, and is not used.
     """
 
     config: configuration.Config
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 class Processes(NamedTuple):
-    """Holds the arguments of `jax.distributed.initialize`; it finds out by itself what is None."""
+    """Holds arguments of `jax.distributed.initialize`, which finds out those that are None."""
 
     coordinator: str | None
     processes: int | None
@@ -57,7 +57,7 @@ def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
 
 
 def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
-    """Does what `prepare` does, but makes no folder; a WORKDIR need not be named."""
+    """Returns the plan of `prepare` without making a folder; `workdir` may be None."""
     if sys.platform == "win32":
         way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
         raise InputError("platform", sys.platform, way_out)
@@ -83,12 +83,11 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
 def find_processes(
     coordinator: str, count: int | None, number: int | None, environment: Mapping[str, str]
 ) -> Processes | None:
-    """Returns how this process joins others, or None where it is alone.
+    """Returns how this process joins others, or None if it is alone.
 
-    --coordinator, --processes and --process say so, or else the environment.
-
-    Tasks of one SLURM step and hosts of one TPU slice are such processes; `auto` asks JAX to find
-    out by itself.
+    The options --coordinator, --processes and --process decide it, or else the environment. Tasks
+    of one SLURM step and hosts of one TPU slice are such processes. `auto` leaves the choice to
+    JAX.
     """
     if not coordinator and count is None and number is None:
         tasks, hosts = (
@@ -115,8 +114,9 @@ def find_processes(
 
 
 def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
-    """Raises InputError for an unknown host, which JAX would wait for, and for a port that is
-    taken, over which it would crash.
+    """Raises InputError for an unknown host, which JAX would wait for, and for a port in use.
+
+    JAX would crash because of the latter.
     """
     try:
         socket.getaddrinfo(host.strip("[]"), port)
@@ -141,7 +141,7 @@ def load_data(settings: configuration.DataConfig) -> data.Dataset:
 
 
 def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
-    """Raises InputError where convolutions or random crops are asked for and data are no images."""
+    """Raises InputError if convolutions or random crops are asked for and data are not images."""
     shape = dataset.center.shape
     if len(shape) == 3:
         return
@@ -156,7 +156,7 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
 
 
 def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
-    """Raises InputError where inputs of the norm asked for would be 0 or infinite."""
+    """Raises InputError if inputs scaled to the norm asked for would be 0 or infinite."""
     if not config.data.standardize:
         factor = float(dataset.scale) / config.data.input_scale
         configuration.check_held(
@@ -165,9 +165,7 @@ def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
 
 
 def check_path(field: str, folder: Path) -> None:
-    """Raises InputError where the libraries that write and read checkpoints would take a folder
-    for another place.
-    """
+    """Raises InputError if Orbax or TensorStore would take a folder's path for another place."""
     found = _MISTAKEN.search(f"{os.path.realpath(folder)}/")
     if found:
         way_out = (
@@ -195,7 +193,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         return workdir
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # too long a name; a null byte
+    except (OSError, ValueError) as error:  # the name is too long, or has a null byte
         raise InputError(
             "--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})"
         ) from error
@@ -207,7 +205,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         AttributeError,
         RecursionError,
     ) as error:
-        # No JSON, or JSON that is no config.
+        # It is not JSON, or JSON that is not a config.
         raise InputError(
             "--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR"
         ) from error
@@ -225,7 +223,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
 
 
 def _check_profile(name: str) -> None:
-    """Raises InputError where no trace can be written, long before one is."""
+    """Raises InputError if a trace cannot be written to a folder, long before training."""
     check_name("config.profile.dir", Path(name))
     try:
         folder = Path(name)
@@ -233,7 +231,7 @@ def _check_profile(name: str) -> None:
             folder = folder.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise OSError(f"{folder} is no folder that can be written")
-    except (OSError, ValueError) as error:  # too long a name; a null byte
+    except (OSError, ValueError) as error:  # the name is too long, or has a null byte
         reason = getattr(error, "strerror", None) or error
         raise InputError("config.profile.dir", name, f"{reason}; choose another folder") from error
 

@@ -1,6 +1,4 @@
-"""Finds what would mislead a reader of a measurement: noise, and what is 0 for another reason
-than collapse.
-"""
+"""Finds metrics that would mislead: noise, and zeros that have another reason than collapse."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,16 +9,14 @@ if TYPE_CHECKING:
     from ncjax.features.reference import Reference
     from ncjax.features.statistics import Deviations
 
-# What rounding alone makes of a class mean, relative to the spread of the class, by the precision
-# of the pass.
+# The rounding error of a class mean relative to the spread of the class, by the precision of the
+# pass.
 _ROUNDING = {"float32": 2.0**-17, "float64": 2.0**-46}
-_MOST_NAMED = 3  # classes, of each kind
+_MOST_NAMED = 3  # classes named in cautions of one kind
 
 
 def of(reference: "Reference", deviations: "Deviations", metrics: dict[str, float]) -> list[str]:
-    """Returns a sentence for each thing that a reader of the metrics would take for something
-    else.
-    """
+    """Returns a sentence for each way in which the metrics would mislead a reader."""
     scatter = () if np.isnan(metrics["nc1"]) else _of_scatter(reference, deviations)
     found = [*scatter, *_of_means(reference, deviations), *_of_head(reference)]
     if reference.asked.weight_decay == 0:
@@ -31,8 +27,7 @@ def of(reference: "Reference", deviations: "Deviations", metrics: dict[str, floa
 def _of_scatter(reference: "Reference", deviations: "Deviations") -> Iterator[str]:
     counts, within = reference.examples[reference.present], np.asarray(deviations.within)
     single, names = int(np.sum(counts == 1)), "nc1, nc1_trace_ratio and cdnv"
-    # Numbers of the precision of the pass are no closer to each other than this, relative to their
-    # size.
+    # The relative spacing of numbers in the precision of the pass.
     spacing = np.finfo(reference.frames.high.dtype).eps
     if single == len(counts):
         yield f"every class has a single example, so {names} are 0 whatever the features"
@@ -67,7 +62,7 @@ def _of_means(reference: "Reference", deviations: "Deviations") -> Iterator[str]
             f"the mean of class {label} is the global mean but for rounding: its angles are noise "
             "or undefined"
         )
-    # Equal means are neighbours in order of any coordinate.
+    # Equal means are neighbours when sorted along any direction.
     order = np.argsort(centred @ np.random.default_rng(0).standard_normal(centred.shape[1]))
     gaps = np.linalg.norm(np.diff(centred[order], axis=0), axis=1)
     same = np.flatnonzero(gaps <= rounding[order][1:] + rounding[order][:-1])

@@ -1,4 +1,4 @@
-"""Files of features, labels, logits and heads, memory-mapped wherever their format lets them be."""
+"""Reads files of features, labels, logits and heads, memory-mapped if the format allows it."""
 
 import io
 import math
@@ -23,11 +23,11 @@ _SAFETENSORS = {
     "I8": "i1",
 }
 _SAFETENSORS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BF16": "bfloat16"}
-_CHUNK = 2**20  # bytes of a member of a .npz that are read at once
+_CHUNK = 2**20  # bytes of a .npz's member that are read at a time
 
 
 class _Layout(NamedTuple):
-    """Shape, type and order of an array in a file."""
+    """Holds the shape, type and memory order of an array in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,36 +35,34 @@ class _Layout(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of the numbers. Python's integers do not wrap where a damaged shape
-        is huge.
-        """
+        """The bytes of the numbers, as a Python integer, which a huge damaged shape cannot wrap."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read(path: Path, sole: str) -> dict[str, np.ndarray]:
-    """Reads the arrays of a file by name; a .npy holds one alone, of the name `sole`.
+    """Reads the arrays of a file by name; the single array of a .npy gets the name `sole`.
 
     Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they
-    are used. A .npz has checksums, for which it is read once here. The others have none: damage is
-    seen where sizes contradict it.
+    are used. A .npz has checksums, and is read once here to compare them. The others have none, so
+    damage is seen only if sizes disagree.
 
     Raises:
-      InputError: no such file, not of a known format, or damaged.
+      InputError: there is no such file, its format is unknown, or it is damaged.
     """
     readers = {".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise InputError("file", str(path), f"its name must end in {', '.join(readers)}")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could wait forever
             raise InputError("file", str(path), "it is not a file")
-        # Of a header that is hardly Python: it is refused below, or read as it was meant.
+        # A header that is barely valid Python gives warnings; it is either read or refused below.
         with warnings.catch_warnings(action="ignore"):
             return readers[path.suffix](path, sole)
     except InputError:
         raise
     except OSError as error:
         raise InputError("file", str(path), error.strerror or str(error)) from error
-    # Damage ends in any error of any library: zlib's, tokenize's, RecursionError, MemoryError,
+    # Damage may raise an error of any library: zlib's, tokenize's, RecursionError, MemoryError,
     # RuntimeError, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -88,8 +86,9 @@ def _read_npz(path: Path, _: str) -> dict[str, np.ndarray]:
 def _read_member(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, raw: io.BufferedIOBase, path: Path
 ) -> np.ndarray:
-    """Reads a member of a .npz to its end, where zipfile compares its checksum, and maps it if
-    it is not compressed.
+    """Reads a member of a .npz to its end, and maps it if it is not compressed.
+
+    zipfile compares the member's checksum at its end.
     """
     if member.comment:
         raise ValueError(
@@ -108,17 +107,15 @@ def _read_member(
         raise ValueError(
             f"{member.filename} has {member.compress_size} bytes and says {member.file_size}"
         )
-    # The local header before the data: 30 bytes, at whose end stand the lengths of two fields that
-    # follow.
+    # The data follow a local header of 30 bytes, which ends with the lengths of two fields between
+    # header and data.
     raw.seek(member.header_offset + 26)
     lengths = np.frombuffer(raw.read(4), "<u2")
     return _map(path, raw.tell() + int(lengths.sum()) + header_size, layout)
 
 
 def _read_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> _Layout:
-    """Reads the header of a .npy of `size` bytes and checks that its array fills the rest of
-    them.
-    """
+    """Reads the header of a .npy of `size` bytes, and checks that its array fills the rest."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its header is of version {version}, which numbers do not need")
@@ -141,8 +138,8 @@ def _read_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> _Layout:
 def _read_safetensors(path: Path, _: str) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
-    # It refuses tensors that overlap, leave gaps or do not fill the file; so offsets follow from
-    # sizes.
+    # safe_open refuses tensors that overlap, leave gaps or do not fill the file, so offsets follow
+    # from sizes.
     with safe_open(path, framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
         described = {
@@ -162,7 +159,7 @@ def _read_safetensors(path: Path, _: str) -> dict[str, np.ndarray]:
 
 def _dtype(name: str) -> np.dtype:
     if name == "bfloat16":
-        import ml_dtypes  # JAX's own, where NumPy has no such type
+        import ml_dtypes  # JAX installs it; NumPy has no such type
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
@@ -171,6 +168,6 @@ def _dtype(name: str) -> np.dtype:
 def _map(path: Path, offset: int, layout: _Layout) -> np.ndarray:
     if not layout.nbytes:
         return np.empty(layout.shape, layout.dtype)
-    # An empty tuple would map the rest of the file.
+    # The shape () would map the rest of the file.
     array = np.memmap(path, layout.dtype, "r", offset, layout.shape or (1,), layout.order)
     return array if layout.shape else array.reshape(())

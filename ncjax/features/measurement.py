@@ -1,7 +1,7 @@
-"""Turns the second pass's deviations into a `Measurement`.
+"""Turns the deviations of the second pass into a `Measurement`.
 
-Metrics bear the names of `VOCABULARY` and are assembled from the same `Statistics` as those of
-training, in the units of the reference; arrays and metrics leave in those of the features.
+Metrics have the names of `VOCABULARY`, and are assembled from the same `Statistics` as those of
+training. They are computed in the units of the reference, and returned in those of the features.
 """
 
 from typing import Any
@@ -31,8 +31,8 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     """Returns the measurement of the examples that both passes saw.
 
     Raises:
-      InputError: the second pass saw other examples than the first, or some so far from their class
-        mean that squares leave the precision of the pass.
+      InputError: the second pass saw other examples than the first, or examples so far from their
+        class mean that squares leave the precision of the pass.
     """
     _check_same(reference, deviations)
     counts, units = reference.counts, reference.units
@@ -47,7 +47,7 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     for name, value in metrics.items():
         if exponent := units.exponent(VOCABULARY[name].scale):
             metrics[name] = _in_unit_one(name, value, exponent, notes)
-    # Squares of features leave float64: arrays stay in the units of the reference.
+    # If squares of features leave float64, arrays stay in the units of the reference.
     kept = units.features if abs(units.features) > MOST_EXPONENT else 0
     square = 2.0 ** (2 * (units.features - kept))
     return Measurement(
@@ -65,7 +65,7 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
 
 
 def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> float:
-    """Returns value 2^exponent, with a note if float64 does not hold it."""
+    """Returns value * 2^exponent, and adds a note if float64 cannot hold it."""
     with np.errstate(over="ignore", under="ignore"):
         scaled = float(np.ldexp(value, exponent))
     if np.isfinite(value) and value and not np.finfo(np.float64).tiny <= abs(scaled) < np.inf:
@@ -77,7 +77,7 @@ def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> fl
 
 
 def _check_same(reference: Reference, deviations: Deviations) -> None:
-    """Refuses deviations from other class means than those of the examples that they are of."""
+    """Refuses deviations that are not from the class means of their own examples."""
     counts, present = reference.counts, reference.present
     seen = np.asarray(deviations.examples)
     if not np.array_equal(seen, counts):
@@ -87,7 +87,7 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
             "batches", what, f"the first pass saw {int(counts[label]):,}; {SAME_EXAMPLES}"
         )
     balance = np.abs(deviations.balance)
-    alike = balance <= reference.slack + reference.rounding * deviations.moduli  # not so of NaN
+    alike = balance <= reference.slack + reference.rounding * deviations.moduli  # False for NaN
     if not alike.all():
         label = present[np.argwhere(~alike)[0][0]]
         raise InputError(
@@ -102,9 +102,9 @@ _metrics_of = jax.jit(lambda statistics: assemble(Quantities(statistics)))
 
 
 def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) -> Statistics:
-    """Returns what every metric is computed from, as in training, in the reference's units.
+    """Returns the statistics that every metric is computed from, in the units of the reference.
 
-    The head is in the unit that takes features to outputs where there is a weight decay.
+    With a weight decay, the head is in the unit that takes features to outputs.
     """
     counts = reference.counts
     weights = reference.class_weights
@@ -137,7 +137,7 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
 
 
 def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray | FactoredResiduals:
-    """Returns rbar_c as row c, or in factors where C x C arrays are too large."""
+    """Returns rbar_c as row c, or in factors if a (C, C) array would be too large."""
     units, outputs = reference.units, reference.outputs
     target = np.asarray(np.ldexp(1.0, -units.outputs))
     if outputs is None:
@@ -152,20 +152,20 @@ def _mean_residuals(reference: Reference, deviations: Deviations) -> np.ndarray 
 
 
 def _residual_norm(reference: Reference, deviations: Deviations) -> np.ndarray:
-    """Returns the root of the sum of ||r - rbar_c||^2, about the mean residual of each class."""
+    """Returns the square root of the sum of ||r - rbar_c||^2 over examples."""
     units = reference.units
     if deviations.residuals is None:  # ||W d||^2 = sum_j s_j^2 (v_j^T d)^2
         norm = np.sqrt(np.sum(_head_strengths(reference) * np.asarray(deviations.along_head)))
         return np.asarray(np.ldexp(norm, units.features + units.head - units.outputs))
     scatter = np.asarray(deviations.residuals)
-    if deviations.residual_sums is not None:  # the second pass had the mean output's residual
+    if deviations.residual_sums is not None:  # the sums are about the class-mean output's residual
         counts = reference.counts
         scatter = scatter - np.sum(np.asarray(deviations.residual_sums) ** 2 / counts[:, None])
     return np.asarray(np.sqrt(scatter))
 
 
 def _head_strengths(reference: Reference) -> np.ndarray:
-    """Returns ||W v_j||^2 of each vector of the head's row space: squared singular values."""
+    """Returns ||W v_j||^2, the squared singular value of each basis vector v_j of the head."""
     assert reference.head is not None
     return np.sum(
         (reference.head @ np.asarray(reference.frames.head_basis, np.float64).T) ** 2, axis=0
@@ -191,7 +191,7 @@ def _equilibrium(
         between = residuals.target * weighted - products
     else:
         between = jnp.asarray(residuals).T @ weighted
-    pull = between + covariance / counts.sum()  # mean(r h^T), minus the gradient of the fit term
+    pull = between + covariance / counts.sum()  # mean(r h^T), which is -(gradient of the fit term)
     fields: dict[str, Any] = {
         "fit_gradient": -pull,
         "residual_dot_logit": jnp.sum(pull * head),

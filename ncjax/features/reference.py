@@ -1,9 +1,8 @@
-"""Computes what the second pass measures against: class means, units and frames, from the first
-pass's sums.
+"""Computes class means, units and frames for the second pass from the sums of the first.
 
-What is small, (C, p) at most, is float64 here, on the host, in units in which no square of it
-leaves float64 (`Units`). Classes without an example are left out: all is measured for the C classes
-that have one, with their rows of the head and their outputs.
+Arrays here have at most (C, p) numbers. They are float64, on the host, in units in which no square
+of them leaves float64 (`Units`). Classes without examples are left out, with their rows of the head
+and their outputs, and C is the number of the others.
 """
 
 import functools
@@ -22,22 +21,23 @@ from ncjax.metrics import collapse
 
 T = TypeVar("T")
 
-# Beyond, C x C arrays are not held: no budget, no cross-entropy, no logits.
+# The most classes for which (C, C) arrays are held; with more there is no budget, no cross-entropy
+# and no logits.
 MOST_SQUARE = 2048
-# Features along which deviations from the class means must cancel out, for as many as so many
-# classes say.
+# The number of features whose deviations from the class means are checked to cancel out, and the
+# number of classes that they are chosen by.
 _PROBES, _PROBED_CLASSES = 4, 256
-# How much more than rounding the sums of both passes may differ by, and how much a model's features
-# may differ from one evaluation to the next, in their own size: rounding of float32 over and over,
-# independent from example to example.
+# The factor on rounding by which the sums of both passes may differ, and the relative difference
+# of a model's features between two evaluations. The latter is rounding of float32 in many layers,
+# independent for each example.
 _SAFETY, _NOISE = 2.0, 2.0**-18
-# Numbers up to two to this power can be squared and added up in float64, and down to its inverse.
+# Numbers between 2^-450 and 2^450 can be squared and added up in float64.
 MOST_EXPONENT = 450
 GLOBAL_MEANS, LOSSES = ("classes", "examples"), ("square", "cross_entropy")
 
 
 class Asked(NamedTuple):
-    """Names what is to be measured; its fields are arguments of `measure.measure_batches`."""
+    """Holds the arguments of `measure.measure_batches` that choose what is measured."""
 
     loss: str = "square"
     weight_decay: float | None = None
@@ -45,12 +45,12 @@ class Asked(NamedTuple):
 
 
 class Units(NamedTuple):
-    """Exponents of the powers of two that features, head and outputs are measured in: exact,
-    whatever their size.
+    """Holds the exponents of the powers of two in which features, head and outputs are measured.
 
-    NC1 to NC4, cdnv and accuracy are the same in any. Targets are 2^-outputs in these units, and
-    with features h = 2^a h' and outputs f = 2^e f' the head is W = 2^(e-a) W', and lambda W =
-    mean(r h^T) becomes lambda/2^(2a) W' = mean(r' h'^T).
+    Powers of two are exact, whatever the size of the numbers. NC1 to NC4, cdnv and accuracy are the
+    same in any unit. Targets are 2^-outputs in these units. With features h = 2^a h' and outputs f
+    = 2^e f', the head is W = 2^(e-a) W', and lambda W = mean(r h^T) becomes lambda/2^(2a) W' =
+    mean(r' h'^T).
     """
 
     features: int
@@ -64,22 +64,25 @@ class Units(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Holds what the second pass measures against, of the C classes that have examples; `examples`
-    counts those of every class.
+    """Holds what the second pass compares examples with, for the C classes that have examples.
 
     Attributes:
-      examples: of every class, those with none too.
+      asked: the arguments that choose what is measured.
+      examples: the number of examples of every class, including those that have none.
       present: the classes that have examples.
-      units: what all that follows is measured in.
-      means: mu_c. centred: mu_c - mu_G.
-      spectrum: singular values of Mdot/sqrt(C), 0 where they do not count; frames.basis has their
-        vectors.
-      head, bias: None without a head; the bias is in the units of outputs.
-      head_rank: so many of the head's singular values count.
-      outputs: mean outputs of each class; None without outputs or where there are more than 2,048
+      units: the units of the fields below.
+      means: the class means mu_c as rows.
+      centred: mu_c - mu_G as rows.
+      spectrum: the singular values of Mdot/sqrt(C), 0 beyond the rank; their vectors are
+        `frames.basis`.
+      head, bias: W and b, with b in the units of the outputs; None without a head.
+      head_rank: the number of the head's singular values that count as nonzero.
+      outputs: the mean outputs of each class; None without outputs, or with more than 2,048
         classes.
-      slack, rounding: `Deviations.balance` is at most slack + rounding `Deviations.moduli` if both
-        passes see the same.
+      slack, rounding: if both passes see the same examples, `Deviations.balance` is at most slack +
+        rounding * `Deviations.moduli`.
+      with_logits: whether batches have logits.
+      frames: the arrays for the devices.
     """
 
     asked: Asked
@@ -105,7 +108,7 @@ class Reference(NamedTuple):
 
     @property
     def class_weights(self) -> Num[np.ndarray, " C"]:
-        """What mu_G weighs the class means by."""
+        """The weights of the class means in mu_G."""
         return _class_weights(self.counts, self.asked.global_mean)
 
 
@@ -115,8 +118,10 @@ def _blas() -> threadpoolctl.ThreadpoolController:
 
 
 def one_thread(function: Callable[..., T]) -> Callable[..., T]:
-    """OpenBLAS's threads wait by spinning: beside XLA's, two of them were five to ten times as
-    slow as one.
+    """Limits OpenBLAS to one thread inside a function.
+
+    OpenBLAS's threads wait by spinning; beside XLA's, two of them took five to ten times as long as
+    one.
     """
 
     @functools.wraps(function)
@@ -137,11 +142,15 @@ def prepare(
     weight_decay: float | None = None,
     global_mean: str = "classes",
 ) -> Reference:
-    """Returns class means and the frames of the second pass. Arguments as in `measure.measure`.
+    """Returns the class means and the frames of the second pass.
+
+    Args:
+      sums: the sums of the first pass.
+      head, bias, loss, weight_decay, global_mean: as in `measure.measure`.
 
     Raises:
-      InputError: fewer than two classes with examples, a head of the wrong shape, an unknown name,
-        outputs or an equilibrium that leave float64.
+      InputError: fewer than two classes have examples, the head has a wrong shape, a name is
+        unknown, or outputs or an equilibrium leave float64.
     """
     present, with_logits = np.flatnonzero(sums.examples), sums.logits is not None
     asked = Asked(loss, weight_decay, global_mean)
@@ -232,18 +241,17 @@ def _check_asked(asked: Asked, num_classes: int, with_logits: bool, with_head: b
 
 
 def _class_weights(counts: Any, global_mean: str) -> np.ndarray:
-    """Returns what mu_G weighs the class means by."""
+    """Returns the weights of the class means in mu_G."""
     return counts if global_mean == "examples" else np.ones(len(counts))
 
 
 def _class_means(
     sums: Sums, present: np.ndarray, global_mean: str
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the exponent of the features' unit, mu_c and mu_c - mu_G in it, and the columns to
-    probe.
+    """Returns the exponent of the features' unit, mu_c and mu_c - mu_G in it, and columns to probe.
 
-    The unit is that of the largest of centred means and of mu_c - pivot_c, an example's deviation.
-    The columns are those in which these are largest.
+    The unit is that of the largest number in the centred means and in mu_c - pivot_c, an example's
+    deviation. The columns are those in which these are largest.
     """
     counts = sums.examples[present]
     means: Any = sums.features[present] / counts[:, None]
@@ -254,7 +262,7 @@ def _class_means(
     size = max(farthest, _largest(centred))
     if not np.isfinite(size):
         raise InputError("features", "sums beyond float64", "multiply them by a power of two")
-    # One whose inverse is no subnormal number, which XLA takes for 0.
+    # The inverse of the unit must not be subnormal, because XLA takes such numbers for 0.
     unit = min(_exponent(size or _largest(means)), np.finfo(sums.pivots.dtype).maxexp - 4)
     for array in (means, centred):
         array *= 2.0**-unit
@@ -263,7 +271,7 @@ def _class_means(
 
 
 def _check_head(head: Any, bias: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """Returns (type, head, bias), the latter in float64, or None three times."""
+    """Returns the head's type, and head and bias in float64, or three times None without a head."""
     if head is None:
         if bias is not None:
             raise InputError("bias", np.shape(bias), "it goes with a head; give both")
@@ -285,7 +293,7 @@ def _check_head(head: Any, bias: Any, shape: tuple[int, ...]) -> tuple[Any, Any,
 
 
 def _largest(array: np.ndarray) -> float:
-    """Returns the largest modulus, without an array of moduli."""
+    """Returns the largest absolute value, without an array of absolute values."""
     return max(float(array.max()), -float(array.min()))
 
 
@@ -301,10 +309,10 @@ def _longest(rows: np.ndarray) -> float:
 def _units(
     unit: int, means: np.ndarray, head: Any, bias: Any, logits: Any, asked: Asked, dtype: Any
 ) -> tuple[Units, np.ndarray | None, np.ndarray | None]:
-    """Returns the units, and head and bias in them; the means are so already.
+    """Returns the units, and head and bias in them; the means already are.
 
-    The head's unit is that of its largest number, and with a weight decay the one in which it takes
-    features to outputs, since equilibrium is between the three.
+    The head's unit is that of its largest number. With a weight decay it is the one that takes
+    features to outputs, because equilibrium relates the three.
     """
     head_unit, sizes = 0, [0]
     if logits is not None:
@@ -313,10 +321,10 @@ def _units(
         head_unit = _exponent(_largest(head))
         head = np.ldexp(head, -head_unit)
     if head is not None and logits is None:
-        reach = _longest(head) * _longest(means)  # no output is larger
+        reach = _longest(head) * _longest(means)  # a bound on all outputs
         sizes += [_exponent(_largest(bias)), unit + head_unit + _exponent(reach) if reach else 0]
     outputs = max(sizes)
-    if asked.loss == "cross_entropy":  # an exponential has a unit of its own
+    if asked.loss == "cross_entropy":  # the argument of an exponential has the unit 1
         most = np.finfo(dtype).maxexp - 24
         if outputs > most:
             way_out = (
@@ -335,14 +343,12 @@ def _units(
 
 
 def in_output_units(head: np.ndarray, units: Units) -> np.ndarray:
-    """Returns the head that takes features in their unit to outputs in theirs."""
+    """Returns the head that maps features in their unit to outputs in their unit."""
     return np.ldexp(head, units.features + units.head - units.outputs)
 
 
 def _check_decay(weight_decay: float, units: Units) -> None:
-    """Refuses what equilibrium is compared with where squares of it, in the units of the
-    outputs, leave float64.
-    """
+    """Refuses a weight decay with which squares, in the units of the outputs, leave float64."""
     shift = units.features + units.head - units.outputs
     decay = _exponent(weight_decay) - 2 * units.features if weight_decay else 0
     if max(abs(decay), abs(shift), abs(decay + shift)) > MOST_EXPONENT:
@@ -356,7 +362,7 @@ def _check_decay(weight_decay: float, units: Units) -> None:
 
 
 def _span(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `most` singular values of (C, p) and right singular vectors as rows."""
+    """Returns the first `most` singular values of (C, p), and right singular vectors as rows."""
     if len(rows) > rows.shape[1]:
         rows = np.asarray(np.linalg.qr(rows, mode="r"))
     _, values, vectors = np.linalg.svd(rows, full_matrices=False)
@@ -364,8 +370,9 @@ def _span(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearness(centred: np.ndarray, basis: np.ndarray) -> Scores:
-    """Returns -||h - mu_c||^2/2 up to a term that all classes share: <h - mu_G, mu_c - mu_G> -
-    ||mu_c - mu_G||^2/2.
+    """Returns scores <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2.
+
+    These are -||h - mu_c||^2/2 up to a term that all classes share.
     """
     near = centred @ basis.T
     squares = np.sum(near**2, axis=1)
@@ -385,10 +392,10 @@ def _head_scores(
     bias: Any,
     basis: np.ndarray,
 ) -> Scores:
-    """Returns the head's outputs up to a term that all classes share: W and b are less their means
-    over classes.
+    """Returns the head's outputs as scores, up to a term that all classes share.
 
-    For softmax they are in the unit 1, else in one in which they are neither large nor all small.
+    W and b are centred over classes. The unit is 1 for softmax, else one in which the scores are
+    neither large nor all small.
     """
     weights, offset = head - head.mean(0), bias - bias.mean()
     natural = units.features + units.head
@@ -417,9 +424,9 @@ def _allowed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (slack, rounding) of a `Reference`.
 
-    sum(h - mu_c), of numbers |h - mu_c| whose sum is M, differs from 0 by the rounding of the first
-    pass, relative to sum |h - pivot| <= M + n |mu_c - pivot|, and where a model is evaluated twice
-    by its own rounding, which averages out over n examples.
+    With M = sum |h - mu_c|, sum(h - mu_c) differs from 0 by the rounding of the first pass, which
+    is relative to sum |h - pivot| <= M + n |mu_c - pivot|. If a model is evaluated twice, it also
+    differs by the model's own rounding, which averages out over n examples.
     """
     counts = sums.examples[present][:, None]
     own = means[:, columns]

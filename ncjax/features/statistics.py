@@ -1,8 +1,7 @@
-"""Adds up the statistics of two passes: sums by class, then squares and products of deviations from
-the means.
+"""Adds up the statistics of two passes: sums by class, then products of deviations from the means.
 
-Pure arrays: `streaming` brings the examples, `measurement` makes the `Frames` between the passes
-and metrics of the sums.
+All functions take and return arrays. `streaming` supplies the examples, `reference` makes the
+`Frames` between the passes, and `measurement` computes metrics from the sums.
 """
 
 import functools
@@ -21,28 +20,27 @@ from jaxtyping import Array, Float, Int, Shaped
 from ncjax.errors import InputError
 from ncjax.storage.files import write_atomically
 
-# A device takes a chunk of rows in blocks: of so many numbers, for a core's cache, but for matmuls
-# of so many rows.
+# A device processes a chunk in blocks of about this many numbers, which fit into a core's cache,
+# but of at least this many rows, which keep matmuls efficient.
 _BLOCK, LEAST_BLOCK = 2**18, 256
-# Rows that the first pass adds up in the precision of the pass, before it adds their sum in
-# float64: a few for each class, so that the (C, p) sums cost little beside the rows. Equal numbers
-# added one by one all round the same way: half a million times 0.1 in float32 is off by 1%.
+# The first pass adds up this many rows in its own precision before it adds their sum in float64:
+# at least a few per class, so that the (C, p) sums cost little beside the rows. Without float64,
+# equal numbers would all round the same way: half a million times 0.1 in float32 is off by 1%.
 _LEAST_GROUP, _GROUP_PER_CLASS = 2048, 32
-# Columns of a matmul are filled up to a multiple: with sixteen it takes less time than with nine.
+# Columns of a matmul are padded to a multiple of this, because sixteen take less time than nine.
 _COLUMNS = 16
-# On CPUs that have no such vectors it changes nothing; on those that have them XLA would take half
-# of one.
+# On CPUs with vectors of this width XLA would use only half of one; on others this changes nothing.
 _WIDE = {"xla_cpu_prefer_vector_width": 512}
 
 
 class Sums(NamedTuple):
-    """First pass, over examples of each of C classes. Float64; `merge` adds two up.
+    """Holds the float64 sums of the first pass for each of C classes; `merge` adds them up.
 
     Attributes:
-      examples: how many.
-      pivots: one of the class's examples, in the precision of the pass; 0 where there is none.
-      features: sum of h - pivot.
-      logits: sum of the outputs f, where batches had them.
+      examples: the number of examples.
+      pivots: one of the class's examples, in the precision of the pass; 0 if there is none.
+      features: the sum of h - pivot.
+      logits: the sum of the outputs f; None if batches had none.
     """
 
     examples: Shaped[np.ndarray | Array, " C"]
@@ -52,26 +50,26 @@ class Sums(NamedTuple):
 
 
 class Deviations(NamedTuple):
-    """Second pass, about the class means of a `Reference` with C classes. Sums over examples,
-    float64.
+    """Holds the float64 sums of the second pass, about the class means of a `Reference`.
 
     Attributes:
-      examples: how many of each class.
-      within: ||h - mu_c||^2 of each class.
-      along_means: (u_j^T (h - mu_c))^2 for the reference's basis of the centred means.
-      balance: h - mu_c along the probes of the frames, and own logit less its mean where batches
-        have logits: sums that vanish for each class, up to rounding, if both passes see the same
-        examples.
-      moduli: absolute values of the same.
-      along_head: (v_j^T (h - mu_c))^2 for its basis of the head's row space.
-      correct: examples whose largest output is their class's.
-      disagreements: examples whose largest output is not at the nearest class mean.
-      residuals: ||e||^2 with e = r - r0_c: the residual r less that of the class-mean output. None
-        where the outputs are linear in the features and the residuals in the outputs: `along_head`
-        then says it all.
-      residual_sums: sum of e of each class, cross-entropy alone: 0 with the square loss.
-      covariance: e (h - mu_c)^T, (C, p); where `residuals` is None, v_j^T (h - mu_c) (h - mu_c)^T,
-        (r, p).
+      examples: the number of examples of each class.
+      within: the sum of ||h - mu_c||^2 of each class.
+      along_means: the sum of (u_j^T (h - mu_c))^2 for the reference's basis of the centred means.
+      balance: the sum, for each class, of h - mu_c along the probes of the frames, and, if batches
+        have logits, of the example's own logit less its mean. It is 0 up to rounding if both passes
+        see the same examples.
+      moduli: the sum of the absolute values of the same.
+      along_head: the sum of (v_j^T (h - mu_c))^2 for the reference's basis of the head's row space.
+      correct: the number of examples whose largest output is their class's.
+      disagreements: the number of examples whose largest output is not the nearest class mean's.
+      residuals: the sum of ||e||^2 with e = r - r0_c, the residual r less that of the class-mean
+        output. None if the outputs are linear in the features and the residuals in the outputs,
+        because it then follows from `along_head`.
+      residual_sums: the sum of e of each class with cross-entropy; None with the square loss, where
+        it is 0.
+      covariance: the sum of e (h - mu_c)^T, (C, p); if `residuals` is None, that of
+        v_j^T (h - mu_c) (h - mu_c)^T, (r, p).
     """
 
     examples: Shaped[np.ndarray | Array, " C"]
@@ -88,14 +86,15 @@ class Deviations(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Affine functions of an example, one for each class, up to a term that all classes share.
+    """Holds affine functions of an example, one per class, up to a term that all classes share.
 
     Attributes:
-      weights: their slopes along a basis.
-      at_means: their values at the class mean in whose row they stand, less that class's own.
-        Differences between classes that are near each other so keep their digits beside classes
-        that are far away. None where classes are too many for C x C numbers; then:
-      means, offset: centred means along the basis, and values at mu_G.
+      weights: the slopes of the functions along a basis.
+      at_means: the values of all functions at mu_c, less the value of function c, in row c. The
+        differences between near classes keep their digits this way, even if other classes are far
+        away. None if there are too many classes for a (C, C) array.
+      means: the centred means along the basis, if `at_means` is None.
+      offset: the values of the functions at mu_G, if `at_means` is None.
     """
 
     weights: Float[np.ndarray | Array, "C r"]
@@ -104,8 +103,11 @@ class Scores(NamedTuple):
     offset: Float[np.ndarray | Array, " C"] | None = None
 
     def of(self, along: Array, own: Array) -> Array:
-        """Returns the scores (B, C) of examples of the classes `own`, with deviations `along`
-        the basis.
+        """Returns the scores (B, C) of examples from their deviations `along` the basis.
+
+        Args:
+          along: h - mu_c along the basis.
+          own: the class c of each example.
         """
         if self.at_means is not None:
             return along @ self.weights.T + self.at_means[own]
@@ -115,20 +117,19 @@ class Scores(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Holds what the second pass compares an example with, in the precision of the pass. With C
-    classes:
+    """Holds what the second pass compares an example with, in the precision of the pass.
 
     Attributes:
-      unit: power of two that features are multiplied by; what follows is of features in these
-        units.
-      high, low: mu_c as two numbers, high the nearest of the precision.
-      basis: u_j, rows, of the span of the centred means: all of it, whatever counts as its rank.
-      probes: rows along which deviations must cancel out; see `Deviations.balance`.
-      nearness: scores whose largest is at the nearest class mean; None without outputs.
-      head_basis: v_j, rows, of the head's row space: all of it; None without a head.
-      outputs: scores that the head gives; None without a head, or where batches have logits. Then:
-      logit_unit: power of two that logits are multiplied by.
-      expected: class-mean logits in these units.
+      unit: the power of two that features are multiplied by; the fields below are in these units.
+      high, low: mu_c = high + low, with high the nearest number of the precision.
+      basis: the orthonormal rows u_j that span the centred means, also beyond their rank.
+      probes: the rows along which deviations must cancel out; see `Deviations.balance`.
+      nearness: the scores whose largest is the nearest class mean's; None without outputs.
+      head_basis: the orthonormal rows v_j that span the head's row space, also beyond its rank;
+        None without a head.
+      outputs: the scores that the head computes; None without a head, or if batches have logits.
+      logit_unit: the power of two that logits are multiplied by; None if batches have none.
+      expected: the class-mean logits in these units; None if batches have none.
     """
 
     unit: Float[np.ndarray | Array, ""]
@@ -144,11 +145,11 @@ class Frames(NamedTuple):
 
 
 def merge(first: Any, *others: Any) -> Any:
-    """Statistics of all examples, from those of parts of them: associative up to the rounding of
-    float64.
+    """Returns the statistics of all examples from the statistics of parts of them.
 
-    A class keeps the pivot of the first part that has it; the others' sums are moved to it:
-    sum(h - pivot) = sum(h - pivot') + n (pivot' - pivot).
+    It is associative up to the rounding of float64. A class keeps the pivot of the first part that
+    has examples of it, and the sums of other parts are moved to that pivot: sum(h - pivot) =
+    sum(h - pivot') + n (pivot' - pivot).
     """
     add: Any = _merge_sums if isinstance(first, Sums) else _add
     return functools.reduce(add, others, first)
@@ -163,7 +164,7 @@ def _merge_sums(a: Sums, b: Sums) -> Sums:
         )
     pivots = np.where(a.examples[:, None] > 0, a.pivots, b.pivots)
     with np.errstate(over="ignore", invalid="ignore"):
-        # What is not finite is refused by those who use the sums.
+        # The callers refuse sums that are not finite.
         features = np.subtract(b.pivots, pivots, dtype=np.float64)
         features *= b.examples[:, None]
         features += b.features
@@ -200,8 +201,10 @@ def load(path: str | Path) -> Sums | Deviations:
 
 
 class Rows(NamedTuple):
-    """Rows of features one after the other in `numbers`, from `begin` on: memory that is not
-    aligned is read in place from an aligned address before it."""
+    """Holds rows of features as consecutive numbers, the first of which is at `begin`.
+
+    Memory that is not aligned is read in place from an aligned address before its first row.
+    """
 
     numbers: Array
     begin: Int[np.ndarray | Array, ""]
@@ -227,9 +230,7 @@ def _fold(
     dim: int,
     count: int,
 ) -> Any:
-    """Folds add(state, rows, labels, logits) over parts of `count` rows, and over what is left
-    of them.
-    """
+    """Folds add(state, rows, labels, logits) over parts of `count` rows, the last one shorter."""
 
     def step(state: Any, first: Any, count: int) -> Any:
         of_part = (
@@ -245,7 +246,7 @@ def _fold(
 
 
 def _block_rows(size: int, numbers: int) -> int:
-    """Rows of a block of a chunk of `size`, each as large as so many numbers."""
+    """Returns the rows per block of a chunk of `size` rows, each of which has `numbers` numbers."""
     return math.gcd(size, max(LEAST_BLOCK, 1 << (_BLOCK // numbers).bit_length() - 1))
 
 
@@ -254,11 +255,11 @@ def _group_rows(num_classes: int) -> int:
 
 
 def rounding_of_sums(examples: Any, num_classes: int, dtype: Any) -> np.ndarray:
-    """Returns what `Sums.features` of each class may be off by, relative to the sum of |h - pivot|.
+    """Returns a bound on the error of `Sums.features` of each class, relative to sum |h - pivot|.
 
-    A sum of k numbers, one by one, is off by (k - 1) u times the sum of their moduli at most
-    (Higham 2002, section 4.2), u the unit roundoff; a few more u are those of the differences, and
-    of the second pass.
+    A sum of k numbers, added one by one, has an error of at most (k - 1) u times the sum of their
+    moduli, with u the unit roundoff (Higham 2002, section 4.2). The bound has a few more u for the
+    rounding of the differences, and of the second pass.
     """
     chain = np.minimum(examples, _group_rows(num_classes)) + 4
     return chain * np.finfo(dtype).eps / 2 + examples * np.finfo(np.float64).eps / 2
@@ -266,7 +267,7 @@ def rounding_of_sums(examples: Any, num_classes: int, dtype: Any) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def adopt(pivots: Array, features: Rows, index: Array, labels: Array) -> Array:
-    """Those rows of features become the pivots of the classes `labels`; C: of none."""
+    """Returns pivots with rows `index` of the features for the classes `labels`; C is no class."""
     return pivots.at[labels].set(
         features.pick(index, pivots.shape[1]).astype(pivots.dtype), mode="drop"
     )
@@ -276,7 +277,7 @@ def adopt(pivots: Array, features: Rows, index: Array, labels: Array) -> Array:
 def add_sums(
     sums: Any, features: Rows, labels: Array, logits: Array | None, counts: Array
 ) -> tuple[Sums, Array]:
-    """A label of C is padding."""
+    """Adds a chunk to the sums of the first pass; a label of C is padding."""
     pivots = sums.pivots
     num_classes, dim = pivots.shape
 
@@ -293,8 +294,8 @@ def add_sums(
     def add_group(total: Array, rows: Rows, labels: Array, _: None) -> Array:
         return total + add_rows(jnp.zeros_like(pivots), rows, labels, None).astype(total.dtype)
 
-    # Sums of a group's own, in the precision of the pass, take half the time; not where they would
-    # cost more memory than its rows.
+    # Adding up a group in the precision of the pass takes half the time. It is not done if the
+    # (C, p) sums of a group would be larger than its rows.
     fold, group = (
         (add_group, _group_rows(num_classes))
         if len(labels) >= num_classes
@@ -320,7 +321,7 @@ def add_deviations(
     *,
     linear: bool,
 ) -> tuple[Deviations, Array]:
-    """A label of C is padding."""
+    """Adds a chunk to the sums of the second pass; a label of C is padding."""
     bases = [
         basis for basis in (frames.basis, frames.head_basis, frames.probes) if basis is not None
     ]

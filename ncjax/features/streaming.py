@@ -1,19 +1,18 @@
-"""Class means and the scatter about them, of examples that come in batches, in two passes over
-them.
+"""Computes class means, and the scatter about them, in two passes over batches of examples.
 
     sums = first_pass(batches, num_classes)
     reference = prepare(sums, head=W)
     deviations = second_pass(batches, reference)
     found = find(reference, deviations)
 
-`batches` is iterated once in each pass: (features (B, p), labels (B,)) or (features, labels, logits
-(B, C)), of NumPy, JAX or DLPack (PyTorch) arrays, large ones cut into chunks. Chunks go to the
-devices in turn; every device keeps statistics of its own. `merge` adds up statistics of the same
-pass, of devices or of processes that saw other examples.
+Each pass iterates over `batches` once. A batch is (features (B, p), labels (B,)) or (features,
+labels, logits (B, C)), of NumPy, JAX or DLPack (PyTorch) arrays. Large batches are cut into chunks,
+which go to the devices in turn, and each device keeps its own statistics. `merge` adds up
+statistics of the same pass from devices, or from processes that saw other examples.
 
-Accuracy: the first pass sums h - pivot_c, the pivot an example of the class, in float64; the second
-one centres by class means in two parts, high + low, before it squares. A common offset of all
-features costs no digits. Memory: O(C p) and a chunk, whatever the number of examples.
+Accuracy: the first pass sums h - pivot_c in float64, where the pivot is an example of the class.
+The second pass subtracts class means in two parts, high + low, before it squares. A common offset
+of all features costs no digits. Memory: O(C p) and a chunk, whatever the number of examples.
 """
 
 import collections
@@ -41,17 +40,17 @@ from ncjax.features.statistics import (
     merge,
 )
 
-# Entries of the features of a chunk: 16 MiB in float32 where they are copied, 64 MiB where they are
-# read in place.
+# The most feature entries of a chunk: 16 MiB in float32 if they are copied, 64 MiB if they are read
+# in place.
 _COPIED, _IN_PLACE = 2**22, 2**24
-# Chunks on their way to one device; the next one is copied while the last is worked on.
+# The most chunks that wait for one device; the next one is copied while the last is processed.
 _IN_FLIGHT = 2
-_ALIGNMENT = 64  # bytes: of memory that XLA reads in place
-# Bytes for each class and feature, at the peak: sums, means, frames and their copies.
+_ALIGNMENT = 64  # bytes; XLA reads memory in place only with this alignment
+# Peak bytes per class and feature: sums, means, frames and their copies.
 _BYTES = 48
 _MOST_CLASSES = 2**31 - 2  # labels are int32 on the devices
 
-# The way out where the second pass meets other examples than the first.
+# The advice of errors when the second pass sees other examples than the first.
 SAME_EXAMPLES = (
     "both passes must see the same examples: switch off random augmentation and dropout "
     "(model.eval()), and shuffling "
@@ -71,19 +70,20 @@ def first_pass(
     devices: Sequence[Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Sums:
-    """Counts and sums by class.
+    """Counts examples and sums their features by class.
 
     Args:
       num_classes: C; labels are 0 to C - 1.
-      float64: whether to compute in float64; None: where float32 does not hold features or logits
-        of their type.
-      rows: of a chunk, at most; None: 16 MiB of them, 64 MiB of those that can be read in place.
-      devices: that share the work; None: all of this process.
-      progress: called with the number of examples of every chunk.
+      float64: whether to compute in float64; None: only if float32 cannot hold all values of the
+        type of the features or logits.
+      rows: the most rows of a chunk; None: as many as 16 MiB hold, or 64 MiB if they can be read in
+        place.
+      devices: the devices that share the work; None: all devices of this process.
+      progress: a function that is called with the number of examples of every chunk.
 
     Raises:
-      InputError: arrays of wrong shape or kind, a label out of range, features that are not finite,
-        no example, more classes than fit into memory.
+      InputError: an array has a wrong shape or type, a label is out of range, features are not
+        finite, there is no example, or there are more classes than fit into memory.
     """
     num_classes = check_num_classes("num_classes", num_classes)
 
@@ -100,7 +100,7 @@ def first_pass(
         )
 
     given: set[int] = set()  # bytes of a feature
-    # Padding, always.
+    # The pivots that each device has. C is padding, which needs none.
     seen = collections.defaultdict(lambda: np.arange(num_classes + 1) == num_classes)
 
     def step(sums: Sums, chunk: _Chunk, device: Device) -> tuple[Sums, Array]:
@@ -109,10 +109,10 @@ def first_pass(
             first = np.full(num_classes + 1, -1)
             first[chunk.labels[::-1]] = np.arange(len(chunk.labels))[
                 ::-1
-            ]  # of several values the last one stays
+            ]  # repeated labels keep the last value, which is their first row
             labels = np.flatnonzero((first >= 0) & ~met)
             met[labels] = True
-            # Filled up to a power of two: few lengths, of which each is compiled.
+            # Each length is compiled, so it is padded to a power of two to have few of them.
             padding = (0, (1 << (len(labels) - 1).bit_length()) - len(labels))
             index, labels = (
                 np.pad(first[labels], padding),
@@ -139,9 +139,7 @@ def first_pass(
 
 
 def _check_size(sums: Sums, dtype: Any) -> None:
-    """Refuses features whose differences, or a millionth of them, are subnormal numbers, which
-    XLA takes for 0.
-    """
+    """Refuses features so small that a millionth of their differences is subnormal, 0 to XLA."""
     present, info = np.flatnonzero(sums.examples), np.finfo(dtype)
     least = 1e6 * float(info.tiny / info.eps)
     pivots = sums.pivots if len(present) == len(sums.pivots) else sums.pivots[present]
@@ -165,14 +163,18 @@ def second_pass(
     devices: Sequence[Device] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Deviations:
-    """Squares and products of deviations from the class means of `reference`, made by
-    `reference.prepare`.
+    """Sums squares and products of deviations from the class means of a reference.
 
-    The batches may come in another order than in the first pass, or be a part of them for `merge`.
+    The batches may come in another order than in the first pass. They may also be a part of them,
+    whose statistics `merge` adds to those of the others.
+
+    Args:
+      reference: the result of `reference.prepare`.
+      rows, devices, progress: as in `first_pass`.
 
     Raises:
-      InputError: what `first_pass` refuses, or other examples than it saw, as far as one part can
-        tell; `measurement.find` compares the whole.
+      InputError: the batches are not what `first_pass` takes, or are other examples than it saw, as
+        far as a part of them shows; `measurement.find` compares the whole.
     """
     frames, asked = reference.frames, reference.asked
     num_classes, dim = frames.high.shape
@@ -240,7 +242,7 @@ def _counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 class _Chunk(NamedTuple):
-    """Rows of a batch on a device; labels of C are padding, `size` of them are none."""
+    """Holds rows of a batch on a device; labels of C are padding, and `size` rows are not."""
 
     features: Rows
     labels: np.ndarray
@@ -261,7 +263,7 @@ def _run(
     progress: Callable[[int], Any] | None,
     dim: int | None = None,
 ) -> list[Statistics]:
-    """Deals chunks out to the devices; statistics of each device that got one, as NumPy arrays."""
+    """Deals chunks out to the devices; returns each used device's statistics as NumPy arrays."""
     devices = list(devices or jax.local_devices())
     states: dict[Device, Statistics] = {}
     waiting: collections.deque = collections.deque()
@@ -302,17 +304,17 @@ def _run(
                 waiting.popleft().block_until_ready()
             if progress is not None:
                 progress(chunk.size)
-        # What the batch's memory is used for next is its owner's affair.
+        # The owner of the batch may overwrite its memory from here on, so all reads must be done.
         jax.block_until_ready(tuple(waiting))
         waiting.clear()
     return [jax.tree.map(np.asarray, states.pop(device)) for device in list(states)]
 
 
 def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator[tuple[slice, int]]:
-    """Rows of the chunks of a batch, and the length that each is brought to.
+    """Yields the rows of each chunk of a batch, and the length that the chunk is padded to.
 
-    More than a chunk are equal ones, as many for each device, and two at least: one is placed while
-    another is worked on.
+    A batch larger than one chunk is cut into equal chunks, the same number for each device and at
+    least two, so that one can be placed while another is processed.
     """
     size, dim = features.shape
     outputs = 1 if logits is None else logits.shape[1]
@@ -321,7 +323,7 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
     if size > most >= LEAST_BLOCK and _readable(features):
         most = rows or max(most, min(_IN_PLACE // dim, _COPIED // outputs))
         if features.ctypes.data % _ALIGNMENT:
-            # The rows before are copied, at the end, on their own.
+            # The rows before an aligned address are copied at the end, as a chunk of their own.
             begin = -(-_ALIGNMENT // features[0].nbytes)
     count = parts * max(1, -(-(size - begin) // (parts * most)))
     length = _rounded(max(1, -(-(size - begin) // count)), most)
@@ -332,8 +334,10 @@ def _cut(features: Any, logits: Any, rows: int | None, devices: int) -> Iterator
 
 
 def _rounded(rows: int, most: int) -> int:
-    """A number of rows not much greater, `most` or hardly less at most: one of few, as each is
-    compiled, and divisible into blocks."""
+    """Rounds a number of rows up to one of few that divide into blocks, since each is compiled.
+
+    It is not much greater than `rows`, and not greater than `most`.
+    """
     octave = 1 << (rows - 1).bit_length()
     unit = max(1, octave // 16, min(LEAST_BLOCK, octave // 8))
     return min(-(-rows // unit), most // unit) * unit
@@ -341,7 +345,10 @@ def _rounded(rows: int, most: int) -> int:
 
 @contextlib.contextmanager
 def _exactly() -> Iterator[None]:
-    """Not around the iteration over batches, which may run a model of the user's own."""
+    """Enables float64, and matmuls in full precision.
+
+    It must not surround the iteration over batches, which may run the user's own model.
+    """
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         yield
 
@@ -360,7 +367,11 @@ def _fresh(batches: Iterable) -> Iterator:
 def check_batch(
     batch: Any, num_classes: int, dim: int | None = None
 ) -> tuple[Any, np.ndarray, Any]:
-    """(features, labels, logits or None) of a batch, as NumPy or JAX arrays; or InputError."""
+    """Returns a batch as NumPy or JAX arrays (features, labels, logits or None).
+
+    Raises:
+      InputError: it is no batch of examples of these classes with `dim` features.
+    """
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         way_out = (
             "each must be (features, labels) or (features, labels, logits); `measure` takes the "
@@ -405,8 +416,11 @@ def check_batch(
 
 
 def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
-    """Returns a number of classes whose sums of `dim` features fit into this machine's memory;
-    or InputError.
+    """Returns a checked number of classes.
+
+    Raises:
+      InputError: it is no such number, or sums of `dim` features per class exceed this machine's
+        memory.
     """
     try:
         number = operator.index(num_classes)
@@ -425,9 +439,7 @@ def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
 
 
 def _is_wide(array: Any) -> bool:
-    """Returns whether there are numbers of an array's type that float32 does not hold: float64,
-    int32, ...
-    """
+    """Returns whether an array's type (float64, int32, ...) has values that float32 cannot hold."""
     return array.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(array.dtype.kind, 2)
 
 
@@ -438,12 +450,11 @@ _NO_ARRAY = (
 
 
 def as_array(name: str, value: Any) -> np.ndarray | Array:
-    """Returns a NumPy or JAX array of numbers, without a copy where the other library's memory can
-    be read.
+    """Returns a NumPy or JAX array of numbers, without a copy if the memory can be read in place.
 
     Raises:
-      InputError: it is no array of numbers, some are masked, or some are integers that float64 does
-        not hold.
+      InputError: it is no array of numbers, some are masked, or some are integers that float64
+        cannot hold.
     """
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):
@@ -452,12 +463,12 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
     if not isinstance(value, np.ndarray | jax.Array):
         value = value.detach() if hasattr(value, "detach") else value
         if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:
-            # Not in a CPU's memory.
+            # NumPy cannot read it, because it is not in the memory of a CPU.
             value = jax.dlpack.from_dlpack(value)
         elif hasattr(value, "__dlpack__"):
             try:
                 value = np.from_dlpack(value)
-            except (BufferError, RuntimeError, TypeError):  # bfloat16, which NumPy has not
+            except (BufferError, RuntimeError, TypeError):  # bfloat16, which NumPy does not have
                 value = jax.dlpack.from_dlpack(value)
         elif hasattr(value, "__array__") or isinstance(value, Sequence | int | float):
             try:
@@ -489,8 +500,11 @@ def _place(
     float64: bool,
     device: Device,
 ) -> _Chunk:
-    """The fresh rows of a batch and others, up to the length, on a device. The others are labelled
-    as padding: rows before or after them, and zeros where the batch is shorter than the length."""
+    """Puts the rows `fresh` of a batch on a device, with others that fill up to `length`.
+
+    The others are labelled as padding. They are rows before or after, and zeros if the batch is
+    shorter than `length`.
+    """
     first = max(0, min(fresh.start, len(labels) - length))
     part = slice(first, first + length)
     padded = np.full(length, num_classes, np.int32)
@@ -510,7 +524,7 @@ _DEVICE_TYPES = ("float16", "float32", "float64", "bfloat16")
 
 
 def _filled(part: Any, rows: int, float64: bool) -> Any:
-    """Rows of zeros at the end, and a type that every device computes with."""
+    """Pads with rows of zeros, and casts to a type that every device computes with."""
     if str(part.dtype) not in _DEVICE_TYPES or (part.dtype.itemsize > 4 and not float64):
         part = part.astype(np.float64 if float64 else np.float32)
     if len(part) == rows:
@@ -520,7 +534,7 @@ def _filled(part: Any, rows: int, float64: bool) -> Any:
 
 
 def _readable(features: Any) -> bool:
-    """Returns whether XLA can read an array where it lies, from an aligned address on."""
+    """Returns whether XLA can read an array in place, from an aligned address on."""
     return (
         isinstance(features, np.ndarray)
         and str(features.dtype) in _DEVICE_TYPES
@@ -530,11 +544,10 @@ def _readable(features: Any) -> bool:
 
 
 def _aligned(features: Any, part: slice) -> tuple[np.ndarray | None, int]:
-    """Rows of an array as a flat view that begins a few numbers earlier, at an address XLA reads
-    without a copy.
+    """Returns rows of an array as a flat view from an aligned address, and where the rows begin.
 
-    None where there is no such view: of another layout or type, or at the very beginning of memory
-    that is not aligned.
+    XLA reads the view without a copy. It is None if there is none: the layout or type differs, or
+    the rows are at the very beginning of memory that is not aligned.
     """
     if not _readable(features):
         return None, 0

@@ -1,16 +1,16 @@
-"""Closed forms of the collapsed state: the law of homogeneous networks, exact for unconstrained
-features. NumPy only.
+"""Computes the collapsed state in closed form, by a law of homogeneous networks. NumPy only.
 
-A network of degree 1 in each of L layers whose norms are equal, ||W_k||_F = n^{1/2}, has margin a =
-gamma n^{L/2}, with gamma that of the network with all norms one. Minimizing k0/2 (1 - a)^2 + lambda
-L n/2 over n gives
+The law is exact for unconstrained features. A network of degree 1 in each of L layers whose norms
+are equal, ||W_k||_F = n^{1/2}, has margin a = gamma n^{L/2}, where gamma is the margin of the
+network with all norms one. Minimizing k0/2 (1 - a)^2 + lambda L n/2 over n gives
 
     lambda = scale a^{1-2/L} (1 - a),    scale = k0 gamma^{2/L},                         (*)
 
-k0 = 1 where the weights fit the sum of the outputs too (one-hot targets, no bias), (C-1)/C where
-they do not (a bias, or centred targets). Class-mean residuals are then Rbar = (1 - a)(I - J/C) + q
-J/C. In the unconstrained-feature model (a linear net on x_n = e_n, N per class) each singular mode
-obeys (*) on its own, with scale = N^{-1/L}/C. Derivations in docs/theory.md.
+with k0 = 1 if the weights fit the sum of the outputs too (one-hot targets, no bias), and k0 =
+(C-1)/C if they do not (a bias, or centred targets). The class-mean residuals are then Rbar = (1 -
+a)(I - J/C) + q J/C. In the unconstrained-feature model (a linear net on x_n = e_n, N examples per
+class) each singular mode obeys (*) on its own, with scale = N^{-1/L}/C. Derivations are in
+docs/theory.md.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -23,10 +23,10 @@ _BISECTIONS = 64  # halve [0, 1] to below the spacing of float64
 
 
 def equiangular_frame(num_classes: int, cosine: float) -> np.ndarray:
-    """(C, C): unit rows with the same cosine between any two; -1/(C-1) is the simplex ETF, 0 the
-    orthogonal frame.
+    """Returns a (C, C) matrix of unit rows with the same cosine between any two.
 
-    The symmetric square root of (1 - cos) I + cos J.
+    It is the symmetric square root of (1 - cos) I + cos J. A cosine of -1/(C-1) gives the simplex
+    ETF, 0 the orthogonal frame.
     """
     average = np.full((num_classes, num_classes), 1 / num_classes)
     across = np.sqrt(1 - cosine) * (np.eye(num_classes) - average)
@@ -34,40 +34,43 @@ def equiangular_frame(num_classes: int, cosine: float) -> np.ndarray:
 
 
 def simplex_etf(num_classes: int) -> np.ndarray:
-    """(C, C): C unit rows of sum zero at equal angles, cos = -1/(C-1)."""
+    """Returns C unit rows (C, C) that sum to zero, with cosine -1/(C-1) between any two."""
     return equiangular_frame(num_classes, -1 / (num_classes - 1))
 
 
 def spinodal_margin(depth: int) -> float:
-    """The least margin of the upper branch of (*), where lambda is greatest: (L-2)/(2(L-1))."""
+    """Returns (L-2)/(2(L-1)), the least margin of the stable branch, where lambda is greatest."""
     return (depth - 2) / (2 * (depth - 1))
 
 
 def spinodal(depth: int) -> float:
-    """Greatest lambda/scale with a collapsed solution: 1, 0.4725, 0.3849 for L = 2, 3, 4."""
+    """Returns the greatest lambda/scale that can collapse: 1, 0.4725, 0.3849 for L = 2, 3, 4."""
     return float(relative_decay(spinodal_margin(depth), depth))
 
 
 def equal_loss(depth: int) -> float:
-    """lambda/scale where the collapsed solution costs as much as none, at a = (L-2)/(L-1): 1,
-    0.3969, 0.2722.
+    """Returns the lambda/scale at which the collapsed solution has the loss of zero weights.
+
+    The margin there is a = (L-2)/(L-1). The values are 1, 0.3969, 0.2722 for L = 2, 3, 4.
     """
     return float(relative_decay((depth - 2) / (depth - 1), depth))
 
 
 def relative_decay(margin: Numbers, depth: int) -> np.ndarray:
-    """lambda/scale = a^{1-2/L} (1 - a) of a solution with margin a."""
+    """Returns lambda/scale = a^{1-2/L} (1 - a) of a solution with margin a."""
     margin = np.asarray(margin, np.float64)
     return np.asarray(margin ** (1 - 2 / depth) * (1 - margin))
 
 
 def margin(relative: Numbers, depth: int, branch: str = "stable") -> np.ndarray:
-    """a at lambda/scale = `relative`, depth >= 2; NaN beyond the spinodal, and for the other branch
-    where L = 2.
+    """Returns the margin a at lambda/scale = `relative`, for depth >= 2.
+
+    It is NaN beyond the spinodal, and on the unstable branch for L = 2, which has none.
 
     Args:
-      branch: `stable`, from 1 at lambda = 0 down to the spinodal; or `unstable`, from 0 up to it:
-        with L >= 3 a mode that starts below it dies, for a = 0 is stable at every lambda > 0.
+      branch: `stable`, which falls from a = 1 at lambda = 0 to the spinodal; or `unstable`, which
+        rises from a = 0 to it. With L >= 3 a mode that starts below the unstable branch dies,
+        because a = 0 is stable at every lambda > 0.
     """
     relative = np.asarray(relative, np.float64)
     turning = spinodal_margin(depth)
@@ -83,8 +86,12 @@ def margin(relative: Numbers, depth: int, branch: str = "stable") -> np.ndarray:
 
 
 class Setting(NamedTuple):
-    """Says who fits the sum of the outputs: C, head_bias in {none, free, decayed}, targets in
-    {one_hot, centered}.
+    """Holds what decides whether the weights or a bias fit the sum of the outputs.
+
+    Attributes:
+      num_classes: C.
+      head_bias: `none`, `free` or `decayed`.
+      targets: `one_hot` or `centered`.
     """
 
     num_classes: int
@@ -106,12 +113,12 @@ class Setting(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The collapsed solution at one lambda, or at many; NaN where there is none.
+    """Holds the collapsed solution at one lambda, or at many; NaN if there is none.
 
     Attributes:
       margin: a, on the stable branch.
-      epsilon, delta: -> `quasi_interpolation` of Rbar = (1 - a)(I - J/C) + q J/C.
-      nc3: 2 - 2 sqrt((C-1)/C) where the head is an orthogonal frame, 0 where it is a simplex ETF.
+      epsilon, delta: `collapse.quasi_interpolation` of Rbar = (1 - a)(I - J/C) + q J/C.
+      nc3: 2 - 2 sqrt((C-1)/C) if the head is an orthogonal frame, 0 if it is a simplex ETF.
       weight_norm_sq: ||W_k||_F^2 = (a/gamma)^{2/L}, the same for every layer.
     """
 
@@ -123,19 +130,19 @@ class Solution(NamedTuple):
 
 
 def scale(gamma: Numbers, depth: int, setting: Setting) -> Numbers:
-    """k0 gamma^{2/L}: the unit of lambda in (*)."""
+    """Returns k0 gamma^{2/L}, the unit of lambda in (*)."""
     return setting.k0 * gamma ** (2 / depth)
 
 
 def homogeneous_solution(
     weight_decay: Numbers, gamma: Numbers, depth: int, setting: Setting
 ) -> Solution:
-    """The law (*) with gamma as given: of a trained network, `theory.normalized_margin`.
+    """Solves the law (*) for a given gamma; a trained network has `theory.normalized_margin`.
 
-    Valid at equilibrium, for norms in balance and a normalized network that lambda does not change,
-    the outputs of different classes alike: without bias as an orthogonal frame (the weights give
-    their sum the same margin), else with mu_G = 0. A decayed bias (lambda_b = lambda) meets the
-    outputs' sum up to q = lambda/(1 + lambda).
+    The solution is valid at equilibrium, if the layers' norms are equal, if the normalized network
+    does not change with lambda, and if the outputs treat all classes the same. Without a bias they
+    are an orthogonal frame (the weights give their sum the same margin), else mu_G = 0. A decayed
+    bias (lambda_b = lambda) fits the sum of the outputs up to q = lambda/(1 + lambda).
     """
     weight_decay, gamma = np.asarray(weight_decay, np.float64), np.asarray(gamma, np.float64)
     num_classes = setting.num_classes
@@ -156,17 +163,18 @@ def homogeneous_solution(
 
 
 def unconstrained_gamma(depth: int, per_class: int, setting: Setting) -> float:
-    """gamma of the unconstrained-feature model: K modes of equal strength, K^{-L/2} N^{-1/2}.
+    """Returns gamma = K^{-L/2} N^{-1/2} of the unconstrained-feature model with K equal modes.
 
-    The product of the factors has K singular values a N^{1/2}, each factor K singular values (a
-    N^{1/2})^{1/L}. (*) then has scale = N^{-1/L}/C in every setting.
+    The product of the factors has K singular values a N^{1/2}, and each factor has K singular
+    values (a N^{1/2})^{1/L}. (*) then has scale = N^{-1/L}/C in every setting.
     """
     return float(setting.modes ** (-depth / 2) * per_class**-0.5)
 
 
 def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, float]:
-    """lambda of equal loss, beyond which not learning costs less, and of the spinodal, beyond
-    which none collapses.
+    """Returns lambda of equal loss and lambda of the spinodal.
+
+    Beyond the first, zero weights have less loss; beyond the second, no solution collapses.
     """
     unit = float(scale(gamma, depth, setting))
     return unit * equal_loss(depth), unit * spinodal(depth)
@@ -175,19 +183,18 @@ def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, 
 def regularized_bias(
     weight_decay: Numbers, bias_decay: Numbers, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Depth 2, one-hot targets, bias decayed by lambda_b: the outputs' sum as (by the weights, by
-    the bias).
+    """Returns the sum of the outputs as two parts: (by the weights, by a bias decayed by lambda_b).
 
-    (0, 1/(1 + lambda_b)), hence a simplex ETF, iff lambda_b <= C lambda/(1 - C lambda); else the
-    sum is a mode too: (1 - C lambda - C lambda/lambda_b, C lambda/lambda_b). lambda is the
-    effective one, lambda N^{1/2} where every factor is decayed by lambda. With lambda_b = lambda
-    always the former.
+    It is for depth 2 and one-hot targets. The parts are (0, 1/(1 + lambda_b)), hence a simplex ETF,
+    iff lambda_b <= C lambda/(1 - C lambda), as always with lambda_b = lambda. Otherwise the sum is
+    a mode too: (1 - C lambda - C lambda/lambda_b, C lambda/lambda_b). `weight_decay` is the
+    effective lambda, which is lambda N^{1/2} if every factor is decayed by lambda.
     """
     threshold, bias_decay = (
         num_classes * np.asarray(weight_decay, np.float64),
         np.asarray(bias_decay, np.float64),
     )
-    # The residual sum without the mode, against its threshold.
+    # The sum is no mode while its residual, with the bias alone, is within the threshold C lambda.
     by_bias_alone = bias_decay / (1 + bias_decay) <= threshold
     by_bias = np.where(
         by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)
@@ -196,9 +203,9 @@ def regularized_bias(
 
 
 def norm_imbalance(flow_time: Numbers, weight_decay: Numbers) -> np.ndarray:
-    """Returns exp(-2 lambda t): (||W_k||^2 - ||W_l||^2)(t) over its value at t = 0, any k and l.
+    """Returns exp(-2 lambda t): ||W_k||^2 - ||W_l||^2 at t over its value at t = 0, for any k, l.
 
     Along gradient flow <W_k, G_k> is the same for all layers of a network of degree 1 in each, so
-    only decay acts on the difference.
+    only weight decay changes the difference.
     """
     return np.exp(-2 * np.asarray(weight_decay) * np.asarray(flow_time))

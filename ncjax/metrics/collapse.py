@@ -1,20 +1,20 @@
-"""NC1-NC4 and quasi-interpolation from features, labels, residuals and head: pure arrays,
-float32-safe, vmappable.
+"""Computes NC1-NC4 and quasi-interpolation from features, labels, residuals and head.
 
-Two passes over batches, so that no N x p feature matrix is ever held:
+All functions take and return arrays, are safe in float32 and can be vmapped. Two passes over
+batches are made, so that no N x p feature matrix is ever held:
 
     sums = add up `class_sums(...)` over batches;       means = class_means(sums)
     scatter = add up `class_scatter(..., means, ...)`
 
-`vocabulary` computes the metrics from what they have summed.
+`vocabulary` computes the metrics from these sums.
 
 Notation: C classes, p features, mu_c (p,) class means, mu_G their mean, Mdot = [mu_c - mu_G],
 Sigma_W = mean (h - mu_c)(h - mu_c)^T, Sigma_B = Mdot Mdot^T / C, W (C, p) the head, r = y - f an
 example's residual. Class means are stored as rows, (C, p). The second pass centres before it
-squares: E[h^2] - mu^2 in float32 can come out negative. What is small, (C, p) at most, is summed
-and factored in float64 whatever the features' type. Residuals are summed rather than outputs, whose
-last digits they may be. Definitions after Papyan, Han & Donoho (PNAS 2020), Rangamani & Banburski
-(ICASSP 2022), Galanti et al. (ICLR 2022, cdnv).
+squares, because E[h^2] - mu^2 can be negative in float32. Arrays of at most (C, p) numbers are
+summed and factored in float64, whatever the type of the features. Residuals are summed rather than
+outputs, because they may be no more than the outputs' last digits. Definitions are after Papyan,
+Han & Donoho (PNAS 2020), Rangamani & Banburski (ICASSP 2022) and Galanti et al. (ICLR 2022, cdnv).
 """
 
 from collections.abc import Callable
@@ -27,13 +27,18 @@ from jaxtyping import Array, Float, Int
 
 from ncjax.metrics.linalg import row_space, symmetric_part
 
-# Most entries of a class-by-class matrix that are held at once by what is a mean over pairs of
-# classes.
+# Means over pairs of classes hold at most this many entries of the (C, C) matrix at once.
 _MOST_PAIRS = 2**22
 
 
 class ClassSums(NamedTuple):
-    """First pass. Sums over examples: adding two batches' sums gives the sums of both."""
+    """Holds the sums of the first pass by class; those of two batches add up to those of both.
+
+    Attributes:
+      examples: the number of examples.
+      features: the sum of h.
+      residuals: the sum of r.
+    """
 
     examples: Float[Array, " C"]
     features: Float[Array, "C p"]
@@ -41,25 +46,23 @@ class ClassSums(NamedTuple):
 
 
 class ClassMeans(NamedTuple):
-    """mu_c in row c of `features`; rbar_c, the mean residual of class c, in row c of
-    `residuals`.
-    """
+    """Holds mu_c in row c of `features` and the mean residual rbar_c in row c of `residuals`."""
 
     features: Float[Array, "C p"]
     residuals: Float[Array, "C C"]
 
 
 class Scatter(NamedTuple):
-    """Second pass, about the class means. Sums over examples.
+    """Holds the sums of the second pass, of squares and products of deviations from class means.
 
     Attributes:
-      examples: how many of each class.
-      within: ||h - mu_c||^2 of each class.
-      along_means: (u_j^T (h - mu_c))^2 for each left singular vector u_j of Mdot.
-      in_row_space: ||P_W (h - mu_c)||^2, P_W the projector on the row space of W.
-      residuals: ||r - rbar_c||^2, which is ||f - fbar_c||^2.
-      covariance: (r - rbar_c)(h - mu_c)^T, within classes.
-      disagreements: examples whose largest output is not at the nearest class mean.
+      examples: the number of examples of each class.
+      within: the sum of ||h - mu_c||^2 of each class.
+      along_means: the sum of (u_j^T (h - mu_c))^2 for each left singular vector u_j of Mdot.
+      in_row_space: the sum of ||P_W (h - mu_c)||^2, with P_W the projector on the row space of W.
+      residuals: the sum of ||r - rbar_c||^2, which is ||f - fbar_c||^2.
+      covariance: the sum of (r - rbar_c)(h - mu_c)^T, within classes.
+      disagreements: the number of examples whose prediction is not the nearest class mean.
     """
 
     examples: Float[Array, " C"]
@@ -72,12 +75,12 @@ class Scatter(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Row space of a (C, p) matrix. Rows of `basis` beyond `rank` are zero.
+    """Holds the row space of a (C, p) matrix.
 
     Attributes:
-      basis: orthonormal rows, in the type of the features.
-      singular_values: descending, zero beyond `rank`, float64.
-      rank: how many count as nonzero.
+      basis: orthonormal rows, zero beyond `rank`, in the type of the features.
+      singular_values: the singular values, descending, zero beyond `rank`, float64.
+      rank: the number of singular values that count as nonzero.
     """
 
     basis: Float[Array, "C p"]
@@ -88,7 +91,7 @@ class Frame(NamedTuple):
 def class_sums(
     features: Float[Array, "B p"], residuals: Float[Array, "B C"], labels: Int[Array, " B"]
 ) -> ClassSums:
-    """First pass over one batch. A label outside [0, C) leaves its example out (padding is -1)."""
+    """Sums one batch by class; a label outside [0, C) leaves its example out (padding is -1)."""
     one_hot = jax.nn.one_hot(labels, residuals.shape[1], dtype=features.dtype)
     return ClassSums(one_hot.sum(0), one_hot.T @ features, one_hot.T @ residuals)
 
@@ -108,8 +111,11 @@ def class_scatter(
     frame_means: Frame,
     frame_head: Frame,
 ) -> Scatter:
-    """Second pass over one batch: `predictions` are the labels of largest output; labels as
-    in `class_sums`.
+    """Sums squares and products of one batch's deviations from the class means.
+
+    Args:
+      predictions: the class of each example's largest output.
+      labels: the labels, as in `class_sums`.
     """
     num_classes = residuals.shape[1]
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
@@ -137,27 +143,27 @@ def class_scatter(
 
 
 def centred_means(means: Float[Array, "C p"]) -> Float[Array, "C p"]:
-    """Mdot^T: row c is mu_c - mu_G. For what is reported, of float64: the rows are differences
-    of near numbers.
+    """Returns Mdot^T, with mu_c - mu_G in row c.
+
+    Reported metrics need float64 `means`, because the rows are differences of near numbers.
     """
     return means - means.mean(0, keepdims=True)
 
 
 def rank_tolerance(dtype: Any) -> float:
-    """Returns which singular values count as 0, relative to the largest, of features or of a head
-    of this type.
+    """Returns the tolerance, relative to the largest singular value, below which one counts as 0.
 
-    It decides ranks, and of which directions nc1 and nc1_row_space speak; no output depends on it.
+    It depends on the type of the features or the head. It decides ranks, and the directions that
+    nc1 and nc1_row_space measure; no output depends on it.
     """
     return 1e-5 if jnp.dtype(dtype).itemsize < 8 else 1e-12
 
 
 def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Frame, ...]:
-    """Spans of several sets of centred means, with the singular values of Mdot/sqrt(C), then the
-    row space of W.
+    """Returns the row space of Mdot^T/sqrt(C) for each set of class means, then that of W.
 
-    Singular values above `rank_tolerance` of the largest are kept, and of the means at most min(C -
-    1, p).
+    Singular values above `rank_tolerance` times the largest are kept, and at most min(C - 1, p) of
+    those of the means.
     """
     num_classes, dim = head.shape
     dtype = head.dtype
@@ -166,8 +172,8 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
         centred = [
             centred_means(m.features.astype(jnp.float64)) / jnp.sqrt(num_classes) for m in means
         ]
-        # One call for all: the decomposition is many small steps, each as cheap for three matrices
-        # as for one.
+        # One call for all, because the decomposition is many small steps, each of which costs the
+        # same for three matrices as for one.
         singular_values, basis = jax.vmap(row_space)(
             jnp.stack([*centred, head.astype(jnp.float64)])
         )
@@ -182,7 +188,7 @@ def span(
 ) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
     """Returns singular values and right singular vectors (rows) of a matrix.
 
-    They are 0 beyond the first `most`, and where a value is below `tolerance` times the largest.
+    They are 0 beyond the first `most`, and if the value is below `tolerance` times the largest.
     """
     singular_values, basis = row_space(rows)
     kept = (singular_values > tolerance * singular_values[0]) & (jnp.arange(len(rows)) < most)
@@ -195,7 +201,8 @@ def nearest_mean(
     """Returns argmin_c ||h - mu_c|| = argmax_c <h - mu_G, mu_c - mu_G> - ||mu_c - mu_G||^2/2.
 
     Args:
-      products: <h - mu_G, mu_c - mu_G>, so that a common offset of all features costs no digits.
+      products: <h - mu_G, mu_c - mu_G>, centred so that a common offset of all features costs no
+        digits.
       square_norms: ||mu_c - mu_G||^2.
     """
     return jnp.argmax(products - square_norms[None] / 2, axis=1)
@@ -206,11 +213,11 @@ def nc1(
 ) -> Float[Array, ""]:
     """Returns tr(Sigma_W Sigma_B^+)/C = (1/C) sum_j (u_j^T Sigma_W u_j)/s_j^2.
 
-    NaN where the centred means vanish.
+    It is NaN if all centred means are 0.
 
     Args:
       along_means: u_j^T Sigma_W u_j for each left singular vector u_j of Mdot.
-      spectrum: s_j, the singular values of Mdot/sqrt(C); those that are 0 do not count.
+      spectrum: s_j, the singular values of Mdot/sqrt(C); directions with s_j = 0 are left out.
     """
     kept = spectrum > 0
     ratios = jnp.where(kept, along_means / jnp.where(kept, spectrum, 1) ** 2, 0)
@@ -222,9 +229,7 @@ def _gram(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
 
 
 def _off_diagonal(matrix: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """The matrix with its diagonal 0 (a where, so that an infinite or NaN diagonal leaves no
-    trace).
-    """
+    """Returns the matrix with a diagonal of 0, even if the diagonal is infinite or NaN."""
     return jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)
 
 
@@ -238,8 +243,9 @@ def cosines(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
 
 
 def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
-    """NC2: population standard deviation over mean of the rows' norms; 0 when all are equally
-    long.
+    """Returns the population standard deviation of the rows' norms over their mean (NC2).
+
+    It is 0 if all rows are equally long.
     """
     norms = jnp.linalg.norm(rows, axis=1)
     return norms.std() / norms.mean()
@@ -248,10 +254,10 @@ def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
 def _means_over_pairs(
     terms: Callable[[Array | slice], tuple[Array, ...]], num_classes: int
 ) -> tuple[Array, ...]:
-    """Means over pairs c != c' of what `terms` gives: of an index of classes, matrices of those
-    rows and C columns.
+    """Returns the means over pairs c != c' of the (C, C) matrices that `terms` computes.
 
-    Where a C x C matrix would be large, a few rows of it at a time.
+    `terms` takes an index of classes and returns those rows of each matrix, so that a large matrix
+    is made a few rows at a time.
     """
     pairs, rows = (
         num_classes * (num_classes - 1),
@@ -276,8 +282,9 @@ def _means_over_pairs(
 def _angle_terms(
     rows: Float[Array, "C p"],
 ) -> Callable[[Array | slice, Array], tuple[Array, Array]]:
-    """Returns a function of an index of rows and their products with all rows: |cos + 1/(C-1)| and
-    (cos - mean over pairs of cos)^2.
+    """Returns a function that computes |cos + 1/(C-1)| and (cos - mean over pairs of cos)^2.
+
+    Its arguments are an index of rows, and the inner products of these rows with all rows.
     """
     num_classes, norms = len(rows), jnp.linalg.norm(rows, axis=1)
     unit = rows / norms[:, None]
@@ -291,10 +298,11 @@ def _angle_terms(
 
 
 def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
-    """NC2 of any rows, each name ending in `suffix`; 0 for a simplex ETF.
+    """Returns the NC2 metrics of any rows, each name ending in `suffix`; 0 for a simplex ETF.
 
-    equinorm: see there. equiangular: mean over pairs of |cos + 1/(C-1)|. cosine_std: population
-    standard deviation over pairs of cos, 0 when all angles are equal, whatever they are.
+    nc2_equinorm: see `equinorm`. nc2_equiangular: the mean over pairs of |cos + 1/(C-1)|.
+    nc2_cosine_std: the population standard deviation of cos over pairs, 0 if all angles are equal,
+    whatever they are.
     """
     angles = _angle_terms(rows)
     equiangular, variance = _means_over_pairs(
@@ -308,24 +316,24 @@ def geometry(rows: Float[Array, "C p"], suffix: str) -> dict[str, Array]:
 
 
 def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -> dict[str, Array]:
-    """Returns the means over pairs of classes of centred class means, in one go.
+    """Computes the metrics of centred class means that are means over pairs of classes.
 
-    These are NC2 as `geometry` has it, and
+    They share one computation of the pairs. They are the NC2 metrics of `geometry`, and
 
-    cdnv: class-distance normalized variance, mean over pairs c != c' of (v_c + v_c')/(2 ||mu_c -
-      mu_c'||^2).
-    etf_error: ||K/||K||_F - (I - J/C)/sqrt(C-1)||_F, K = Mdot^T Mdot: distance to a simplex ETF up
-    to scale and rotation.
+    cdnv: the class-distance normalized variance, the mean over pairs c != c' of
+      (v_c + v_c')/(2 ||mu_c - mu_c'||^2).
+    etf_error: ||K/||K||_F - (I - J/C)/sqrt(C-1)||_F with K = Mdot^T Mdot, the distance to a simplex
+      ETF up to scale and rotation.
     """
     num_classes = len(centred)
     square_norms = jnp.sum(centred**2, axis=1)
-    # Mdot^T Mdot and Mdot Mdot^T have one norm: that of the smaller.
+    # Mdot^T Mdot and Mdot Mdot^T have the same norm, and the smaller of the two costs less.
     size = jnp.linalg.norm(_gram(centred if num_classes <= centred.shape[1] else centred.T))
     angles, across = _angle_terms(centred), 1 / jnp.sqrt(num_classes - 1)
 
     def terms(index: Array | slice) -> tuple[Array, ...]:
         products = centred[index] @ centred.T
-        # Of equal means rounding may leave less than nothing.
+        # Rounding may make the squared distance of equal means negative.
         distances = jnp.maximum(
             square_norms[index][:, None] + square_norms[None, :] - 2 * products, 0
         )
@@ -344,33 +352,33 @@ def between_means(centred: Float[Array, "C p"], variances: Float[Array, " C"]) -
 
 
 def self_duality(head: Float[Array, "C p"], centred: Float[Array, "C p"]) -> Float[Array, ""]:
-    """NC3: ||W/||W||_F - Mdot^T/||Mdot||_F||_F^2, in [0, 4]; 0 when the head is the centred
-    means up to scale.
+    """Returns NC3, ||W/||W||_F - Mdot^T/||Mdot||_F||_F^2, in [0, 4].
+
+    It is 0 when the head is the centred means up to scale.
     """
     return jnp.sum((head / jnp.linalg.norm(head) - centred / jnp.linalg.norm(centred)) ** 2)
 
 
 def nc3_floor(head: Float[Array, "C p"], class_weights: Float[Array, " C"]) -> Float[Array, ""]:
-    """Returns the least NC3 that class means leave this head: 2 - 2 ||P W||_F/||W||_F, P = I - J/C,
-    at any weights.
+    """Returns the least NC3 this head can have with any class means: 2 - 2 ||P W||_F/||W||_F.
 
-    Centred means sum to 0, so <W, Mdot^T> = <P W, Mdot^T> <= ||P W||_F ||Mdot||_F. Where mu_G
-    weighs classes by `class_weights` v, it is v^T Mdot^T that is 0, and P = I - v v^T/||v||^2.
+    Here P = I - J/C. Centred means sum to 0, so <W, Mdot^T> = <P W, Mdot^T> <= ||P W||_F
+    ||Mdot||_F. If mu_G weights the classes by `class_weights` v, then v^T Mdot^T = 0 and P = I - v
+    v^T/||v||^2.
     """
     direction = class_weights / jnp.linalg.norm(class_weights)
     outside = direction @ head
     inside = head - direction[:, None] * outside[None]
-    # 2 - 2 s = 2 (1 - s^2)/(1 + s), with no difference of near numbers.
+    # 2 - 2 s = 2 (1 - s^2)/(1 + s) avoids a difference of near numbers.
     norm = jnp.linalg.norm(head)
     return 2 * jnp.sum((outside / norm) ** 2) / (1 + jnp.linalg.norm(inside) / norm)
 
 
 def quasi_interpolation(mean_residuals: Float[Array, "C C"]) -> dict[str, Array]:
-    """epsilon and delta, and how far `ClassMeans.residuals` are from the symmetric
-    quasi-interpolation of theory.
+    """Returns epsilon, delta and how far mean residuals are from symmetric quasi-interpolation.
 
-    epsilon: by how much an example's own output falls short of its target on average; delta: the
-      others exceed theirs.
+    epsilon: the mean by which an example's own output falls short of its target.
+    delta: the mean by which its other outputs exceed theirs.
     """
     epsilon, delta = (
         jnp.trace(mean_residuals) / len(mean_residuals),
@@ -387,8 +395,9 @@ def quasi_interpolation_of_head(
     bias: Float[Array, " C"],
     target: Float[Array, ""],
 ) -> dict[str, Array]:
-    """`quasi_interpolation` of the mean residuals target I - (mu_c^T W^T + b^T), never held
-    whole.
+    """Returns `quasi_interpolation` of the mean residuals target I - (mu_c^T W^T + b^T).
+
+    The (C, C) matrix of residuals is never held whole.
     """
     num_classes = len(means)
     own = jnp.sum(means * head, axis=1) + bias

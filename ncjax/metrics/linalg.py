@@ -1,9 +1,8 @@
-"""A small singular value decomposition made of plain array operations, and the symmetric part of a
-class matrix.
+"""Computes a small singular value decomposition, and the symmetric part of a class matrix.
 
-LAPACK is no choice inside the compiled program: JAX 0.10's batched calls wait for XLA's thread pool
-from inside that pool and deadlock when every device measures at once. On a GPU, cuSOLVER would take
-matrix after matrix.
+The decomposition uses plain array operations, because LAPACK cannot be used inside the compiled
+program: JAX 0.10's batched calls wait for XLA's thread pool from inside that pool, and deadlock
+when every device measures at once. On a GPU, cuSOLVER would factor one matrix after another.
 """
 
 from typing import NamedTuple
@@ -13,18 +12,19 @@ from jax import lax
 from jaxtyping import Array, Float
 
 _MOST_SWEEPS = 30  # five to ten suffice up to a hundred rows
-# Convergence is quadratic: a sweep that meets no cosine above this leaves none above its square.
+# Convergence is quadratic: after a sweep that finds no cosine above this, none is above its square.
 _NEARLY_ORTHOGONAL = 1e-9
 
 
 class SymmetricPart(NamedTuple):
-    """A (C, C) matrix as u (I - J/C) + v J/C + E, J all ones: what treats all classes alike, and
-    what does not.
+    """Holds the parts of a (C, C) matrix M = u (I - J/C) + v J/C + E, with J all ones.
+
+    The first two parts are the same under every permutation of the classes.
 
     Attributes:
-      u: the factor of differences between classes, (tr - v)/(C - 1).
+      u: the factor of differences between classes, (tr M - v)/(C - 1).
       v: the factor of their sum, 1^T M 1/C.
-      rest: E (C, C), Frobenius-orthogonal to the other two.
+      rest: E (C, C), Frobenius-orthogonal to the other two parts.
     """
 
     u: Float[Array, ""]
@@ -41,16 +41,16 @@ def symmetric_part(matrix: Float[Array, "C C"]) -> SymmetricPart:
 
 
 def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Array, "C p"]]:
-    """Returns singular values, descending, and right singular vectors as rows, of few rows.
+    """Returns the singular values, descending, and right singular vectors (rows) of a few rows.
 
-    One-sided Jacobi (Hestenes 1958): plane rotations of pairs of rows until all rows are
-    orthogonal; their norms are then the singular values. No Gram matrix is formed, so a singular
-    value keeps its digits down to eps times the largest. Rows that belong to a zero singular value
-    are zero or orthogonal noise at that level.
+    This is the one-sided Jacobi method (Hestenes 1958): it rotates pairs of rows until all rows are
+    orthogonal, and their norms are then the singular values. No Gram matrix is formed, so a
+    singular value keeps its digits down to eps times the largest. Rows that belong to a zero
+    singular value are zero or orthogonal noise at that level.
 
-    In a round, row i of the upper half meets row i of the lower, all pairs at once; then every row
-    but the first moves on by one place, and after rows - 1 rounds each pair has met (Brent & Luk
-    1985).
+    A round rotates row i of the upper half with row i of the lower half, for all i at once. Every
+    row but the first then moves on by one place, so that each pair has met after rows - 1 rounds
+    (Brent & Luk 1985).
     """
     rows, columns = matrix.shape
     # The rotations compare fourth powers of entries, which must neither underflow nor overflow.

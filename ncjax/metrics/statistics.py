@@ -1,8 +1,7 @@
-"""The statistics of one split that every metric is computed from, and their computation from arrays
-in memory.
+"""Defines the statistics of one split, from which every metric is computed.
 
-`training.evaluate` and `features.measurement` make the same `Statistics` of examples that come in
-batches.
+`class_statistics` computes them from arrays in memory; `training.evaluate` and
+`features.measurement` compute the same `Statistics` from examples that come in batches.
 """
 
 from collections.abc import Iterable
@@ -20,12 +19,12 @@ AnyArray: TypeAlias = Array | np.ndarray
 
 
 def wide() -> jnp.dtype:
-    """Returns the widest type that JAX computes with here: float64 where it is enabled."""
+    """Returns the widest type that JAX computes with here: float64 if it is enabled."""
     return jax.dtypes.canonicalize_dtype(jnp.float64)
 
 
 class FactoredResiduals(NamedTuple):
-    """Holds the mean residuals target e_c - (W mu_c + b) of classes too many for a C x C array."""
+    """Holds the mean residuals target e_c - (W mu_c + b) when a (C, C) array would be too large."""
 
     head: Num[AnyArray, "C p"]
     bias: Num[AnyArray, " C"]
@@ -35,28 +34,29 @@ class FactoredResiduals(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Class means and what is summed about them, of C classes that all have examples; fields are
-    None where unknown.
+    """Holds the class means of C classes that all have examples, and sums of deviations from them.
+
+    A field is None if it is unknown.
 
     Attributes:
-      examples: number of examples of each class.
-      means: class means mu_c as rows.
+      examples: the number of examples of each class.
+      means: the class means mu_c as rows.
       center: mu_G, the mean of the class means, or of all examples.
-      spectrum: singular values of Mdot/sqrt(C), descending; 0 beyond the rank.
-      within: sum of ||h - mu_c||^2 of each class.
-      along_means: sum of (u_j^T (h - mu_c))^2 for the left singular vector u_j of each singular
+      spectrum: the singular values of Mdot/sqrt(C), descending; 0 beyond the rank.
+      within: the sum of ||h - mu_c||^2 of each class.
+      along_means: the sum of (u_j^T (h - mu_c))^2 for the left singular vector u_j of each singular
         value.
       head: W_L.
-      in_row_space: sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
-      correct: number of examples whose largest output is their class's.
-      disagreements: number of examples whose largest output is not that of the nearest class mean.
+      in_row_space: the sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
+      correct: the number of examples whose largest output is their class's.
+      disagreements: the number of examples whose largest output is not the nearest class mean's.
       mean_residuals: rbar_c, the mean residual of class c, as rows, or in factors.
-      residual_norm: root of the sum of ||r - rbar_c||^2 over examples.
-      covariance: sum of (r - rbar_c)(h - mu_c)^T.
-      residual_dot_logit: mean <r, f - b> over examples.
-      fit_gradient: gradient of the fit term with respect to W_L, which is -mean r h^T.
+      residual_norm: the square root of the sum of ||r - rbar_c||^2 over examples.
+      covariance: the sum of (r - rbar_c)(h - mu_c)^T.
+      residual_dot_logit: the mean of <r, f - b> over examples.
+      fit_gradient: the gradient of the fit term with respect to W_L, which is -mean r h^T.
       weight_decay: lambda.
-      class_weights: what mu_G weighs the class means by; None: all alike.
+      class_weights: the weights of the class means in mu_G; None if all are equal.
     """
 
     examples: Num[AnyArray, " C"]
@@ -89,11 +89,13 @@ def statistics_of_passes(
     head: Float[Array, "C p"],
     correct: Num[Array, ""] | None = None,
 ) -> Statistics:
-    """Returns what two passes over a split have summed, in the form that metrics are computed from.
+    """Returns the `Statistics` of a split from the sums of two passes over it.
 
     Args:
-      means, frame, scatter: of the split; the frame spans the centred class means.
-      correct: number of examples whose largest output is their class's.
+      means: the class means of the split.
+      frame: the span of its centred class means.
+      scatter: the sums of its second pass.
+      correct: the number of examples whose largest output is their class's.
     """
     with jax.enable_x64(True):
         mu = means.features.astype(jnp.float64)
@@ -122,10 +124,10 @@ def class_statistics(
     bias: Float[Array, " C"] | None = None,
     logits: Float[Array, "N C"] | None = None,
 ) -> Statistics:
-    """Computes the statistics of examples in memory; may be traced by `jit`, `vmap` and the like.
+    """Computes the statistics of examples in memory; it works under `jit`, `vmap` and the like.
 
-    Outputs are `logits`, else W h + b where there is a head; residuals are of the square loss with
-    one-hot targets. The arithmetic is float64 where JAX has it enabled, else float32.
+    The outputs are `logits` if given, else W h + b if there is a head. Residuals are those of the
+    square loss with one-hot targets. The arithmetic is float64 if JAX has it enabled, else float32.
     """
     h, head, bias, logits = jax.tree.map(lambda a: a.astype(wide()), (features, head, bias, logits))
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=wide())

@@ -1,11 +1,11 @@
-"""Computes what theory says of a trained network: equilibrium, norm balance, Lemmas 1 and 2,
-theorem, budget. Pure arrays.
+"""Computes what theory says of training: equilibrium, norm balance, two lemmas, theorem and budget.
 
-Notation: r = y - f the residual (y - softmax(f) with cross-entropy), b the head bias, mean the mean
-over all examples, W (C, p) the head, M^T (C, p) the class means mu_c as rows, mu_G their mean, Mdot
-the centred means, J all ones, G_k the gradient of the fit term with respect to W_k, L the
-regularized loss. Statements after Rangamani & Banburski (ICASSP 2022) unless said; derivations in
-docs/theory.md. Closed forms of whole models are in `closed_forms`.
+All functions take and return arrays. Notation: r = y - f the residual (y - softmax(f) with
+cross-entropy), b the head bias, mean the mean over all examples, W (C, p) the head, M^T (C, p) the
+class means mu_c as rows, mu_G their mean, Mdot the centred means, J all ones, G_k the gradient of
+the fit term with respect to W_k, L the regularized loss. Statements are after Rangamani & Banburski
+(ICASSP 2022) unless said otherwise; derivations are in docs/theory.md. Closed forms of whole models
+are in `closed_forms`.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,9 @@ from ncjax.metrics.linalg import SymmetricPart, symmetric_part
 def equilibrium_residual(
     weight: Float[Array, "..."], fit_gradient: Float[Array, "..."], weight_decay: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """||lambda W_k + G_k||/||lambda W_k||: 0 at every critical point of L. NaN at lambda = 0,
-    where it is undefined.
+    """Returns ||lambda W_k + G_k||/||lambda W_k||, which is 0 at every critical point of L.
+
+    It is NaN at lambda = 0, where it is undefined.
     """
     decay = weight_decay * weight
     residual = jnp.linalg.norm((decay + fit_gradient).ravel()) / jnp.linalg.norm(decay.ravel())
@@ -31,8 +32,9 @@ def equilibrium_residual(
 def norm_target(
     residual_dot_logit: Float[Array, ""], weight_decay: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """mean<r, f - b>/lambda: what ||W_k||_F^2 is at equilibrium, the same for every k. NaN at
-    lambda = 0.
+    """Returns mean<r, f - b>/lambda, which ||W_k||_F^2 equals at equilibrium for every k.
+
+    It is NaN at lambda = 0.
     """
     return jnp.where(weight_decay > 0, residual_dot_logit / weight_decay, jnp.nan)
 
@@ -45,13 +47,13 @@ def lemma2_residual(
     bias_penalty: Float[Array, ""],
     weight_decay: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Largest over layers l of |L - RHS_l|/L, where at every moment of training
+    """Returns the largest |L - RHS_l|/L over the layers l, with RHS_l the right side of Lemma 2:
 
     RHS_l = -1/4 d||W_l||^2/dt + lambda/2 sum_{k != l} ||W_k||^2 + 1/2 mean<r, y - b> + lambda_b/2
     ||b||^2,
 
-    and d||W_l||^2/dt = -2 <W_l, G_l + lambda W_l> along gradient flow. An identity for degree-1
-    homogeneous layers.
+    and d||W_l||^2/dt = -2 <W_l, G_l + lambda W_l> along gradient flow. L = RHS_l is an identity at
+    every moment of training for degree-1 homogeneous layers.
 
     Args:
       weight_norms_sq: ||W_k||_F^2.
@@ -68,21 +70,20 @@ def lemma2_residual(
 def relaxation_time(
     flow_time: Float[np.ndarray, "..."], weight_decay: Float[np.ndarray, "..."]
 ) -> np.ndarray:
-    """2 lambda t: the number of e-folds by which squared layer norms have drawn together along
-    gradient flow.
+    """Returns 2 lambda t, the e-folds by which differences of squared layer norms have decayed.
 
-    d/dt (||W_k||^2 - ||W_l||^2) = -2 lambda (||W_k||^2 - ||W_l||^2). NaN at lambda = 0.
+    Along gradient flow d/dt (||W_k||^2 - ||W_l||^2) = -2 lambda (||W_k||^2 - ||W_l||^2). It is NaN
+    at lambda = 0.
     """
     return np.where(weight_decay > 0, 2 * weight_decay * flow_time, np.nan)
 
 
 def collapsed_loss(alpha: Float[np.ndarray, "..."], num_classes: int) -> np.ndarray:
-    """Lemma 1: fit term of a collapsed solution without bias whose outputs are W M = alpha C/(C-1)
-    (I - J/C).
+    """Returns the fit term 1/2 ((1 - alpha)^2 + alpha^2/(C-1)) of a collapsed solution (Lemma 1).
 
-    1/2 ((1 - alpha)^2 + alpha^2/(C-1)): least at alpha = (C-1)/C, where it is 1/(2C) > 0. Such a
-    solution never interpolates one-hot targets; at that alpha, with a bias of 1/C or centred
-    targets, it does.
+    The solution has no bias and outputs W M = alpha C/(C-1) (I - J/C). The least value, at alpha =
+    (C-1)/C, is 1/(2C) > 0, so that it never interpolates one-hot targets. With a bias of 1/C or
+    centred targets it does, at that alpha.
     """
     alpha = np.asarray(alpha)
     return 0.5 * ((1 - alpha) ** 2 + alpha**2 / (num_classes - 1))
@@ -94,10 +95,10 @@ def theorem_residual(
     centred_means: Float[Array, "C p"],
     weight_decay: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """||W - W_theorem||/||W||, where W_theorem^c = epsilon/(lambda (C-1)) (mu_c - mu_G); NaN at
-    lambda = 0.
+    """Returns ||W - W_theorem||/||W|| with W_theorem^c = epsilon/(lambda (C-1)) (mu_c - mu_G).
 
-    The theorem as stated, exact under symmetric quasi-interpolation at equilibrium.
+    This is the theorem as stated, exact under symmetric quasi-interpolation at equilibrium. It is
+    NaN at lambda = 0.
     """
     predicted = epsilon / (weight_decay * (len(head) - 1)) * centred_means
     return jnp.where(
@@ -106,13 +107,13 @@ def theorem_residual(
 
 
 class SymmetricSolution(NamedTuple):
-    """Holds what collapse and equilibrium together imply for a head whose classes are all alike.
+    """Holds what collapse and equilibrium imply for a head that treats all classes the same.
 
     Attributes:
       head_norm_sq: ||W||_F^2.
       head_cosine: cos(W^c, W^c') of every pair.
-      nc3: NC3, 0 only where the sum of the outputs is met by a bias or not asked for. No bound:
-        where classes are not alike, NC3 may be less; the floor at any weights is
+      nc3: NC3, which is 0 only if a bias fits the sum of the outputs, or the targets sum to 0. It
+        is no bound: without the symmetry NC3 may be less. The least value at any weights is
         `collapse.nc3_floor`.
     """
 
@@ -127,25 +128,26 @@ def symmetric_solution(
     num_classes: int,
     weight_decay: Float[Array, ""],
 ) -> SymmetricSolution:
-    """The theorem without its assumption that residuals sum to zero.
+    """Solves the theorem without its assumption that residuals sum to zero.
 
     With W M = a (I - J/C) + s_W J/C and Rbar = t (I - J/C) + q J/C, equilibrium lambda W = Rbar
     M^T/C gives
 
         W W^T = (w_p (I - J/C) + w_1 J/C)/(lambda C),   w_p = a t,   w_1 = s_W q,
 
-    hence ||W||_F^2, the cosines and NC3 = 2 - 2 sqrt((C-1) w_p/(w_1 + (C-1) w_p)). Square loss: a =
-    1 - t, and without bias s_W = 1 - q (one-hot targets). w_1 = 0 (the theorem: cosines -1/(C-1),
-    NC3 = 0) with a free bias or centred targets; w_1 = w_p (orthogonal frame) without bias where
-    delta = 0.
+    hence ||W||_F^2, the cosines and NC3 = 2 - 2 sqrt((C-1) w_p/(w_1 + (C-1) w_p)). The square loss
+    has a = 1 - t, and s_W = 1 - q without bias (one-hot targets). A free bias or centred targets
+    give w_1 = 0, which is the theorem: cosines -1/(C-1) and NC3 = 0. Without bias and at delta = 0,
+    w_1 = w_p: an orthogonal frame.
 
     Args:
-      logits: symmetric part of W M, the class-mean outputs less the bias.
-      residuals: symmetric part of Rbar, the class-mean residuals.
+      logits: the symmetric part of W M, the class-mean outputs less the bias.
+      residuals: the symmetric part of Rbar, the class-mean residuals.
 
     Returns:
-      NaN where there is no such solution: lambda = 0, w_p <= 0 or w_1 < 0 (by more than 1% of (C-1)
-      w_p: rounding and the rest of training leave a w_1 that should vanish on either side of 0).
+      The solution, NaN if there is none: at lambda = 0, w_p <= 0 or w_1 < 0. A negative w_1 counts
+      as 0 up to 1% of (C-1) w_p, because rounding and unfinished training leave a w_1 that should
+      be 0 on either side of it.
     """
     differences, total = (num_classes - 1) * logits.u * residuals.u, logits.v * residuals.v
     exists = (weight_decay > 0) & (differences > 0) & (total > -0.01 * differences)
@@ -164,7 +166,7 @@ def symmetric_solution(
 
 
 class Budget(NamedTuple):
-    """lambda W as five terms, each (C, p). See `budget`."""
+    """Holds the five terms, each (C, p), that sum to lambda W; see `budget`."""
 
     theorem: Float[Array, "C p"]
     mean: Float[Array, "C p"]
@@ -179,16 +181,15 @@ def budget(
     covariance: Float[Array, "C p"],
     gradient: Float[Array, "C p"],
 ) -> Budget:
-    """Returns where a head deviates from the theorem, and why: an identity at every moment of
-    training, without assumption.
+    """Returns the terms of lambda W that separate the theorem from its deviations.
 
     lambda W = (t/C) Mdot^T + (q/C) 1 mu_G^T + (1/C) E M^T + K + G with Rbar = t (I - J/C) + q J/C +
-    E.
+    E. This is an identity at every moment of training, without assumptions.
 
     Args:
-      mean_residuals: row c is the mean residual of class c (Rbar has it as column c).
-      means: row c is mu_c.
-      covariance: K = mean (r - rbar_c)(h - mu_c)^T; at square loss -W Sigma_W.
+      mean_residuals: the mean residual of class c in row c (Rbar has it as column c).
+      means: mu_c in row c.
+      covariance: K = mean (r - rbar_c)(h - mu_c)^T, which is -W Sigma_W with the square loss.
       gradient: G = dL/dW.
     """
     num_classes = len(means)
@@ -206,9 +207,11 @@ def budget(
 def budget_account(
     terms: Budget, head: Float[Array, "C p"], weight_decay: Float[Array, ""]
 ) -> dict[str, Array]:
-    """Each term's share of lambda W by projection (they sum to 1; NaN at lambda = 0), its Frobenius
-    norm, and `budget_residual`, the norm of what the five leave of lambda W over that of the
-    largest."""
+    """Returns each term's share of lambda W, each term's Frobenius norm and `budget_residual`.
+
+    Shares are by projection and sum to 1; they are NaN at lambda = 0. `budget_residual` is the norm
+    of lambda W less the five terms, over the norm of the largest term.
+    """
     whole = weight_decay * head
     norms = {name: jnp.linalg.norm(term) for name, term in terms._asdict().items()}
     account = {
@@ -225,18 +228,18 @@ def budget_account(
 def normalized_margin(
     logits: SymmetricPart, weight_norms_sq: Float[Array, " L"]
 ) -> Float[Array, ""]:
-    """gamma = a/prod_k ||W_k||_F: the margin a, of W M = a (I - J/C) + ..., of the network with
-    all norms one.
+    """Returns gamma = a/prod_k ||W_k||_F, the margin of the network with all norms one.
+
+    The margin a of the network itself is that of W M = a (I - J/C) + ....
     """
     return logits.u / jnp.sqrt(jnp.prod(weight_norms_sq))
 
 
 def mode_eigenvalues(logits: Float[np.ndarray, "... C C"]) -> np.ndarray:
-    """Descending eigenvalues of the symmetric part (B + B^T)/2 of B = W M; NaN where B is not
-    finite.
+    """Returns the eigenvalues, descending, of the symmetric part (B + B^T)/2 of B = W M.
 
-    At the symmetric solutions they are the margin a (C - 1 times) and the sum of outputs s_W; past
-    the critical lambda they reach 0 one after the other.
+    They are NaN if B is not finite. At the symmetric solutions they are the margin a (C - 1 times)
+    and the sum of outputs s_W; past the critical lambda they reach 0 one after the other.
     """
     finite = np.asarray(np.isfinite(logits).all((-1, -2)))[..., None]
     symmetric = np.where(finite[..., None], logits + np.swapaxes(logits, -1, -2), 0) / 2

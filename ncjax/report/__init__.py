@@ -1,1 +1,1 @@
-"""Shows what was measured: tables, figures."""
+"""Shows what was measured, as tables and figures."""

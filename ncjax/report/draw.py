@@ -1,4 +1,4 @@
-"""Writes the figures of runs: those of each, and several laid over one another."""
+"""Writes the figures of one run, and figures that compare several runs."""
 
 import io
 from pathlib import Path
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Where weight decay spans 300 decades, ends of curves and axes leave float64.
+# If weight decay spans 300 decades, the ends of curves and axes overflow float64.
 @np.errstate(over="ignore")
 def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = None) -> list[Path]:
-    """Writes the figures of one run, one set per setting of the axes other than weight_decay and
-    seed.
+    """Writes the figures of one run, a set for each setting of axes but weight_decay and seed.
 
-    weight_decay: whose equilibrium budget is drawn; by default the one that collapses most.
+    Args:
+      weight_decay: the weight decay whose equilibrium budget is drawn; None: the one that collapses
+        most.
     """
     written = []
     for one in figures.settings(history):
@@ -52,7 +53,7 @@ def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = Non
 
 
 def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
-    """The weight decay asked for, else the one with the least NC3 among those above 0."""
+    """Returns the weight decay asked for, else the one with the least NC3 among those above 0."""
     values = history["weight_decay"].values
     if weight_decay is None:
         decayed = history.isel(weight_decay=values > 0)
@@ -65,9 +66,7 @@ def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
 
 @np.errstate(over="ignore")
 def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path]:
-    """Writes the figures that lay several runs over one another, every setting of each as one of
-    them.
-    """
+    """Writes the figures that compare several runs; every setting of a run is drawn as a run."""
     named = [
         (name, one) for name, history in histories.items() for one in figures.settings(history)
     ]

@@ -1,4 +1,4 @@
-"""Figures of a measurement: spectra, angles, classes one by one, and layers beside each other."""
+"""Draws the figures of a measurement: spectrum, angles, classes, and layers in comparison."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from ncjax.features.result import Measurement
 
 _MOST_IN_HEAT_MAP = 100
-_MOST_IN_HISTOGRAM = 2048  # classes: two million angles show the shape of any distribution
+_MOST_IN_HISTOGRAM = 2048  # classes; their two million angles show the shape of any distribution
 _BLUE, _RED = panels.COLOURS[:2]
 
 
 def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
-    """Draws what was found, of one layer or of several in forward order, into a folder that
-    exists; the files.
-    """
+    """Draws measurements by layer, in forward order, into an existing folder; returns the files."""
     import io
 
     last = list(found.values())[-1]
@@ -50,8 +48,9 @@ def _words(axes: "Axes", title: str, x: str, y: str) -> None:
 
 
 def spectrum(found: "Measurement") -> "Figure":
-    """Eigenvalues of Sigma_B, Sigma_W along the same directions, and the ratio of the two, whose
-    sum/C is nc1.
+    """Draws the eigenvalues of Sigma_B, Sigma_W along the same directions, and their ratio.
+
+    The sum of the ratios over C is nc1.
     """
     figure, (left, right) = panels.frame(2, "direction", _caption(found))
     kept = found.spectrum > 0
@@ -79,9 +78,7 @@ def spectrum(found: "Measurement") -> "Figure":
 
 
 def angles(found: "Measurement") -> "Figure":
-    """Cosines between centred class means: all of them, or their histogram where classes are
-    many.
-    """
+    """Draws all cosines between centred class means, or a histogram of them for many classes."""
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
 
@@ -126,8 +123,9 @@ def angles(found: "Measurement") -> "Figure":
 
 
 def classes(found: "Measurement") -> "Figure":
-    """Every class: its spread against the distance of its mean from the global mean, coloured by
-    its size.
+    """Draws the spread of each class against the distance of its mean from the global mean.
+
+    The colour is the number of examples of the class.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -166,7 +164,7 @@ _LAYER_PANELS = (
 
 
 def layers(found: dict[str, "Measurement"]) -> "Figure":
-    """Collapse layer by layer, in forward order."""
+    """Draws collapse by layer, in forward order."""
     figure, all_axes = panels.frame(
         len(_LAYER_PANELS), "layer", _caption(list(found.values())[-1]).rsplit(",", 1)[0]
     )

@@ -1,7 +1,7 @@
-"""Collapse as figures: histories -> matplotlib figures, as pure functions.
+"""Draws collapse: pure functions from histories to matplotlib figures.
 
-A history given to a figure has one setting of every axis but weight_decay and seed: `settings`
-takes others apart.
+A history given to a figure has one setting of every axis but weight_decay and seed; `settings`
+splits a larger one.
 """
 
 import itertools
@@ -48,14 +48,12 @@ PANELS = (
 
 
 def collapse_against_epoch(history: xr.Dataset) -> "Figure":
-    """NC1 to NC4 and the error while training, a colour per weight decay."""
+    """Draws NC1 to NC4 and the error during training, with a colour for each weight decay."""
     return panels.against(panels.one_per_lambda(history), PANELS, ", ".join(setting_words(history)))
 
 
 def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
-    """NC1 to NC4 and the error while training, each history at the weight decay where it
-    collapses most.
-    """
+    """Draws NC1 to NC4 and the error during training, each history at its most collapsed run."""
     curves = []
     for colour, (name, history) in zip(
         itertools.cycle(panels.COLOURS), histories.items(), strict=False
@@ -70,13 +68,14 @@ def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
 
 
 def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
-    """NC1 to NC4 and the error at the last epoch, with what theory has to say of them."""
+    """Draws NC1 to NC4 and the error at the last epoch, with the predictions of theory."""
     return panels.against_lambda(histories, PANELS, _PREDICTED)[0]
 
 
 def class_mean_cosines(history: xr.Dataset) -> "Figure":
-    """Cosines between centred class means of the first seed: least weight decay beside the most
-    collapsed one.
+    """Draws cosines between centred class means at the least and the most collapsed weight decay.
+
+    Both are of the first seed.
     """
     from matplotlib.colors import CenteredNorm
     from matplotlib.figure import Figure
@@ -115,14 +114,15 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
 
 
 def most_collapsed(history: xr.Dataset) -> int:
-    """Index of the weight decay with the least mean NC3 on the training split at the last epoch."""
+    """Returns the index of the weight decay with the least mean training NC3 at the last epoch."""
     mean = panels.over_seeds(history["nc3"].sel(split="train").isel(epoch=-1))[0]
     return int(np.where(np.isnan(mean), np.inf, mean).argmin())
 
 
 def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
-    """One history per setting of the swept axes other than weight_decay and seed, which become
-    scalar coordinates.
+    """Yields one history per setting of the swept axes other than weight_decay and seed.
+
+    These axes become scalar coordinates.
     """
     extra = [
         name for name in SWEPT if name in history.dims and name not in ("weight_decay", "seed")

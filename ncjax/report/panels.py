@@ -1,8 +1,8 @@
 """Draws panels of curves against a clock or weight decay, with their scales, legends and captions.
 
-Lines are means over seeds and bands reach from the least to the greatest of them: unlike a standard
-deviation, that stays positive on a log axis. Matplotlib is imported late, and pyplot never, so that
-`--help` and bad input answer at once and no global state changes.
+Lines are means over seeds, and bands go from the least seed to the greatest, which unlike a
+standard deviation stays positive on a log axis. Matplotlib is imported late, so that `--help` and
+bad input answer at once, and pyplot never is, so that no global state changes.
 """
 
 import itertools
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# A panel, in inches: two fill the text width of a two-column page.
+# The size of a panel in inches: two fill the text width of a two-column page.
 WIDTH, HEIGHT, DPI = (
     3.4,
     2.1,
@@ -32,8 +32,8 @@ WIDTH, HEIGHT, DPI = (
 )
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
-_MOST_IN_NAME = 60  # characters: a longer one leaves no room for panels
-_MOST_DECADES = 9  # with a label each on one axis
+_MOST_IN_NAME = 60  # characters; a longer name leaves no room for panels
+_MOST_DECADES = 9  # decades on one axis that are all labelled
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -45,9 +45,7 @@ class Panel(NamedTuple):
     title: str
     label: str
     drawn: tuple[str, ...]  # variables of `training`: solid, then dotted
-    predicted: str = (
-        ""  # a variable to draw dashed, without bars, where the figure is one against weight decay
-    )
+    predicted: str = ""  # the variable that figures against weight decay draw dashed, without bars
 
 
 NC1 = Panel("NC1: variability within classes", r"tr$(\Sigma_W\Sigma_B^+)\,/\,C$", ("nc1",))
@@ -67,7 +65,7 @@ class Curve(NamedTuple):
 
 
 def over_seeds(values: xr.DataArray) -> np.ndarray:
-    """Mean, least and greatest over the seeds that are finite, stacked; NaN where none is."""
+    """Returns the mean, least and greatest over finite seeds, stacked; NaN if no seed is finite."""
     masked = np.ma.masked_invalid(values.transpose("seed", ...).values.astype(np.float64))
     return np.stack(
         [np.ma.filled(part, np.nan) for part in (masked.mean(0), masked.min(0), masked.max(0))]
@@ -80,8 +78,8 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
 
     history = training(history).sortby("weight_decay")
     values = history["weight_decay"].values
-    # Neither end of viridis: one is nearly the black of weight decay 0, the other too light for a
-    # thin line.
+    # Neither end of viridis is used: one is nearly the black of weight decay 0, the other is too
+    # light for a thin line.
     colours = iter(matplotlib.colormaps["viridis"](np.linspace(0.12, 0.9, int((values > 0).sum()))))
     curves = []
     for i, value in enumerate(values):
@@ -92,8 +90,10 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
 
 
 def training(history: xr.Dataset) -> xr.Dataset:
-    """Returns what panels draw: the training split, both errors, the residual of every layer under
-    the layer's name, and what is a short sum away from what was measured.
+    """Returns the variables that panels draw.
+
+    These are the training split, both errors, the equilibrium residual of each layer under the
+    layer's name, and simple functions of what was measured.
     """
     drawn = {
         f"error_{split}": 1 - history["accuracy"].sel(split=split, drop=True)
@@ -111,9 +111,7 @@ def training(history: xr.Dataset) -> xr.Dataset:
 
 
 def terminal_epoch(accuracy: xr.DataArray) -> xr.DataArray:
-    """First measured epoch at which every seed that is still finite is right everywhere; NaN if
-    there is none.
-    """
+    """Returns the first measured epoch with accuracy 1 in every finite seed; NaN if none has it."""
     reached = ((accuracy == 1) | accuracy.isnull()).all("seed") & accuracy.notnull().any("seed")
     return accuracy["epoch"].where(reached).min("epoch")
 
@@ -129,7 +127,11 @@ def against(
     clock: str = "epoch",
     compared: bool = False,
 ) -> "Figure":
-    """Panels of curves against `epoch` or `relaxation_time`."""
+    """Draws panels of curves against `epoch` or `relaxation_time`.
+
+    Args:
+      compared: whether the curves are runs that are compared, which a legend names.
+    """
     from matplotlib.lines import Line2D
 
     panels = _measured(panels, [curve.run for curve in curves])
@@ -148,7 +150,7 @@ def against(
     )
     if any(terminal_epoch(run["accuracy"]).notnull() for run in runs):
         caption += "\n\N{WHITE DIAMOND}: training error first 0 in every seed"
-    # A run compared with others has one weight decay, and a name that no scale can show.
+    # Compared runs have names, which a colour bar of weight decays cannot show.
     if len(curves) > _MOST_IN_LEGEND and not compared:
         _lambda_bar(figure, all_axes, curves)
         curves = []
@@ -161,8 +163,9 @@ def against(
 
 
 def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[Panel]:
-    """Those with something to draw: below batch normalization a layer has no equilibrium. All,
-    if none has.
+    """Returns the panels that have finite values to draw, or all of them if none has any.
+
+    A layer below batch normalization, for example, has no equilibrium.
     """
     return [
         p for p in panels if any(run[name].notnull().any() for run in runs for name in p.drawn)
@@ -170,7 +173,7 @@ def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[P
 
 
 def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndarray:
-    """Draws one curve and returns what must fit in the panel."""
+    """Draws one curve and returns the values that must fit in the panel."""
     times = clock_of(curve.run, clock)
     look: dict[str, Any] = {"color": curve.colour, "linewidth": 1, "markersize": 1.5}
     values = over_seeds(curve.run[panel.drawn[0]])
@@ -179,7 +182,7 @@ def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndar
     begins = curve.run["epoch"].values == terminal_epoch(curve.run["accuracy"]).item()
     mark = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "linestyle": "none"}
     axes.plot(times[begins], values[0][begins], zorder=3, **look | mark)
-    # Bands around these too would hide the lines.
+    # More bands, around the dotted lines, would hide the lines.
     dotted = [over_seeds(curve.run[name])[0] for name in panel.drawn[1:]]
     for mean in dotted:
         axes.plot(times, mean, linestyle=":", marker="o", **look)
@@ -189,15 +192,13 @@ def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndar
 def _draw_lambdas(
     axes: "Axes", final: xr.Dataset, name: str, style: dict[str, Any], shift: float
 ) -> np.ndarray:
-    """Draws one line, moved by `shift` points so that bars do not cover each other, and returns
-    all its values.
-    """
+    """Draws one line, moved by `shift` points to keep bars apart, and returns all its values."""
     from matplotlib.transforms import ScaledTranslation
 
     weight_decay, values = final["weight_decay"].values, over_seeds(final[name])
     moved = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     face = "white" if style["linestyle"] == ":" else style["color"]
-    # No line leads to weight decay 0: a log axis does not reach it.
+    # No line leads to weight decay 0, which a log axis does not reach.
     for part in (weight_decay == 0, weight_decay > 0):
         look = style | {
             "markersize": 3.5,
@@ -221,8 +222,10 @@ def _draw_lambdas(
 def _draw_finals(
     axes: "Axes", panel: Panel, finals: Sequence[xr.Dataset], styles: Sequence[dict]
 ) -> np.ndarray:
-    """Draws a panel's variables of every history, and its prediction, and returns what must fit
-    in the panel.
+    """Draws a panel's variables and prediction for every history.
+
+    Returns:
+      The values that must fit in the panel.
     """
     pairs = list(
         itertools.product(zip(finals, styles, strict=True), zip(panel.drawn, "-:", strict=False))
@@ -238,7 +241,7 @@ def _draw_finals(
         predicted = over_seeds(final[panel.predicted])[0]
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "_", "markersize": 7}
         axes.plot(final["weight_decay"].values, predicted, color=style["color"], **look)
-        # A floor of 0 must not squeeze what was measured: such a line leaves the panel below.
+        # A floor of 0 must not squeeze the measured lines, so such a line leaves the panel below.
         drawn.append(np.maximum(predicted, 0.2 * np.nanmin(drawn[0], initial=np.inf)))
     return np.concatenate(drawn)
 
@@ -246,8 +249,9 @@ def _draw_finals(
 def against_lambda(
     histories: dict[str, xr.Dataset], drawn_panels: Sequence[Panel], remark: str = ""
 ) -> tuple["Figure", list["Axes"]]:
-    """Panels of the last epoch against weight decay, a colour and marker per history; one alone
-    gives the title.
+    """Draws panels of the last epoch against weight decay, a colour and marker for each history.
+
+    A single history gives the figure its title.
     """
     from matplotlib.lines import Line2D
 
@@ -299,8 +303,10 @@ def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]
 
 
 def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
-    """A log axis with a place for 0; ticks at powers of ten, else at 1, 2, 5 times them, else at
-    the ends.
+    """Makes the x axis logarithmic, with a place for 0.
+
+    Ticks are at powers of ten. If fewer than two of these are in range, they are at 1, 2 and 5
+    times powers of ten, or else at the ends.
     """
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -309,7 +315,7 @@ def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
         values[(values > 0) & np.isfinite(values)],
     )
     if positive.size:
-        # Nearer to the ends of float64 neither a scale nor its ticks can be computed.
+        # Closer to the ends of float64 neither the scale nor its ticks can be computed.
         low, high = np.clip([positive.min(), positive.max()], 1e-300, 1e300)
         # The rounding keeps 1e-3, whose logarithm is -2.9999999999999996.
         decades = np.arange(
@@ -338,15 +344,16 @@ def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
 
 
 def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
-    """Words, and a log scale with room for 0 where there are zeros (linear where nothing is
-    positive).
+    """Sets a panel's words and y axis: a log scale, with a place for 0 if there are zeros.
+
+    The axis is linear if no value is positive.
     """
     axes.set_title(panel.title, size=SIZE)
     axes.set_ylabel(panel.label, size=SIZE)
     positive = values[(values > 0) & np.isfinite(values)]
-    # It sees lines moved by points elsewhere than where they are drawn.
+    # Autoscaling would misplace the lines that are moved by points.
     axes.set_autoscaley_on(False)
-    # Twelve decades hold what means anything; what lies below is drawn with the zeros.
+    # Values more than twelve decades below the greatest mean nothing; they are drawn as zeros are.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
     if positive.size and values[np.isfinite(values)].min() < least:
         decade = 10.0 ** np.floor(np.log10(least))
@@ -357,15 +364,16 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
 
 
 def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
-    """Matplotlib's own limits are wrong for a scale set after drawing and for lines moved by
-    points.
+    """Returns the limits of an axis that holds finite values.
+
+    Matplotlib's own are wrong for a scale set after drawing, and for lines moved by points.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
     ends = axis.get_transform().transform(np.array([finite.min(), finite.max()], float))
-    # Decades, of which values equal up to rounding must not fill the panel; a symlog scale counts
-    # in its threshold.
+    # The least padding, in decades, keeps values that are equal up to rounding from filling the
+    # panel. A symlog scale counts in units of its threshold instead.
     least = 0.02 if axis.get_scale() == "log" else 0.0
     pad = max(0.05 * float(ends[1] - ends[0]), least) or 0.1 * float(abs(ends[0])) or 0.1
     with np.errstate(over="ignore"):
@@ -375,9 +383,7 @@ def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
 
 
 def literal(text: str) -> str:
-    r"""Returns a name of the user's such that matplotlib shows its characters: `$\frac$` is no
-    mathematics.
-    """
+    r"""Escapes a user's name so that matplotlib does not read `$\frac$` in it as mathematics."""
     text = printable(text)
     if len(text) > _MOST_IN_NAME:
         text = f"{text[: _MOST_IN_NAME // 3]}...{text[-_MOST_IN_NAME // 2 :]}"
@@ -385,7 +391,7 @@ def literal(text: str) -> str:
 
 
 def number(value: float | np.ndarray) -> str:
-    """A scalar as matplotlib's mathematics."""
+    """Formats a scalar as matplotlib's mathematics."""
     value = float(np.asarray(value))
     if value == 0 or 0.1 <= value < 1e4:
         return f"{value:g}"
@@ -413,7 +419,7 @@ def caption_of(histories: Sequence[xr.Dataset]) -> str:
 
 
 def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
-    # Mathematics takes less room than its source; seven characters are the line and the gaps.
+    # Mathematics takes less room than its source. The line and the gaps take seven characters.
     lengths = [
         len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles
     ]
@@ -431,7 +437,11 @@ def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
 def cosine_bar(
     figure: "Figure", panels: Sequence["Axes"], etf: float, reach: float, label: str
 ) -> "Colorbar":
-    """Beside images of cosines: a scale around that of a simplex ETF, to `reach` on either side."""
+    """Draws the colour bar of images of cosines, from etf - reach to etf + reach.
+
+    Args:
+      etf: the cosine of a simplex ETF.
+    """
     bar = figure.colorbar(panels[0].images[0], ax=list(panels), shrink=0.85, aspect=25)
     bar.set_label(label, size=SIZE)
     ticks = etf + reach * np.linspace(-1, 1, 5)
@@ -441,7 +451,7 @@ def cosine_bar(
 
 
 def _wrapped(line: str, inches: float) -> list[str]:
-    """A line of a caption as lines that fit; mathematics stays whole."""
+    """Breaks a line of a caption into lines that fit, without breaking mathematics."""
     whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), line)
     return [
         part.replace("\0", " ")

@@ -1,4 +1,4 @@
-"""Prints what a run says: a live line while it trains, a table and a verdict when it is done."""
+"""Prints a live line while a run trains, and tables and a verdict when it is done."""
 
 import io
 import json
@@ -17,8 +17,8 @@ from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage.history import RELAXED, extinct
 
-# Columns of the final tables: heading, variable, what selects one number of it. Empty columns are
-# left out.
+# Columns of the final tables: heading, variable, and the selection of one number of it. Empty
+# columns are left out.
 _TRAIN, _TEST, _HEAD = {"split": "train"}, {"split": "test"}, {"layer": "head"}
 _Columns = tuple[tuple[str, str, dict[str, str]], ...]
 _COLLAPSE: _Columns = (
@@ -51,8 +51,8 @@ _THEORY: _Columns = (
     ("within", "budget_within", {}),
     ("gradient", "budget_gradient", {}),
 )
-_MET = 1e-6  # relative: a closed form is met, or another solution was
-# What outputs that are 0 up to rounding seem to say: all are right, and collapsed.
+_MET = 1e-6  # relative error up to which a run has met its closed form
+# Metrics that are left out once outputs are 0 up to rounding: they would seem perfect.
 _OF_OUTPUTS = {
     "accuracy",
     *(name for name in VOCABULARY if name.startswith(("nc1", "nc2", "nc3", "nc4"))),
@@ -60,8 +60,12 @@ _OF_OUTPUTS = {
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line per measurement. `quiet`: nothing at
-    all.
+    """Shows progress: one live line on a terminal, elsewhere a plain line per measurement.
+
+    Args:
+      epochs: the number of epochs of the run.
+      samples_per_epoch: the number of examples of an epoch, over all runs.
+      quiet: whether nothing is shown.
     """
 
     def __init__(self, epochs: int, samples_per_epoch: int, quiet: bool = False):
@@ -111,16 +115,19 @@ class Progress:
 
 
 def make_console(quiet: bool = False, stderr: bool = False) -> Console:
-    """Returns standard output, or `stderr`; wide where nobody looks at it, so that a log holds
-    whole tables.
+    """Returns a console on standard output or standard error.
 
-    It prints text as it stands: names of files, folders and data sets may hold `[/b]` or `:cat:`.
-    `quiet`: nothing.
+    It prints text without markup, because names of files, folders and data sets may hold `[/b]` or
+    `:cat:`. If it is no terminal, it is wide, so that a log holds whole tables.
+
+    Args:
+      quiet: whether nothing is printed.
+      stderr: whether to print on standard error.
     """
     if quiet:
         return Console(quiet=True, force_terminal=False)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
-        # Of a locale that has no "±" it gets "\xb1".
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another type
+        # In a locale that has no "±", "\xb1" is printed instead of an error.
         sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(markup=False, emoji=False, stderr=stderr)
     if not console.is_terminal:
@@ -129,7 +136,7 @@ def make_console(quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it stands, whatever is in the names that it holds."""
+    """Prints a line without markup, and without control characters in the names that it holds."""
     console.print(printable(line), highlight=False, soft_wrap=True)
 
 
@@ -143,15 +150,15 @@ def duration(seconds: float) -> str:
 def mean_and_sd(values: np.ndarray) -> str:
     """Formats mean±sd of the finite values.
 
-    The sd has one digit, or two where the first is a 1; the mean ends at the same place, or after
-    four digits.
+    The sd has one digit, or two if the first is a 1. The mean ends at the same decimal place, or
+    after four digits.
     """
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         return "-"
     mean, sd = float(finite.mean()), float(finite.std(ddof=1)) if finite.size > 1 else 0.0
     if sd <= 1e-6 * abs(mean):
-        # Equal up to rounding: there is no spread to speak of.
+        # The values are equal up to rounding, so the spread means nothing.
         return short_exponent(f"{mean:.3g}")
     more = int(f"{sd:e}"[0] == "1")
     place = _exponent(sd) - more
@@ -167,7 +174,7 @@ def mean_and_sd(values: np.ndarray) -> str:
 
 
 def _exponent(number: float) -> int:
-    """Returns the power of ten of the first digit."""
+    """Returns the power of ten of a number's first digit."""
     return int(f"{number:e}".split("e")[1])
 
 
@@ -177,8 +184,9 @@ def short_exponent(number: str) -> str:
 
 
 def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
-    """The swept axes but for the seeds, and every combination of their values, in the order of
-    the grid.
+    """Returns the names of the swept axes but seed, and every index into their values.
+
+    The indices are in the order of the grid.
     """
     names = [str(d) for d in history["finite"].dims if d not in ("seed", "epoch")]
     shape = [history.sizes[name] for name in names]
@@ -186,9 +194,7 @@ def _settings(history: xr.Dataset) -> tuple[list[str], list[tuple]]:
 
 
 def show_results(history: xr.Dataset, console: Console) -> None:
-    """Measured collapse, then theory beside it, at the last epoch measured; then what stands
-    out.
-    """
+    """Prints collapse and then theory at the last measured epoch, followed by a verdict."""
     show_collapse(history, console)
     _show(
         history,
@@ -201,7 +207,7 @@ def show_results(history: xr.Dataset, console: Console) -> None:
 
 
 def show_collapse(history: xr.Dataset, console: Console) -> None:
-    """The table of measured collapse at the last epoch of a history."""
+    """Prints the table of measured collapse at the last epoch of a history."""
     seeds, epoch = history.sizes["seed"], int(history["epoch"][-1])
     spread = f"mean±sd over {seeds} seeds" if seeds > 1 else "one seed"
     _show(
@@ -212,7 +218,7 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
-    """One row per weight decay (and other swept setting): mean ± sd over seeds."""
+    """Prints a row of mean ± sd over seeds for each weight decay and other swept setting."""
     names, settings = _settings(history)
     final, seeds = history.isel(epoch=-1), history.sizes["seed"]
     out = extinct(final)
@@ -247,7 +253,7 @@ def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -
 
 
 def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tuple[str, list[str]]]]:
-    """Columns packed into as few tables as the width allows, at least one column each."""
+    """Packs columns into as few tables as the width allows, with at least one column in each."""
     parts, used = [[]], 0
     for column in columns:
         needed = 3 + max(len(text) for text in (column[0], *column[1]))
@@ -260,7 +266,7 @@ def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tupl
 
 
 def _least(history: xr.Dataset) -> list[str]:
-    """Says where nc1 and nc3 are least, and what they are without weight decay."""
+    """Returns lines on where nc1 and nc3 are least, and on their values without weight decay."""
     final = history.isel(epoch=-1).sel(split="train")
     alive = ~extinct(history.isel(epoch=-1))
     names, settings = _settings(history)
@@ -286,7 +292,7 @@ def _least(history: xr.Dataset) -> list[str]:
 
 
 def _degenerate(history: xr.Dataset) -> list[str]:
-    """Says which numbers of the table of collapse do not say what they seem to."""
+    """Returns lines on the numbers in the table of collapse that are misleading."""
     final = history.isel(epoch=-1)
     out, lines = extinct(final), []
     if out.any():
@@ -313,14 +319,15 @@ def _degenerate(history: xr.Dataset) -> list[str]:
 
 
 def _decays_where(condition: xr.DataArray) -> str:
-    """Lists the lambdas at which any run meets a condition."""
+    """Returns a list, as text, of the lambdas at which any run meets a condition."""
     met = condition.any([dim for dim in condition.dims if dim != "weight_decay"])
     return ", ".join(f"{value:g}" for value in condition["weight_decay"].values[met.values])
 
 
 def _short(history: xr.Dataset) -> list[str]:
-    """Says which lambdas the run is too short for, and the epochs that would do (the clock is
-    proportional to them).
+    """Returns a line on the lambdas for which the run is too short, and on the epochs they need.
+
+    The relaxation clock is proportional to the number of epochs.
     """
     final = history["relaxation_time"].isel(epoch=-1)
     epochs = int(history["epoch"][-1])
@@ -335,8 +342,9 @@ def _short(history: xr.Dataset) -> list[str]:
 
 
 def _closed_form(history: xr.Dataset) -> list[str]:
-    """Says how many runs of an unconstrained-feature model met its closed form, how closely, and
-    where others did not.
+    """Returns a line on how many unconstrained-feature runs met their closed form, and how closely.
+
+    It also names the lambdas at which runs did not.
     """
     final = history.isel(epoch=-1).sel(split="train")
     error = abs(final["epsilon"] / final["closed_form_epsilon"] - 1)

@@ -1,7 +1,7 @@
-"""Theory over measurement: histories -> matplotlib figures, as pure functions.
+"""Draws theory over measurement: pure functions from histories to matplotlib figures.
 
-Every prediction is drawn with the condition it holds under. A history given to a figure has one
-setting of every axis but weight_decay and seed.
+Every prediction is drawn with the condition under which it holds. A history given to a figure has
+one setting of every axis but weight_decay and seed.
 """
 
 import itertools
@@ -33,8 +33,9 @@ _TERM_WORDS = (
 
 
 def equilibrium_against_epoch(history: xr.Dataset) -> "Figure":
-    """Draws how far every layer is from a critical point; weight decay 0, where this has no
-    meaning, is left out.
+    """Draws how far every layer is from a critical point.
+
+    Weight decay 0 is left out, because the distance is undefined there.
     """
     label = r"$\Vert\lambda W_k+\nabla_{W_k}\mathrm{fit}\Vert\,/\,\Vert\lambda W_k\Vert$"
     layers = [str(layer) for layer in history["layer"].values]
@@ -57,8 +58,9 @@ _CLOCK_PANELS = (
 
 
 def collapse_against_clock(history: xr.Dataset) -> "Figure":
-    """Draws curves of every lambda against 2 lambda t, on which norm balance must fall together
-    along gradient flow.
+    """Draws collapse and norm balance of every lambda against the clock 2 lambda t.
+
+    Along gradient flow, norm balance is the same function of this clock for all lambdas.
     """
     curves = panels.one_per_lambda(_decayed(history))
     title = ", ".join(
@@ -114,8 +116,9 @@ _SYMMETRIC = (
 
 
 def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
-    """Measured against predicted at the last epoch: epsilon, norm, NC3 and angles of the head,
-    theorem, gamma.
+    """Draws measured and predicted values at the last epoch, against weight decay.
+
+    They are epsilon, the head's norm, NC3 and angles, the error of the theorem, and gamma.
     """
     decayed = {name: _decayed(history) for name, history in histories.items()}
     laws = {name: fitted_law(history) for name, history in decayed.items()}
@@ -140,7 +143,7 @@ def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
 
 
 class Law(NamedTuple):
-    """The homogeneous law of one history: see `closed_forms`."""
+    """Holds the homogeneous law of one history; see `closed_forms`."""
 
     gamma: float
     depth: int
@@ -156,10 +159,11 @@ class Law(NamedTuple):
 
 
 def fitted_law(history: xr.Dataset) -> Law | None:
-    """gamma in closed form for the unconstrained-feature model; else as measured at the least
-    lambda that is relaxed.
+    """Returns the homogeneous law of a history, or None if it has none.
 
-    None with cross-entropy, and where no run is relaxed (always so with Adam, which has no clock).
+    gamma is in closed form for the unconstrained-feature model, else measured at the least lambda
+    whose runs have relaxed. There is no law with cross-entropy, or if no run has relaxed, as with
+    Adam, which has no clock.
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
@@ -186,9 +190,7 @@ def fitted_law(history: xr.Dataset) -> Law | None:
 
 
 def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
-    """The equilibrium budget of one lambda: shares of lambda W_L by projection, stacked, and the
-    norms of the terms.
-    """
+    """Draws the equilibrium budget of one lambda: shares of lambda W_L, stacked, and term norms."""
     run = history.sel(weight_decay=weight_decay)
     title = ", ".join(
         [rf"Equilibrium budget at $\lambda$ = {number(weight_decay)}", *setting_words(history)]
@@ -197,7 +199,7 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     epochs = run["epoch"].values
     colours = (panels.COLOURS[0], panels.COLOURS[1], panels.COLOURS[2], panels.COLOURS[3], "0.7")
     values = np.stack([panels.over_seeds(run[f"budget_{term}"])[0] for term in BUDGET_TERMS])
-    for sign in (1, -1):  # what adds to lambda W_L above the axis, what takes from it below
+    for sign in (1, -1):  # positive shares are above the axis, negative ones below
         part = np.where(np.isnan(values), 0, np.maximum(sign * values, 0)) * sign
         shares.stackplot(epochs, part, colors=colours, linewidth=0)
     shares.axhline(1, color="black", linewidth=0.8)
@@ -237,8 +239,9 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
 
 
 def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
-    """Phase diagram: mode eigenvalues of every run at its last epoch against lambda, a panel per
-    setting.
+    """Draws the phase diagram: mode eigenvalues of every run at its last epoch against lambda.
+
+    Each setting has a panel.
     """
     figure, all_axes = panels.frame(len(settings), r"weight decay $\lambda$", "")
     from matplotlib.lines import Line2D

@@ -12,7 +12,7 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     """Returns the metrics that follow from the grid and one measurement, without the devices.
 
     These are the clocks of gradient flow, the eigenvalues of the modes, and the closed form, which
-    is NaN where the network has none.
+    is NaN if the network has none.
     """
     columns, recipe, config = sweep.columns, sweep.recipe, sweep.plan.config
     weight_decay = recipe.effective_decay(columns["weight_decay"], columns["momentum"])
@@ -39,8 +39,8 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
 def _is_unconstrained(config: Config) -> bool:
     """Returns whether the closed form applies to a config.
 
-    It does to the unconstrained-feature model that is wide enough for all its modes, trained by an
-    optimizer that seeks critical points of the regularized loss.
+    It applies to an unconstrained-feature model that is wide enough for all its modes, and that is
+    trained by an optimizer which seeks critical points of the regularized loss.
     """
     return (
         (config.data.name, config.model.activation, config.loss) == ("identity", "linear", "square")

@@ -1,6 +1,4 @@
-"""Reads and checks what a WORKDIR holds, measures it again and exports it. Nothing in it is
-changed.
-"""
+"""Reads and checks a WORKDIR, measures its checkpoints again, and exports runs; changes nothing."""
 
 import contextlib
 import io
@@ -26,15 +24,16 @@ from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
 from ncjax.training import evaluate, mesh, models, program, sweep
 
-# Largest deviation of a number measured again, relative to what was recorded. Another program
-# rounds otherwise.
+# The largest relative deviation from the recorded value that passes: another program rounds
+# differently.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9}
-# Added to what a deviation is relative to: numbers near 0 have fewer digits in common.
+# It is added to the magnitude that a deviation is relative to, because numbers near 0 have fewer
+# digits in common.
 FLOOR = 1e-2
 
 
 class Parameter(NamedTuple):
-    """A leaf of the parameters of one run."""
+    """Describes a leaf of the parameters of one run."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,8 +49,13 @@ class Parameter(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A checkpoint: its bytes on disk, what is wrong with it (None: nothing), its parameters
-    where they can be read.
+    """Describes a checkpoint on disk.
+
+    Attributes:
+      epoch: the epoch of the checkpoint.
+      bytes: the size of its files.
+      problem: what is wrong with it; None if it is undamaged.
+      parameters: the parameters that can be read.
     """
 
     epoch: int
@@ -64,16 +68,17 @@ class WorkdirContents(NamedTuple):
     """Holds what was found in a WORKDIR.
 
     Attributes:
-      config: config.json, or what stands in for it.
-      axes: values of every axis of the grid, in the order of its runs.
-      place: the one run asked for; None: all of them.
-      history: measurements, of that run if one was asked for; None: there are none, or they cannot
-        be trusted.
-      history_problem: why they cannot; None: they can, or there are none.
-      history_is_sealed: whether a checksum lies beside history.nc.
-      checkpoints: all of them, checked, oldest first; of one run alone if one was asked for.
+      workdir: the folder.
+      config: config.json, or the config of the newest checkpoint or of the history.
+      axes: the values of every axis of the grid, in the order of its runs.
+      place: the one run asked for; None: all runs.
+      history: the measurements, of the one run if one was asked for; None: there are none, or they
+        cannot be trusted.
+      history_problem: why they cannot be trusted; None: they can, or there are none.
+      history_is_sealed: whether there is a checksum of history.nc.
+      checkpoints: all checkpoints, checked, oldest first; only one run's part if one was asked for.
       provenance: `versions`, `device` and `git_revision`, as far as they are known.
-      notes: what is not as it should be, a line each.
+      notes: a line for each thing that is not as it should be.
     """
 
     workdir: Path
@@ -97,18 +102,19 @@ class WorkdirContents(NamedTuple):
 
     @property
     def places(self) -> list[configuration.Place]:
-        """The runs that this is about."""
+        """The run asked for, or all runs of the grid."""
         return [self.place] if self.place else configuration.Grid(self.axes).places()
 
 
 class Verification(NamedTuple):
-    """A checkpoint measured again.
+    """Describes how a checkpoint that was measured again deviates from the history.
 
     Attributes:
-      epoch, runs, variables: of which checkpoint, how many.
-      deviation, variable, coordinates: the largest relative deviation from the history, and where
-        it is.
-      tolerance: what it may be.
+      epoch: the epoch of the checkpoint.
+      runs, variables: the number of runs and of variables that were compared.
+      deviation: the largest relative deviation from the history.
+      variable, coordinates: the variable and the run in which it occurs.
+      tolerance: the largest deviation that passes.
     """
 
     epoch: int
@@ -125,11 +131,12 @@ class Verification(NamedTuple):
 
 
 def read(workdir: Path, coordinates: Mapping[str, float]) -> WorkdirContents:
-    """All there is to say without computing; reads every checkpoint once, of one run (if given) its
-    own part alone.
+    """Reads what a WORKDIR holds, without computing metrics.
+
+    Every checkpoint is read once, or only one run's part of it if `coordinates` names a run.
 
     Raises:
-      InputError: there is nothing of ncjax's, or no such run.
+      InputError: the WORKDIR has nothing that ncjax wrote, or there is no such run.
     """
     if not workdir.is_dir():
         raise InputError(
@@ -149,7 +156,7 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> WorkdirContents:
     return WorkdirContents(
         *(workdir, config, axes, place, history, history_problem),
         history_is_sealed=(workdir / "history.nc.sha256").exists(),
-        # A run that is training removes its oldest while it is read.
+        # A run in training removes its oldest checkpoints, perhaps while they are read here.
         checkpoints=[saved for saved in checkpoints if saved.epoch in checkpoint.epochs_in(folder)],
         provenance=_provenance(metadata, history),
         notes=notes,
@@ -179,8 +186,9 @@ def _newest_metadata(folder: Path) -> CheckpointMetadata | None:
 def _config(
     workdir: Path, metadata: CheckpointMetadata | None, history: xr.Dataset | None, notes: list[str]
 ) -> dict[str, Any]:
-    """config.json, else that of the newest checkpoint, else that of the history; what is amiss
-    goes into `notes`.
+    """Returns config.json, or else the config of the newest checkpoint, or else of the history.
+
+    Problems are added to `notes`.
     """
     config = runs.read_config(workdir)
     if config is not None:
@@ -206,8 +214,9 @@ def _config(
 def _axes(
     config: dict[str, Any], metadata: CheckpointMetadata | None, history: xr.Dataset | None
 ) -> dict[str, list]:
-    """Returns the axes of the grid, in the project's units (as given, where nothing says how many
-    classes there are).
+    """Returns the axes of the grid, in the project's units.
+
+    They are those of the config if nothing says how many classes there are.
     """
     if metadata:
         return metadata.axes
@@ -230,7 +239,7 @@ def _provenance(metadata: CheckpointMetadata | None, history: xr.Dataset | None)
 
 
 def _check(folder: Path, epoch: int, place: configuration.Place | None) -> Saved:
-    """Compares every leaf, of every run or of one, with its checksum."""
+    """Compares every leaf, for one run or all, with its checksum, and describes the checkpoint."""
     size = _size(folder / str(epoch))
     parameters = []
     try:
@@ -251,9 +260,7 @@ def _check(folder: Path, epoch: int, place: configuration.Place | None) -> Saved
 
 
 def _size(folder: Path) -> int:
-    """Returns the bytes in a folder's files. Those that a training run removes meanwhile do not
-    count.
-    """
+    """Returns the bytes in a folder's files; those that a training run is removing do not count."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -263,12 +270,13 @@ def _size(folder: Path) -> int:
 
 
 def verify(contents: WorkdirContents, epoch: int) -> Verification:
-    """Measures the checkpoint of an epoch again, run by run, and compares all that depends on
-    weights with the history.
+    """Measures the checkpoint of an epoch again, run by run, and compares it with the history.
+
+    All variables that depend on weights are compared.
 
     Raises:
-      Removed: it was, by a run that trains.
-      InputError: the checkpoint is damaged, or its data are not found, or are others.
+      Removed: a training run has removed the checkpoint.
+      InputError: the checkpoint is damaged, or its data are not found or have changed.
     """
     assert contents.history is not None
     deviations = {}
@@ -305,7 +313,7 @@ def verify(contents: WorkdirContents, epoch: int) -> Verification:
 
 
 def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
-    """max |found - recorded|/(|recorded| + FLOOR); NaN equals NaN alone, infinity itself."""
+    """Returns max |found - recorded|/(|recorded| + FLOOR), with NaN equal to NaN, inf to inf."""
     found, recorded = np.asarray(found, np.float64), np.asarray(recorded, np.float64)
     same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
     with np.errstate(invalid="ignore"):
@@ -316,7 +324,10 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 def _make_measure(
     metadata: CheckpointMetadata,
 ) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
-    """measure(variables, coordinates): what a run records of its network. Compiled once."""
+    """Returns measure(variables, coordinates), which computes the metrics of a run's network.
+
+    It is compiled once for all runs.
+    """
     settings, dataset = (
         configuration.from_stored(metadata.config),
         runs.load_data(metadata.config, metadata.data),
@@ -346,15 +357,15 @@ def _make_measure(
 
 
 def export(run: runs.Run, path: Path) -> None:
-    """Writes the weights of a run under flat names, `layer_1.kernel` (in, out); what they are of
-    goes with them.
+    """Writes the weights of a run under flat names such as `layer_1.kernel` (in, out).
 
-    `path` ends in .safetensors (strings in its metadata) or .npz (one JSON string, `__metadata__`).
-    Config and coordinates are JSON in either.
+    The config, coordinates and epoch of the run are written with them. `path` ends in .safetensors
+    (strings in its metadata) or .npz (one JSON string, `__metadata__`). Config and coordinates are
+    JSON in both.
     """
     tensors = {
         checkpoint.leaf_name(at): np.ascontiguousarray(leaf)
-        # Of batch normalization: its scale, bias, mean and var.
+        # The second collection is that of batch normalization, if there is any.
         for collection in run.variables.values()
         for at, leaf in jax.tree_util.tree_leaves_with_path(collection)
     }

@@ -1,5 +1,6 @@
-"""One trained run of a WORKDIR, for use in Python: `ncjax.load_run`. Of a checkpoint, only that
-run's part is read.
+"""Loads one trained run of a WORKDIR for use in Python: `ncjax.load_run`.
+
+Only that run's part of a checkpoint is read.
 """
 
 import functools
@@ -26,9 +27,9 @@ from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.training import models
 
-# Rows of a forward pass: however many images are given, no more memory than for these.
+# Rows of a forward pass, which bound its memory however many images are given.
 _ROWS = 1024
-# Where a training process removes checkpoints as they are read, the newest one is tried so often.
+# Attempts at the newest checkpoint, while a training process removes checkpoints as they are read.
 ATTEMPTS = 5
 
 Images = Shaped[np.ndarray | jax.Array, "B *image"]
@@ -36,20 +37,18 @@ Images = Shaped[np.ndarray | jax.Array, "B *image"]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Holds one network of a sweep as it was at one epoch, as `ncjax.load_run` returns it.
+    """Holds one network of a sweep at one epoch, as `ncjax.load_run` returns it.
 
-    What needs more than its weights is read when it is first asked for.
+    Its data and its history are read when they are first used.
 
     Attributes:
       workdir: the folder it was read from.
       epoch: the epoch of its weights.
       coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
-      config: the config of the whole sweep, as in config.json; the checkpoint's own copy.
+      config: the config of the whole sweep, as in config.json, from the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
-      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` where there is batch
-        normalization.
-      checksums: the checksums of the data that it was trained on; empty where its checkpoint does
-        not say.
+      variables: nested dicts of NumPy arrays: `params`, and `batch_stats` with batch normalization.
+      checksums: the checksums of the data that it was trained on; empty if its checkpoint has none.
     """
 
     workdir: Path
@@ -62,33 +61,30 @@ class Run:
 
     @property
     def params(self) -> dict:
-        """Returns its weights by layer: kernels (in, out), of convolutions (3, 3, in, out)."""
+        """Returns its weights by layer: dense kernels (in, out), convolutions (3, 3, in, out)."""
         return self.variables["params"]
 
     @functools.cached_property
     def dataset(self) -> datasets.Dataset:
-        """Returns the data it was trained on; raises InputError where they are no longer found, or
-        are others.
-        """
+        """Returns the data it was trained on; raises InputError if they are lost or changed."""
         return load_data(self.config, self.checksums)
 
     @functools.cached_property
     def history(self) -> xr.Dataset:
-        """Returns its measurements, the slice of history.nc at its coordinates; raises InputError
-        where there is none.
-        """
+        """Returns its slice of history.nc; raises InputError if there is no such history."""
         return slice_of(histories.load(self.workdir / "history.nc"), self.coordinates)
 
     def normalize(self, images: Images) -> Float[np.ndarray, "B *image"]:
-        """Returns the network's inputs, (images - center) * scale by the statistics of the run's
-        own training split, in its precision.
+        """Returns the network's inputs, (images - center) * scale, in its precision.
+
+        `center` and `scale` are statistics of the run's own training split.
 
         Args:
-          images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); of TFDS: uint8,
-            0 to 255).
+          images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); TFDS: uint8, 0
+            to 255).
 
         Raises:
-          InputError: the images have another shape than the data set's.
+          InputError: the images have another shape than those of the data set.
         """
         center, scale = (
             np.asarray(a, self.config["train"]["precision"])
@@ -104,16 +100,16 @@ class Run:
         return (np.asarray(images).astype(center.dtype) - center) * scale
 
     def features(self, images: Images) -> Float[np.ndarray, "B p"]:
-        """Returns the features h(x) of raw images, see `normalize`."""
+        """Returns the features h(x) of raw images; see `normalize`."""
         return self._forward(images, "features")
 
     def logits(self, images: Images) -> Float[np.ndarray, "B C"]:
-        """Returns the outputs f(x) = W h(x) + b of raw images, see `normalize`."""
+        """Returns the outputs f(x) = W h(x) + b of raw images; see `normalize`."""
         return self._forward(images, "__call__")
 
     def _forward(self, images: Images, method: str) -> np.ndarray:
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
-        # As it was measured; and a float64 network stays one.
+        # This is how metrics were measured, and a float64 network stays float64.
         with jax.enable_x64(True), jax.default_matmul_precision("highest"):
             outputs = [
                 _apply(self.model, method, self.variables, self.normalize(part)) for part in parts
@@ -129,12 +125,12 @@ def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) ->
 def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
     """Returns one run of a sweep, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
 
-    Its part of a checkpoint is read alone and compared with its checksums.
+    Only the run's part of a checkpoint is read, and compared with its checksums.
 
     Args:
-      workdir: the folder that `ncjax.train` or `ncjax train` has left.
-      epoch: the epoch of a checkpoint; None: the newest one that is sound (one that is not is
-        named in a warning).
+      workdir: the folder that `ncjax.train` or `ncjax train` has written.
+      epoch: the epoch of a checkpoint; None: the newest undamaged one (a warning names damaged
+        ones).
       coordinates: the run's numbers on the axes of the grid, in the project's units, as in
         history.nc. An axis of one value may be left out.
 
@@ -215,9 +211,7 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
 
 
 class Removed(InputError):
-    """A checkpoint was removed while it was read, by a process that trains there and keeps only
-    the newest.
-    """
+    """Reports a checkpoint that a training process, which keeps only the newest, has removed."""
 
     def __init__(self, epoch: int):
         super().__init__(
@@ -226,11 +220,9 @@ class Removed(InputError):
 
 
 def check_present(folder: Path, epoch: int) -> None:
-    """Raises `Removed` where a checkpoint that cannot be read is not damaged but no longer
-    there.
-    """
+    """Raises `Removed` if a checkpoint that could not be read no longer exists."""
     if epoch != max(checkpoint.epochs_in(folder), default=None):
-        time.sleep(0.2)  # its mark of success may go last
+        time.sleep(0.2)  # its mark of success may be removed last
     if epoch not in checkpoint.epochs_in(folder):
         raise Removed(epoch)
 
@@ -238,7 +230,7 @@ def check_present(folder: Path, epoch: int) -> None:
 def slice_of(
     history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False
 ) -> xr.Dataset:
-    """One run of a history; `keep_axes`: with its axes, of length 1."""
+    """Returns one run of a history, with axes of length 1 if `keep_axes`."""
     at = {
         name: [value] if keep_axes else value
         for name, value in coordinates.items()
@@ -253,7 +245,7 @@ def slice_of(
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """config.json, or None where it is missing or no config."""
+    """Returns the content of config.json, or None if it is missing or no config."""
     try:
         return parse_config((workdir / "config.json").read_text())
     except (OSError, ValueError):
@@ -261,7 +253,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 
 def parse_config(text: Any) -> dict[str, Any] | None:
-    """Returns the config that a text is as JSON, or None where it is none."""
+    """Parses a config from JSON text, or returns None if it is none."""
     try:
         config = json.loads(text)
         return config if _is_config(config) else None
@@ -270,8 +262,9 @@ def parse_config(text: Any) -> dict[str, Any] | None:
 
 
 def _is_config(config: Any) -> bool:
-    """Returns whether a config has its sections and what its grid is made of; an older one may lack
-    other fields.
+    """Returns whether a config has all sections and all fields of its grid.
+
+    An older config may lack other fields.
     """
     sections = ("data", "model", "train", "sweep", "checkpoint", "log")
     if not isinstance(config, dict) or not all(
@@ -287,26 +280,23 @@ def _is_config(config: Any) -> bool:
 
 
 def changes(config: dict[str, Any] | None, metadata: checkpoint.CheckpointMetadata) -> list[str]:
-    """Returns where config.json, if there is one, is not the config of a checkpoint; a line per
-    field.
-    """
+    """Returns a line per field in which config.json, if any, differs from a checkpoint's config."""
     if config is None:
         return []
     return configuration.differences(config, metadata.config)
 
 
 def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
-    """Returns the data set of a parsed config.json, or raises InputError where it is not that of
-    the checksums.
-    """
+    """Returns the data set of a parsed config.json; raises InputError if its checksums differ."""
     dataset = plan.load_data(configuration.from_stored(config).data)
     check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
     return dataset
 
 
 def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Raises InputError where a data set is not that of a checkpoint; one that is too old to say
-    takes any.
+    """Raises InputError if a data set is not that of a checkpoint.
+
+    A checkpoint that is too old to have checksums accepts any data set.
     """
     changed = [part for part, crc in expected.items() if found.get(part) != crc]
     if changed:
@@ -319,6 +309,6 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
 
 
 def make_model(config: Mapping[str, Any], params: dict) -> models.Network:
-    """The network of a parsed config.json; its head says how many classes there are."""
+    """Returns the network of a parsed config.json; the head in `params` has a column per class."""
     settings = configuration.from_stored(config)
     return models.make(settings.model, params["head"]["kernel"].shape[-1], settings.train.precision)

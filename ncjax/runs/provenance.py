@@ -1,6 +1,4 @@
-"""Finds where numbers come from: versions, the revision of the source, and what decides their bits
-beside config and data.
-"""
+"""Finds what numbers depend on besides config and data: versions, source, settings and devices."""
 
 import os
 import platform
@@ -15,7 +13,7 @@ from jax.sharding import Mesh
 from ncjax.training import mesh as parallel
 
 _PACKAGES = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Initial weights and the order of batches are functions of these.
+# Initial weights and the order of batches depend on these settings.
 _RANDOM_BITS = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset")
 _SETTINGS = (
     "jax_default_matmul_precision",
@@ -33,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Returns what git says of the source, or "unknown"."""
+    """Returns the git revision of the source, or "unknown"."""
     command = [
         "git",
         "-C",
@@ -50,9 +48,7 @@ def git_revision() -> str:
 
 
 def random_bits() -> dict[str, str]:
-    """Returns JAX's settings that a run's random numbers depend on. With others it is another
-    run.
-    """
+    """Returns JAX's settings that random numbers depend on; other settings make another run."""
     return {name: _setting(name) for name in _RANDOM_BITS}
 
 
@@ -68,16 +64,15 @@ def software() -> dict[str, str]:
 
 
 def _setting(name: str) -> str:
-    """Returns JAX's value of a setting; JAX shows as attributes only those that a context may
-    change.
+    """Returns JAX's value of a setting.
+
+    JAX has attributes only for settings that a context may change.
     """
     return str(getattr(jax.config, name, jax.config.values.get(name)))
 
 
 def arithmetic(mesh: Mesh, runs: int) -> dict[str, str]:
-    """Returns what decides how a program rounds: `software`, the devices, and how its `runs` lie
-    on them.
-    """
+    """Returns what decides how a program rounds: `software`, devices, and the layout of `runs`."""
     first = jax.devices()[0]
     return software() | {
         "platform": " ".join(f"{first.platform} {first.client.platform_version}".split()),
@@ -94,7 +89,7 @@ def processor() -> str:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
         return f"{platform.machine()} {platform.processor()}".strip()
-    # Of the last core, as of all.
+    # All cores have the same entries, and those of the last one remain.
     known = {name.strip(): value.strip() for name, _, value in lines}
     features = known.get("flags", known.get("Features", "")).split()
     vectors = sorted(
@@ -104,8 +99,9 @@ def processor() -> str:
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Returns a line per difference, with both values. What is younger than a checkpoint is not
-    known of it.
+    """Returns a line per difference, with both values.
+
+    Entries that `theirs` does not have, because it is older, are not compared.
     """
     return [
         f"{name} is {mine[name]!r} here and {theirs[name]!r} there"

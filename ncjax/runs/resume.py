@@ -1,6 +1,6 @@
 """Continues a WORKDIR: finds the newest checkpoint that can be trusted, and cuts its history there.
 
-Everything that a checkpoint says of itself is compared with the plan before a file is changed.
+All metadata of a checkpoint are compared with the plan before a file is changed.
 """
 
 import sys
@@ -21,16 +21,16 @@ from ncjax.training.sweep import Sweep
 def resume(
     sweep: Sweep, saved: checkpoint.Checkpoints, mine: checkpoint.CheckpointMetadata
 ) -> xr.Dataset | None:
-    """Puts the sweep at the newest sound checkpoint and returns the measurements up to there; None:
-    there are none.
+    """Restores the newest sound checkpoint, and returns the history up to it, or None.
 
-    A checkpoint counts if its bits are those that were saved and all it had seen measured is in the
-    history. One that does not is named and removed; its epochs are computed again.
+    A checkpoint is sound if its bits are those that were saved, and if the history has all epochs
+    that were measured before it. One that is not is named and removed, and its epochs are computed
+    again.
     """
     workdir, epochs = sweep.plan.workdir, saved.epochs()
     recorded = _load_history(workdir / "history.nc")
     metadata = _restore_newest(sweep, saved, mine, recorded)
-    # Before anything is removed or written.
+    # The processes must agree before anything is removed or written.
     processes.check_read(workdir, metadata and metadata.epoch)
     if metadata is None:
         if epochs:
@@ -48,7 +48,7 @@ def resume(
     for later in (e for e in epochs if e > metadata.epoch):
         saved.delete(later)
     text = configuration.to_json(sweep.plan.config)
-    # More epochs, or another mesh.
+    # A run may be continued with more epochs, or on another mesh.
     grown = recorded is not None and recorded.attrs.get("config") != text
     if recorded is not None and grown:
         recorded = recorded.assign_attrs(config=text)
@@ -60,7 +60,7 @@ def resume(
 
 
 def _load_history(path: Path) -> xr.Dataset | None:
-    """Returns the history to be continued, or None where there is none."""
+    """Returns the history to be continued, or None if there is none."""
     if not path.exists():
         return None
     recorded = history.load(path)
@@ -74,7 +74,7 @@ def _load_history(path: Path) -> xr.Dataset | None:
 
 
 def _check_grid(recorded: xr.Dataset, grid: configuration.Grid, path: Path) -> None:
-    """Raises InputError where a history is not of the grid whose checkpoints lie beside it."""
+    """Raises InputError if a history is not of the grid of its checkpoints."""
     for name, values in grid.dim_values.items():
         found = recorded[name].values.tolist() if name in recorded.indexes else []
         if found != values:
@@ -90,14 +90,13 @@ def _restore_newest(
     mine: checkpoint.CheckpointMetadata,
     recorded: xr.Dataset | None,
 ) -> checkpoint.CheckpointMetadata | None:
-    """Puts the sweep at the newest sound checkpoint and returns what that says of itself; None:
-    there is none.
-    """
+    """Restores the newest sound checkpoint, and returns its metadata, or None if there is none."""
     workdir = sweep.plan.workdir
     known = set() if recorded is None else set(recorded["epoch"].values.tolist())
     for epoch in reversed(saved.epochs()):
         try:
-            # First: nothing can be loaded into a program of another config, and that is no damage.
+            # Metadata are checked first: a checkpoint of another config cannot be loaded into this
+            # program, but is not damaged.
             _check_metadata(
                 sweep.plan, mine, checkpoint.read_metadata(workdir / "checkpoints", epoch)
             )
@@ -120,9 +119,9 @@ def _restore_newest(
 def _check_metadata(
     plan: Plan, mine: checkpoint.CheckpointMetadata, theirs: checkpoint.CheckpointMetadata
 ) -> None:
-    """Raises InputError where a checkpoint is of another run: of other config, random bits or data.
+    """Raises InputError if a checkpoint is of another run: another config, random bits or data.
 
-    config.json may be gone or changed: the checkpoint itself says what it is of.
+    It compares the config in the checkpoint itself, because config.json may be lost or changed.
     """
     if differences := configuration.differences(plan.config, theirs.config):
         way_out = (
@@ -140,9 +139,7 @@ def _check_metadata(
 
 
 def make_metadata(sweep: Sweep) -> checkpoint.CheckpointMetadata:
-    """Returns what every checkpoint of a sweep says of itself, but for its epoch and what was
-    measured up to it.
-    """
+    """Returns the metadata of a sweep's checkpoints, but for what is different in each of them."""
     return checkpoint.CheckpointMetadata(
         epoch=0,
         config=configuration.to_mapping(sweep.plan.config),

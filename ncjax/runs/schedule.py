@@ -1,4 +1,4 @@
-"""Decides at which epochs training stops, to be measured, to be saved, or both."""
+"""Decides at which epochs training stops to measure, to save, or both."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from ncjax.config import Config, log_spaced_epochs
 
 
 class Schedule(NamedTuple):
-    """The epochs at which training stops.
+    """Holds the epochs at which training stops.
 
     Attributes:
       last: the final epoch.
-      measured: epochs after which all metrics are measured.
-      saved: epochs after which a checkpoint is written.
+      measured: the epochs after which all metrics are measured.
+      saved: the epochs after which a checkpoint is written.
     """
 
     last: int
@@ -19,7 +19,7 @@ class Schedule(NamedTuple):
     saved: frozenset[int]
 
     def next_stop(self, epoch: int) -> int:
-        """Returns the first stop after an epoch, or the final epoch where there is none."""
+        """Returns the first stop after an epoch, or the final epoch if there is none."""
         return min((stop for stop in self.measured | self.saved if stop > epoch), default=self.last)
 
     def chunk(self, epoch: int, seconds: float, seconds_per_epoch: float) -> int:

@@ -1,6 +1,4 @@
-"""Ctrl-C and SIGTERM: a request that a training run honours where nothing can be lost; the end
-of anything else.
-"""
+"""Handles Ctrl-C and SIGTERM: a training run stops when nothing can be lost, others at once."""
 
 import contextlib
 import os
@@ -15,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The run stopped because it was asked to, with all it had computed on disk."""
+    """Reports that a run stopped at a signal, with all that it had computed on disk."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -23,8 +21,9 @@ class Interrupted(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came, and the command ends where it was. Files are replaced atomically: they are
-    the old ones or new.
+    """Ends a command at a signal, wherever it is.
+
+    Files are replaced atomically, so each is the old one or the new one.
     """
 
     def __init__(self, signum: int):
@@ -33,9 +32,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Requests:
-    """Within it, the first SIGINT or SIGTERM is noted and training goes on to the end of its chunk;
-    a second one exits at once (files are replaced atomically, so that too leaves a WORKDIR that
-    continues)."""
+    """Notes the first SIGINT or SIGTERM within its context, and exits at once at the second.
+
+    Training goes on to the end of its chunk after the first signal. Files are replaced atomically,
+    so the second one also leaves a WORKDIR that can be continued.
+    """
 
     def __init__(self):
         self._noted = 0
@@ -43,7 +44,7 @@ class Requests:
 
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():
-            # Python allows handlers nowhere else.
+            # Python allows handlers to be set only in the main thread.
             self._previous = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
         return self
 
@@ -62,20 +63,19 @@ class Requests:
 
     @property
     def signum(self) -> int:
-        """Returns the number of the signal noted; 0: none."""
+        """The number of the signal that was noted, or 0."""
         return self._noted
 
 
 class Stops:
-    """From `begin` on, SIGINT and SIGTERM raise Stopped; `end` has the process end with a code that
-    is decided.
+    """Makes SIGINT and SIGTERM raise Stopped from `begin` on, and exit with a code from `end` on.
 
-    Where no exception gets through, they end the process themselves: while a module is imported,
-    since libraries swallow what is raised then, turn it into ImportError, or abort; in a
-    destructor; where a library in C++ does not return to Python; and the second time.
+    A signal ends the process itself if an exception might be lost: while a module is imported
+    (libraries swallow the exception, turn it into ImportError, or abort), in a destructor, while a
+    library in C++ does not return to Python, and at the second signal.
     """
 
-    # What a library in C++ may take to return.
+    # The time that a library in C++ may take to return.
     _PATIENCE_SECONDS = 2.0
 
     def __init__(self):
@@ -83,7 +83,7 @@ class Stops:
 
     @property
     def noted(self) -> Stopped | None:
-        """Returns what was raised, whether or not it got through."""
+        """The exception that was raised, even if it was lost on its way; None if there was none."""
         return self._noted
 
     def begin(self) -> None:
@@ -96,7 +96,7 @@ class Stops:
         threading.Thread(target=self._watch, args=(arrivals,), daemon=True).start()
 
     def end(self, code: int) -> None:
-        """Lets a signal that comes while the interpreter shuts down do no more than hurry it."""
+        """Makes a signal during the interpreter's shutdown exit at once with `code`."""
         for signum in _SIGNALS:
             signal.signal(signum, lambda *_: os._exit(code))
 
@@ -112,9 +112,7 @@ class Stops:
         sys.__unraisablehook__(lost)
 
     def _watch(self, arrivals: int) -> None:
-        """Ends the process where its main thread does not come to handle a signal; runs in a
-        thread of its own.
-        """
+        """Ends the process if its main thread does not handle a signal; runs in its own thread."""
         came = 0
         while True:
             signum = os.read(arrivals, 1)[0]
@@ -126,7 +124,7 @@ class Stops:
 
     def _exit(self, why: Stopped) -> None:
         _say(f"stopped by {why}")
-        with contextlib.suppress(Exception):  # it may be what was interrupted
+        with contextlib.suppress(Exception):  # the signal may have interrupted this very stream
             sys.stdout.flush()
         os._exit(why.exit_code)
 
@@ -140,8 +138,9 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _say(line: str) -> None:
-    """Says it on standard error by the system call: of Python's stream this may be an
-    interruption.
+    """Writes a line to standard error by the system call.
+
+    The signal may have interrupted Python's own stream in the middle of a write.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

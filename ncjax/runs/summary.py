@@ -1,4 +1,4 @@
-"""Describes what a run is going to be: its headline, its plan, and what a dry run tells."""
+"""Describes a run before it trains: its headline, its plan, and the output of a dry run."""
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def remaining(program: Program, seconds_per_epoch: float, epochs: int) -> str:
 
 
 def show(plan: Plan, program: Program, console: Console) -> None:
-    """Prints all that is known before training."""
+    """Prints all that is known about a run before training."""
     config, recipe = plan.config, program.recipe
     table = Table(title=printable(headline(plan, program)), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
@@ -77,7 +77,7 @@ def device() -> str:
 
 
 def _network(plan: Plan) -> str:
-    """784-512-512-10, or 32x32x3-32-64-10 (conv, batch norm)."""
+    """Returns the network as in "784-512-512-10" or "32x32x3-32-64-10 (conv, batch norm)"."""
     model, image = plan.config.model, plan.dataset.center.shape
     inputs = "x".join(map(str, image)) if model.kind == "conv" else int(np.prod(image))
     words = [model.kind] * (model.kind != "mlp") + ["batch norm"] * (model.normalization == "batch")

@@ -1,1 +1,1 @@
-"""Keeps history, checkpoints and other files of a WORKDIR whole."""
+"""Writes and reads the history, the checkpoints and other files of a WORKDIR."""

@@ -1,10 +1,10 @@
-"""Checkpoints of a whole sweep: Orbax v1 behind one thin module.
+"""Saves and loads checkpoints of a whole sweep with Orbax v1.
 
 A checkpoint holds the stacked `RunState` of all runs, unpadded, so that it does not depend on the
-devices it was trained on: `checkpoints/EPOCH/state/`, every leaf (R, ...) with runs in the order of
-the grid, stored run by run. Its custom metadata are `CheckpointMetadata`, under the key "facts":
-what the states are, and a CRC of every run of every leaf, for neither Orbax nor a file system
-notices a flipped bit.
+devices it was trained on. It is `checkpoints/EPOCH/state/`, with every leaf (R, ...) in the order
+of the grid's runs and stored run by run. Its custom metadata hold `CheckpointMetadata` under the
+key "facts", with a CRC of every run of every leaf, because neither Orbax nor a file system notices
+a flipped bit.
 """
 
 import functools
@@ -27,13 +27,11 @@ T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was saved; the message says where."""
+    """Reports a checkpoint that is not what was saved; the message says where."""
 
 
 class _Folder(PosixGPath):
-    """A folder of Orbax's, which merges by a glob what it has written: `[`, `*` and `?` in its
-    name are no pattern.
-    """
+    """Makes Orbax take `[`, `*` and `?` in a folder's own name literally, not as a glob pattern."""
 
     def glob(self, pattern: str) -> Iterator["_Folder"]:
         return map(self._new, Path(self).glob(pattern))
@@ -43,15 +41,17 @@ class CheckpointMetadata(NamedTuple):
     """Describes the states of a checkpoint.
 
     Attributes:
-      epoch: of the states.
-      config: the run's, as in config.json.
-      axes: values of every swept axis of the grid, in the order of its runs.
-      measured: epochs measured up to `epoch`.
-      versions: of Python and of the packages that matter.
-      crc32: leaf -> one number per run.
-      data: checksums of what was trained on, `dataset.checksums`.
-      random_bits, arithmetic: what else decides bits, see `provenance`. Like `data` empty in older
-        checkpoints.
+      epoch: the epoch of the states.
+      config: the config of the run, as in config.json.
+      axes: the values of every swept axis of the grid, in the order of its runs.
+      measured: the epochs measured up to `epoch`.
+      versions: the versions of Python and of the packages that matter.
+      crc32: one checksum per run, by leaf.
+      data: the checksums of the training data, see `dataset.checksums`.
+      random_bits: the settings that decide random numbers, see `provenance`.
+      arithmetic: the settings that decide rounding, see `provenance`.
+
+    The last three are empty in older checkpoints.
     """
 
     epoch: int
@@ -66,26 +66,29 @@ class CheckpointMetadata(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one WORKDIR. Saving is asynchronous; `close` waits for the last one.
+    """Saves and loads the checkpoints of one WORKDIR.
+
+    Saving is asynchronous; `close` waits for the last save.
 
     Args:
-      folder: made when missing; half-written checkpoints of a killed process are removed.
-      keep: how many of the newest to keep.
-      marked: epochs to keep beside them.
+      folder: the folder of the checkpoints. It is made if it is missing, and half-written
+        checkpoints of a killed process are removed from it.
+      keep: the number of newest checkpoints to keep.
+      marked: the epochs to keep in addition.
     """
 
     def __init__(self, folder: Path, keep: int, marked: tuple[int, ...] = ()):
-        # Orbax logs every step of every save, and all it dislikes, through absl, on standard error.
+        # Orbax logs every step of every save, and its warnings, on standard error through absl.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         _silence_abandoned_writes()
         context = ocp.Context()
         saving: Any = context.array.saving
         saving.use_compression = False  # weights do not compress; 1 GiB took 11 s instead of 0.7 s
         saving.scoped_storage_options_creator = _one_chunk_per_run
-        # By renaming alone, a checkpoint whose deletion was cut short would be listed as whole.
+        # With renaming alone, a checkpoint whose deletion was interrupted would be listed as whole.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-        # A folder that could not be made in the background is waited for by Orbax's threads for
-        # twenty minutes, and the process cannot end before them.
+        # If a folder could not be made in the background, Orbax's threads would wait for it for
+        # twenty minutes, and the process could not end before them.
         context.async_options.create_directories_asynchronously = False
         self._folder = folder.resolve()
         self._checkpointer = ocp.training.Checkpointer(
@@ -93,7 +96,7 @@ class Checkpoints:
             context=context,
             preservation_policy=_kept(keep, marked),
             cleanup_tmp_directories=True,
-            # Else damaged metadata of one checkpoint keep all from being read.
+            # Otherwise damaged metadata of one checkpoint would keep all from being read.
             lightweight_initialize=True,
         )
 
@@ -101,18 +104,19 @@ class Checkpoints:
         return epochs_in(self._folder)
 
     def save(self, states: Any, metadata: CheckpointMetadata) -> None:
-        """Starts writing; the arrays may be donated as soon as this returns. `metadata.crc32` is
-        filled in here.
+        """Starts to write states; their arrays may be donated as soon as this returns.
+
+        `metadata.crc32` is filled in here.
 
         Raises:
-          OSError: the folder is gone, or this or the checkpoint before could not be written.
+          OSError: the folder is gone, or this or the previous checkpoint could not be written.
         """
-        if not self._folder.is_dir():  # Orbax would make it anew
+        if not self._folder.is_dir():  # Orbax would make it again
             raise FileNotFoundError(f"{self._folder} is gone")
         content = metadata._replace(crc32=checksums(states))._asdict()
         sealed = {"facts": content, "seal": _seal(content)}
         try:
-            # Unforced, Orbax skips a save while another one runs.
+            # Without `force`, Orbax skips a save while another one runs.
             self._checkpointer.save_async(
                 metadata.epoch, states, force=True, overwrite=True, custom_metadata=sealed
             )
@@ -120,8 +124,12 @@ class Checkpoints:
             raise _cannot_write(self._folder, error) from error
 
     def load(self, epoch: int, like: T) -> tuple[T, CheckpointMetadata]:
-        """The states of an epoch, NumPy arrays with the structure, shapes and types of `like`,
-        verified; or Damaged.
+        """Returns the states of an epoch, verified, and their metadata.
+
+        The states are NumPy arrays with the structure, shapes and types of `like`.
+
+        Raises:
+          Damaged: the checkpoint is not what was saved, or has other leaves than `like`.
         """
         metadata = read_metadata(self._folder, epoch)
         leaves = {name: read_leaf(self._folder, metadata, name) for name in metadata.crc32}
@@ -137,7 +145,7 @@ class Checkpoints:
         self._checkpointer.delete(epoch, missing_ok=True)
 
     def close(self) -> None:
-        """Waits for what is being saved; raises OSError if it could not be."""
+        """Waits for the last save, and raises OSError if it failed."""
         try:
             self._checkpointer.close()
         except Exception as error:
@@ -145,14 +153,15 @@ class Checkpoints:
 
 
 def checksums(states: Any) -> dict[str, list[int]]:
-    """CRC-32 of every run (leading axis) of every leaf; where processes share the runs, each
-    does its own.
+    """Returns the CRC-32 of every run (leading axis) of every leaf.
+
+    If processes share the runs, each computes those of its own runs.
     """
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(states)}
-    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
         if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
             return {name: list(pool.map(_crc32, np.asarray(leaf))) for name, leaf in leaves.items()}
-        from jax.experimental import multihost_utils  # of several processes alone
+        from jax.experimental import multihost_utils  # needed only with several processes
 
         mine = {name: np.zeros(len(leaf), np.uint32) for name, leaf in leaves.items()}
         for name, leaf in leaves.items():
@@ -166,7 +175,7 @@ def checksums(states: Any) -> dict[str, list[int]]:
 def verify(
     found: Mapping[str, list[int]], expected: Mapping[str, list[int]], first_run: int = 0
 ) -> None:
-    """Raises Damaged naming the first leaf and run whose bits are not those that were saved."""
+    """Raises Damaged, naming the first leaf and run whose bits are not those that were saved."""
     for name, expected_crcs in expected.items():
         if name not in found:
             raise Damaged(f"{name} is missing")
@@ -180,7 +189,7 @@ def verify(
 
 
 def read_metadata(folder: Path, epoch: int) -> CheckpointMetadata:
-    """Returns the metadata of the checkpoint of an epoch, or raises Damaged."""
+    """Returns the metadata of an epoch's checkpoint, or raises Damaged."""
     try:
         sealed = json.loads((folder / str(epoch) / "_CHECKPOINT_METADATA").read_text())[
             "custom_metadata"
@@ -199,15 +208,16 @@ def read_metadata(folder: Path, epoch: int) -> CheckpointMetadata:
 
 
 def epochs_in(folder: Path) -> list[int]:
-    """Epochs with a finished checkpoint, without opening any."""
+    """Returns the epochs with a finished checkpoint, without opening any."""
     return sorted(
         epoch for path in folder.glob("*/commit_success.txt") for epoch in _epoch_of(path.parent)
     )
 
 
 def unfinished_in(folder: Path) -> list[int]:
-    """Epochs whose checkpoint is being written, or was when its process was killed, or has lost
-    its mark of success.
+    """Returns the epochs with an unfinished checkpoint.
+
+    It is being written, or was when its process was killed, or has lost its mark of success.
     """
     return sorted(
         {epoch for path in folder.glob("*") for epoch in _epoch_of(path)} - set(epochs_in(folder))
@@ -215,18 +225,19 @@ def unfinished_in(folder: Path) -> list[int]:
 
 
 def _epoch_of(path: Path) -> list[int]:
-    """Returns the epoch of a checkpoint's folder, or nothing of one that Orbax has not named (a
-    copy beside it).
+    """Returns a list of the epoch of a checkpoint's folder, empty if the name is not Orbax's.
+
+    Such a folder may be a copy.
     """
     name = path.name
     return [int(name)] if name.isascii() and name.isdecimal() and str(int(name)) == name else []
 
 
 def read_run(folder: Path, epoch: int, run: int) -> dict:
-    """The variables of one run's network, nested dicts of NumPy arrays: `params`, and other
-    collections it has.
+    """Returns the variables of one run's network, verified.
 
-    Verified; reads no large leaf of the other runs.
+    They are nested dicts of NumPy arrays: `params`, and the other collections that the network has.
+    No large leaf of the other runs is read.
     """
     metadata = read_metadata(folder, epoch)
     variables: dict = {}
@@ -245,10 +256,10 @@ def read_run(folder: Path, epoch: int, run: int) -> dict:
 def read_leaf(
     folder: Path, metadata: CheckpointMetadata, name: str, runs: slice = slice(None)
 ) -> np.ndarray:
-    """One leaf (R, ...) of a checkpoint, or of some of its runs, verified; or Damaged."""
+    """Returns one leaf (R, ...) of some runs of a checkpoint, verified, or raises Damaged."""
     import tensorstore
 
-    # By its path: a file:// URL would have to be quoted.
+    # It is named by its path, because a file:// URL would have to be quoted.
     base = {"driver": "file", "path": f"{(folder / str(metadata.epoch) / 'state').resolve()}/"}
     place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     try:
@@ -261,7 +272,7 @@ def read_leaf(
 
 
 def leaf_name(path: tuple) -> str:
-    """A leaf as Orbax names it on disk: params.layer_1.kernel."""
+    """Returns the name that Orbax gives a leaf on disk, such as params.layer_1.kernel."""
     return ".".join(
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
     )
@@ -269,11 +280,11 @@ def leaf_name(path: tuple) -> str:
 
 @functools.cache
 def _silence_abandoned_writes() -> None:
-    """Keeps a save that failed from printing a traceback for each of its writes that ends after it.
+    """Silences the tracebacks of writes that end after their save has failed.
 
-    TensorStore tells the event loop of the save, which Orbax has closed by then; the error itself
-    has been raised. What failed besides it, or was never begun, asyncio and Python would print as
-    well.
+    The error itself has been raised by then. TensorStore still reports each write to the event loop
+    of the save, which Orbax has closed. asyncio and Python would also print other writes that
+    failed or never began.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
@@ -317,8 +328,9 @@ def _cannot_write(folder: Path, error: Exception) -> OSError:
 
 
 def _last_line(error: BaseException) -> str:
-    """The message of what an error came from: Orbax wraps it, sometimes in one that says
-    something else.
+    """Returns the last line of the message of the error that caused this one.
+
+    Orbax wraps errors, sometimes in one that says something else.
     """
     while error.__cause__ is not None:
         error = error.__cause__

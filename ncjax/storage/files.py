@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 import os
 from pathlib import Path
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was writing."""
+    """Removes the temporary files that a killed process has left."""
     for scratch in folder.glob(".*.tmp"):
         scratch.unlink(missing_ok=True)
 

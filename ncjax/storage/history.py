@@ -1,6 +1,4 @@
-"""Measurements as a labelled xarray Dataset on disk: what each number is, for which run, epoch,
-split and layer.
-"""
+"""Keeps measurements as an xarray Dataset on disk, labelled by run, epoch, split and layer."""
 
 import hashlib
 import io
@@ -15,17 +13,17 @@ from ncjax.errors import InputError
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage.files import write_atomically
 
-# Measured with the others, but only the newest is kept: C^2 numbers a run.
+# It is measured with the others, but only the newest is kept, because it has C^2 numbers a run.
 COSINES = "class_mean_cosine"
 _COSINES_DEFINITION = (
     "cos between centred class means of the training split, at the last epoch measured"
 )
 
-# A run whose 2 lambda t is shorter is not near equilibrium: layer norms still differ by 5% of what
-# they did.
+# A run with a smaller 2 lambda t is not near equilibrium: differences of squared layer norms are
+# still more than 5% of what they were.
 RELAXED = 3.0
 
-# Every history has them.
+# The coordinates that every history has.
 _COORDINATES = {"weight_decay", "seed", "epoch", "split"}
 
 
@@ -68,7 +66,7 @@ def one_epoch(
 
 
 def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
-    """`history` with one more epoch; what has no epoch is the newest's."""
+    """Appends one epoch to a history; variables without an epoch are those of the newest."""
     if history is None:
         return newest
     by_epoch = [part.drop_vars(COSINES) for part in (history, newest)]
@@ -79,37 +77,34 @@ def append(history: xr.Dataset | None, newest: xr.Dataset) -> xr.Dataset:
 
 
 def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
-    """The epochs up to `epoch` (those after a checkpoint are measured again)."""
+    """Returns the history up to an epoch; the epochs after a checkpoint are measured again."""
     return history.isel(epoch=np.flatnonzero(history["epoch"].values <= epoch))
 
 
 def missing(history: xr.Dataset) -> str:
-    """The first few variables that a history of ours has and this one lacks; empty if it has
-    all.
-    """
+    """Returns the names of the first few variables that a history lacks; empty if it has all."""
     return ", ".join(sorted({*VOCABULARY, COSINES} - set(map(str, history.variables)))[:3])
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
-    """Returns where weight decay has put a network out: outputs are the same for every input, and
-    there is nothing to collapse.
+    """Returns a mask of the networks whose outputs weight decay has made the same for every input.
 
-    1 - (epsilon + delta) is the margin of the class-mean outputs (probabilities with
-    cross-entropy), whatever meets their sum: epsilon alone stops at (C-1)/C where a bias does, or
-    where targets are centred.
+    Nothing is left in them to collapse. 1 - (epsilon + delta) is the margin of the class-mean
+    outputs (probabilities with cross-entropy), whether or not a bias fits their sum. epsilon alone
+    goes only to (C-1)/C with a bias or centred targets.
     """
     train = history[["epsilon", "delta"]].sel(split="train", drop=True)
     return abs(1 - train["epsilon"] - train["delta"]) < 1e-3
 
 
 def save(history: xr.Dataset, path: Path) -> None:
-    """Writes a history, and beside it `path`.sha256 in the format of sha256sum.
+    """Writes a history, and its checksum to `path`.sha256 in the format of sha256sum.
 
-    The sum is written first, beside that of the file it replaces: whenever a crash comes, one of
-    them is the file's.
+    The checksum is written before the history, together with that of the file it replaces, so that
+    after a crash at any time one of the two is that of the file.
     """
-    # In a fixed order, so that the same numbers are the same bytes however the history was put
-    # together.
+    # Variables are in a fixed order, so that the same numbers are the same bytes however the
+    # history was put together.
     coords = {name: history.variables[name] for name in sorted(map(str, history.coords))}
     variables = {name: history.variables[name] for name in sorted(map(str, history.data_vars))}
     content = bytes(xr.Dataset(variables, coords, history.attrs).to_netcdf(engine="scipy"))
@@ -129,8 +124,9 @@ def _sha256(content: bytes) -> str:
 
 
 def load(path: Path) -> xr.Dataset:
-    """Reads a history into memory, verified where its checksum lies beside it, or raises
-    InputError naming the file.
+    """Reads a history into memory, or raises InputError naming the file.
+
+    It is verified if there is a checksum beside it.
     """
     try:
         content = _read_verified(path)
@@ -139,7 +135,8 @@ def load(path: Path) -> xr.Dataset:
             "history", str(path), "no such file; train first, or name a WORKDIR that holds one"
         ) from error
     try:
-        # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
+        # It is read from memory, because scipy cannot close a damaged file that it has mapped
+        # without a warning.
         history = xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
@@ -166,15 +163,13 @@ def load(path: Path) -> xr.Dataset:
 
 
 def _read_verified(path: Path) -> bytes:
-    """Returns the content of a file that its checksum, if there is one, is of; or raises
-    InputError.
-    """
+    """Returns the content of a file, or raises InputError if it has a checksum that differs."""
     while True:
         content = path.read_bytes()
         sums = _sums(path).read_bytes() if _sums(path).exists() else None
         if sums is None or _sha256(content).encode() in sums.split():
             return content
-        if path.read_bytes() == content:  # not replaced, with its checksum, by a run in between
+        if path.read_bytes() == content:  # no run has replaced it and its checksum in between
             way_out = (
                 f"does not match {_sums(path).name}: one of them was changed or damaged; restore "
                 "it, or train anew"
@@ -183,10 +178,10 @@ def _read_verified(path: Path) -> bytes:
 
 
 def _renewed(history: xr.Dataset) -> xr.Dataset:
-    """Gives a history of an older version today's names and variables.
+    """Renames and restores variables of a history that an older version has written.
 
-    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition kept with every
-    variable says. The true floor follows from what such a history holds: 1 - nc3/2 = (1 -
+    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition stored with the
+    variable says. The true floor follows from other variables of such a history: 1 - nc3/2 = (1 -
     nc3_centered/2) ||P W_L||_F/||W_L||_F.
     """
     floor, symmetric = VOCABULARY["nc3_floor"], VOCABULARY["symmetric_nc3"]

@@ -1,6 +1,4 @@
-"""metrics.jsonl: one line of strict JSON per measured epoch, with the wall times that history.nc
-leaves out.
-"""
+"""Writes metrics.jsonl: one line of strict JSON per measured epoch, with its wall times."""
 
 import contextlib
 import json
@@ -27,8 +25,9 @@ def append(
 
 
 def mend(path: Path, recorded: xr.Dataset | None) -> None:
-    """Makes the file hold each epoch of a history once; a lost or damaged line comes back
-    without its times.
+    """Makes the file hold each epoch of a history once.
+
+    A lost or damaged line is written again without its wall times, which history.nc does not have.
     """
     lines = _lines(path)
     whole = []
@@ -45,7 +44,7 @@ def mend(path: Path, recorded: xr.Dataset | None) -> None:
 
 
 def strict(value: Any) -> Any:
-    """A value of dicts, lists and scalars with null for NaN and infinity, which JSON has not."""
+    """Replaces NaN and infinity, which JSON does not have, by None in dicts, lists and scalars."""
     if isinstance(value, dict):
         return {key: strict(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -54,7 +53,7 @@ def strict(value: Any) -> Any:
 
 
 def _lines(path: Path) -> dict[int, str]:
-    """The sound lines by epoch."""
+    """Returns the undamaged lines by epoch."""
     found = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -76,7 +75,7 @@ def _line(epoch: int, times: dict[str, float | None], metrics: dict[str, np.ndar
 
 
 def _by_run(values: xr.DataArray, inner: int) -> np.ndarray:
-    """(R, ...) from one variable of one epoch; `inner` dimensions are not the grid's."""
+    """Returns one variable of one epoch as (R, ...); its last `inner` dimensions are kept."""
     return values.values.reshape(-1, *values.shape[values.ndim - inner :])
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a WORKDIR."""
+"""Locks a WORKDIR, so that one process at a time trains in it."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,11 @@ from ncjax.errors import InputError
 def owned(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds WORKDIR/.lock, or raises InputError naming the process that does.
 
-    Gives a function that raises OSError once the file has been removed or replaced: the lock then
-    keeps no one out.
+    It yields a function that raises OSError once the file has been removed or replaced, because the
+    lock then keeps no one out.
 
-    The kernel lets go of the lock when its process dies, however it dies, so there are no stale
-    ones. The file stays: removing it would let two processes lock two files of one name.
+    The kernel releases the lock however its process dies, so there are no stale locks. The file is
+    left, because removing it would let two processes lock two files of the same name.
     """
     path = workdir / ".lock"
     with open(path, "a+") as file:

@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and watched at work."""
+"""Keeps compiled programs between runs, and traces them."""
 
 import contextlib
 import socket
@@ -10,11 +10,13 @@ from ncjax.paths import cache_folder
 
 
 def use_cache(where: str) -> None:
-    """`user`: keeps compiled programs in $XDG_CACHE_HOME/ncjax/jax, unless JAX has been told of a
-    place already.
+    """Keeps compiled programs in $XDG_CACHE_HOME/ncjax/jax, unless JAX already has a cache.
 
-    By host, for homes that machines of several kinds share: a program is compiled for the processor
-    it runs on. A user who has no home has no cache.
+    Each host has a folder of its own, because a program is compiled for its processor and different
+    machines may share a home. A user without a home has no cache.
+
+    Args:
+      where: `user`, or `off` for no cache.
     """
     if where == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
@@ -23,14 +25,14 @@ def use_cache(where: str) -> None:
 
 
 class Profile:
-    """One trace in a folder, or none where that is empty. docs/scaling.md says how to read it."""
+    """Writes one trace to a folder, or none if its name is empty; see docs/scaling.md."""
 
     def __init__(self, folder: str, say: Callable[[str], None]):
         self._folder, self._say, self.is_wanted = folder, say, bool(folder)
 
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
-        """Writes what JAX does within it."""
+        """Traces what JAX does within this context."""
         self.is_wanted = False
         with jax.profiler.trace(self._folder, create_perfetto_trace=True):
             yield

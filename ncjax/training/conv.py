@@ -1,8 +1,8 @@
-"""Convolution as one matmul over sliced patches.
+"""Computes a convolution as one matmul over sliced patches.
 
-The same numbers as `lax.conv_general_dilated`. Under `vmap` over runs that becomes a grouped
-convolution, and its gradients inside `scan` run one to two orders of magnitude below the rate of a
-matmul on a CPU; slices and a batched matmul do not (docs/performance.md).
+The result is that of `lax.conv_general_dilated`. Under `vmap` over runs the latter becomes a
+grouped convolution, and on a CPU its gradients inside `scan` are one to two orders of magnitude
+slower than a matmul; slices and a batched matmul are not (docs/performance.md).
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ def patches(
     strides: Sequence[int],
     pads: Sequence[tuple[int, int]],
 ) -> Float[Array, "B h w klc"]:
-    """Every window of an image padded by zeros, as one row: its pixels in reading order,
-    channels fastest.
+    """Returns every window of a zero-padded image as one row.
+
+    The pixels of a window are in reading order, and channels vary fastest.
     """
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     (height, width), (down, across) = window, strides
@@ -44,14 +45,14 @@ def convolve(
     dimension_numbers: lax.ConvDimensionNumbers | None = None,
     precision: lax.PrecisionLike = None,
 ) -> Float[Array, "B h w d"]:
-    """y[b, i, j] = sum over k, l, c of x[b, i s + k, j t + l, c] kernel[k, l, c], of x padded by
-    zeros, strides (s, t).
+    """Returns y[b, i, j] = sum over k, l, c of x[b, i s + k, j t + l, c] kernel[k, l, c].
 
-    For `flax.linen.Conv(conv_general_dilated=convolve)` in two dimensions.
+    x is padded by zeros, and the strides are (s, t). It is a drop-in for two-dimensional
+    convolution in `flax.linen.Conv(conv_general_dilated=convolve)`.
 
     Args:
       padding: `SAME`, `VALID`, or (before, after) for height and width.
-      dimension_numbers: nn.Conv's, which are the layouts above.
+      dimension_numbers: ignored; those of nn.Conv are the layouts in the annotations.
 
     Raises:
       NotImplementedError: a dilation or a group count other than 1.

@@ -1,4 +1,4 @@
-"""Every measurement of one run, in two passes over each split."""
+"""Computes all metrics of one run, in two passes over each split."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,28 +16,30 @@ from ncjax.training import models
 from ncjax.training.mesh import Share
 from ncjax.training.objective import Objective, decay_penalty
 
-# Most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in a
-# core's cache.
+# The most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in
+# a core's cache.
 _ROWS = 256
-# A split of at most so many rows keeps its features for the second pass; a larger one computes them
-# again.
+# A split of at most this many rows keeps its features for the second pass; a larger one computes
+# them again.
 _HELD_ROWS = 2048
 
 T = TypeVar("T")
 
 
 class Split(NamedTuple):
-    """M examples on the device: images (M, ...) uint8 or float, labels (M,) int32."""
+    """Holds M examples on the device: images (M, ...) uint8 or float, labels (M,) int32."""
 
     images: Shaped[Array, "M *image"]
     labels: Int[Array, " M"]
 
 
 class Data(NamedTuple):
-    """Both splits and what normalizes them: inputs are (images - center) * scale, in the type of
-    `center`.
+    """Holds both splits and their normalization to inputs (images - center) * scale.
 
-    scale: one number, or one per pixel.
+    Attributes:
+      train, test: the splits.
+      center: the subtracted image, whose type is that of the inputs.
+      scale: one number, or one per pixel.
     """
 
     train: Split
@@ -51,7 +53,7 @@ class Data(NamedTuple):
 
 
 class _FirstPass(NamedTuple):
-    """Sums over examples."""
+    """Holds the sums of the first pass over examples."""
 
     classes: collapse.ClassSums
     fit: Float[Array, ""]
@@ -72,19 +74,23 @@ def evaluate(
     """Measures one run on both splits; each split uses its own class means.
 
     Args:
-      variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is
-        then in eval mode.
-      weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
-      share: of the examples, where several devices measure one run: sums are added up, features
-        stay where they are.
+      variables: the variables of the flax model: `params`, and `batch_stats` with batch
+        normalization, which is evaluated in eval mode.
+      weight_decay: lambda of the loss that is minimized, see `optim.effective_decay`.
+      data: both splits.
+      model: the network.
+      decayed: the mask of the parameters that are decayed.
+      objective: the loss and its targets.
+      share: this device's share of the examples, if several devices measure one run. Their sums are
+        added up; features stay on their device.
 
     Returns:
-      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C):
-      `class_mean_cosine` and `class_mean_logits` (row c is W mu_c) of the training split. All in
-      the type of the parameters. NaN throughout, but for `finite`, where parameters or training
-      loss are not finite. NaN where batch normalization leaves no
-      meaning: `equilibrium_residual` of all layers but the head, `lemma2_residual`,
-        `normalized_margin`.
+      The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
+      test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
+      `class_mean_logits` (W mu_c in row c) of the training split. If parameters or training loss
+      are not finite, all but `finite` are NaN. With batch normalization, three have no meaning and
+      are NaN: `equilibrium_residual` of all layers but the head, `lemma2_residual` and
+      `normalized_margin`.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -143,7 +149,7 @@ def evaluate(
             metrics |= _of_network(
                 params, gradients, quantities, train_sums, loss[0], weight_decay, names, decayed
             )
-        if objective.loss != "square":  # an identity of the square loss alone
+        if objective.loss != "square":  # the identity holds only for the square loss
             metrics["lemma2_residual"] = jnp.full((), jnp.nan)
         if not model.is_homogeneous:
             metrics |= {
@@ -154,9 +160,9 @@ def evaluate(
 
 
 def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
-    """Returns the metrics of both splits together, and those of training alone.
+    """Returns the metrics of both splits, and those of the training split only.
 
-    What has a number for every layer is left to `_of_network`.
+    Metrics with a number for every layer are computed by `_of_network`.
     """
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
     of_training = [name for name, metric in VOCABULARY.items() if not metric.dims]
@@ -174,7 +180,7 @@ def _of_network(
     names: tuple[str, ...],
     decayed: dict,
 ) -> dict[str, Array]:
-    """Returns metrics of all layers, and (C, C) matrices of the class means."""
+    """Returns the metrics by layer, and the (C, C) matrices of the class means."""
     pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
     norms_sq = jnp.stack([jnp.sum(kernel**2) for kernel, _ in pairs])
     lemma2 = theory.lemma2_residual(
@@ -207,8 +213,9 @@ def _forward(variables: dict, x: Array, model: models.Network) -> tuple[Array, A
 def _first_pass(
     variables: dict, x: Array, labels: Array, *, model: models.Network, objective: Objective
 ) -> tuple[Array, tuple]:
-    """Sum of the fit term over a batch, differentiable; then the sums that need no class means,
-    and (h, f).
+    """Returns the sum of the fit term over a batch, which is differentiated, and two more results.
+
+    These are the sums that need no class means, and (h, f).
     """
     features, outputs = _forward(variables, x, model)
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
@@ -228,12 +235,11 @@ def _first_pass(
 def _sum_over_batches(
     f: Callable[..., tuple[T, tuple]], split: Split, share: Share, held: tuple = ()
 ) -> tuple[T, tuple]:
-    """Sum over a split of the first result of f(images, labels, *held), and what it gives to be
-    held, per batch.
+    """Sums the first result of f(images, labels, *held) over a split, and stacks the second.
 
-    Where devices share the split, each goes over its own rows, and their sums are added up at the
-    end. The last batch is filled up with label -1, which `f` must leave out. Only a small split's
-    second results are kept.
+    The second result is kept for each batch, but only of a small split, and () otherwise. If
+    devices share the split, each sums its own rows, and their sums are added up at the end. The
+    last batch is padded with label -1, which `f` must leave out.
     """
     size = len(split.labels)
     mine = -(-size // share.devices)

@@ -1,6 +1,4 @@
-"""Places runs on devices: a mesh `run` x `data`, runs padded to fill it, and each device's share of
-a batch.
-"""
+"""Places runs on a mesh `run` x `data` of devices, and gives each device its share of a batch."""
 
 import contextlib
 import os
@@ -22,22 +20,20 @@ RUN, DATA = "run", "data"
 def use_every_core() -> None:
     """Makes each CPU core a JAX device of its own, unless JAX_NUM_CPU_DEVICES says otherwise.
 
-    Runs never wait for each other, so a core per group of runs beats all cores on one small matmul
-    (docs/performance.md). Has an effect only before JAX's first computation.
+    Runs never wait for each other, so a core per group of runs is faster than all cores on one
+    small matmul (docs/performance.md). It has an effect only before JAX's first computation.
 
     Raises:
       InputError: JAX has no device of the kind that it is told to use.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        with contextlib.suppress(RuntimeError):  # JAX has started, with the devices it has
+        with contextlib.suppress(RuntimeError):  # JAX has already started and keeps its devices
             jax.config.update("jax_num_cpu_devices", _cores())
     find_devices()
 
 
 def find_devices() -> None:
-    """Starts JAX on the devices there are, or raises InputError: none is of the kind that JAX is
-    told to use.
-    """
+    """Starts JAX, or raises InputError if there is no device of the kind that it is told to use."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -47,23 +43,21 @@ def find_devices() -> None:
 
 
 def _cores() -> int:
-    """The number of cores that this process may use, or, where the system does not say (macOS),
-    of all.
-    """
+    """Returns the number of cores that this process may use, or of all if unknown (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
-    """A mesh of `run` x `data` devices: runs are spread over the first axis, the batch of each over
-    the second.
+    """Returns a mesh of `run` x `data` devices.
 
-    `run` = 0 leaves the choice: the fewest devices that still finish first, of which none could be
-    spared without another taking a run more. Several processes use all their devices.
+    Runs are spread over the first axis, and the batch of each run over the second. `run` = 0
+    chooses the fewest devices with which no device has more runs than it would have if all devices
+    were used. Several processes always use all their devices.
 
     Raises:
-      InputError: there are not so many devices.
+      InputError: there are fewer devices.
     """
     available, several = jax.device_count(), jax.process_count() > 1
     name = f"{available} {jax.devices()[0].platform} device{'s' * (available > 1)}"
@@ -89,8 +83,9 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
 
 
 def by_run(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of (padded, ...) leaves: runs over the mesh's `run` axis, each the same
-    on all devices of the `data` axis.
+    """Returns the sharding of (padded, ...) leaves over the mesh's `run` axis.
+
+    Devices along the `data` axis hold the same.
     """
     return NamedSharding(mesh, PartitionSpec(RUN))
 
@@ -112,7 +107,7 @@ def pad_runs(tree: T, total: int) -> T:
 
 
 def place(tree: T, sharding: NamedSharding) -> T:
-    """NumPy leaves, the same in every process, as arrays that all processes share."""
+    """Places NumPy leaves, which are the same in every process, as arrays of all processes."""
 
     def put(leaf: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -121,17 +116,17 @@ def place(tree: T, sharding: NamedSharding) -> T:
 
 
 def fetch(tree: T) -> T:
-    """Leaves as NumPy arrays, whole in every process."""
+    """Returns the leaves as NumPy arrays, whole in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    from jax.experimental import multihost_utils  # of several processes alone
+    from jax.experimental import multihost_utils  # needed only with several processes
 
     with jax.enable_x64(True):
         return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes on the smallest device; None: devices do not say (CPUs)."""
+    """Returns the memory of the smallest device in bytes, or None if devices do not tell (CPUs)."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     smallest = min(s.get("bytes_limit", 0) for s in stats)
     if jax.process_count() > 1:
@@ -143,24 +138,26 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 class Share(NamedTuple):
-    """Describes one device's share of a batch along the `data` axis. It is used under shard_map
-    over that axis, unless it is 1.
+    """Describes one device's share of a batch along the `data` axis.
+
+    With more than one device it must be used under shard_map over that axis.
 
     Attributes:
-      devices: d, on the axis.
+      devices: the number d of devices along the axis.
     """
 
     devices: int = 1
 
     def first(self, rows: int) -> Int[Array, ""] | int:
-        """Returns where this device's rows begin, if each has `rows`."""
+        """Returns the index of this device's first row, if each device has `rows` of them."""
         return lax.axis_index(DATA) * rows if self.devices > 1 else 0
 
     def part(
         self, whole: Shaped[Array, "B ..."]
     ) -> tuple[Shaped[Array, "b ..."], Bool[Array, " b"]]:
-        """This device's b = ceil(B/d) rows, the last ones filled up by repetition; and which are
-        no filling.
+        """Returns this device's b = ceil(B/d) rows, and a mask that is False for padding.
+
+        Padding repeats the last row.
         """
         if self.devices == 1:
             return whole, jnp.ones(len(whole), bool)
@@ -169,7 +166,7 @@ class Share(NamedTuple):
         return whole.at[places].get(mode="clip"), places < len(whole)
 
     def sum(self, tree: T) -> T:
-        """Sums over the devices, to the same bits on each: one all-reduce per type of leaf."""
+        """Sums over the devices, with the same bits on each; it is one all-reduce per leaf type."""
         if self.devices == 1:
             return tree
         leaves, structure = jax.tree.flatten(tree)
@@ -183,11 +180,12 @@ class Share(NamedTuple):
 
 
 def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[int, int]:
-    """Runs that (train, are measured) side by side on one device; the groups follow one another.
+    """Returns how many runs one device trains at the same time, and how many it measures.
 
-    An accelerator takes all at once. A CPU core trains two to four, which turns a layer into one
-    batched matmul and still keeps the weights in cache, and measures one, whose batches are larger;
-    of convolutional networks it trains one too, whose patches fill the cache (docs/performance.md).
+    Groups of runs follow one another. An accelerator takes all runs at once. A CPU core trains two
+    to four, which makes each layer one batched matmul and still keeps the weights in cache. It
+    measures one, because measurement has larger batches, and trains one convolutional network,
+    whose patches fill the cache (docs/performance.md).
     """
     if platform != "cpu":
         return runs_per_device, runs_per_device

@@ -1,8 +1,8 @@
-"""Defines what is minimized: L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2, the mean over
-all NC examples.
+"""Defines the regularized loss L = mean_n loss(f_n, y_n) + lambda/2 sum_k ||W_k||_F^2.
 
-The square loss is the theory's, 1/2 ||y_n - f_n||^2 with the norm over all C outputs (Rangamani &
-Banburski 2022). Cross-entropy is there for contrast (Papyan, Han & Donoho 2020).
+The mean is over all N examples per class times C classes. The square loss is that of the theory,
+1/2 ||y_n - f_n||^2 with the norm over all C outputs (Rangamani & Banburski 2022). Cross-entropy is
+for contrast (Papyan, Han & Donoho 2020).
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from ncjax.errors import unknown_choice
 
 
 class Objective(NamedTuple):
-    """Holds the loss of one example and what it is measured against.
+    """Holds the loss of one example and the kind of its targets.
 
     Attributes:
       loss: `square` or `cross_entropy`.
-      targets: `one_hot`, or `centered`: one-hot less 1/C, of which each row sums to 0.
+      targets: `one_hot`, or `centered`: one-hot less 1/C, so that each row sums to 0.
     """
 
     loss: Loss = "square"

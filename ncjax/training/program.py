@@ -1,4 +1,4 @@
-"""The compiled program: every run of a grid, trained and measured at once."""
+"""Defines the compiled program that trains and measures all runs of a grid at once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ncjax.training.objective import Objective
 
 
 class Hyper(NamedTuple):
-    """The numbers a grid sweeps: one value per run, traced, so that all runs share one program."""
+    """Holds the numbers a grid sweeps, one per run, traced so that all runs share one program."""
 
     weight_decay: Float[Array, ""]
     learning_rate: Float[Array, ""]
@@ -31,7 +31,7 @@ class Hyper(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """Holds what training changes. Stacked over runs, every leaf gains a leading axis."""
+    """Holds what training changes; the leaves of stacked runs have a leading run axis."""
 
     params: dict
     model_state: dict  # other collections of the network: `batch_stats` of batch normalization
@@ -40,24 +40,24 @@ class RunState(NamedTuple):
 
     @property
     def variables(self) -> dict:
-        """Returns what flax applies the network to."""
+        """The variables that flax applies the network with."""
         return {"params": self.params, **self.model_state}
 
 
 class Recipe(NamedTuple):
-    """Holds what is the same for every run of a program: comparing two of these takes two programs.
+    """Holds what is the same for every run of a program; two different recipes take two programs.
 
     Attributes:
       model: the network.
-      head_bias: none, free or decayed.
-      norms: scales and shifts of batch normalization: decayed or free.
-      objective: loss and targets.
-      optimizer, decay, adam_eps: see `optim.make_optimizer`.
-      schedule: of the learning rate, see `optim.schedule_shape`.
-      batch_size: examples per step; 0 is full batch. A partial last batch is dropped.
-      epochs: length of the schedule.
-      train_size: NC.
-      augment: none, crop or crop_flip.
+      head_bias: `none`, `free` or `decayed`.
+      norms: whether scales and shifts of batch normalization are `decayed` or `free`.
+      objective: the loss and its targets.
+      optimizer, decay, adam_eps: the arguments of `optim.make_optimizer`.
+      schedule: the schedule of the learning rate, see `optim.schedule_shape`.
+      batch_size: the number of examples per step, 0 for all; a partial last batch is dropped.
+      epochs: the length of the schedule in epochs.
+      train_size: the number of training examples, N examples per class times C classes.
+      augment: `none`, `crop` or `crop_flip`.
     """
 
     model: models.Network
@@ -102,12 +102,14 @@ class Recipe(NamedTuple):
 def init_run(
     key: Key[Array, ""], hyper: Hyper, recipe: Recipe, inputs: Float[Array, "1 *image"]
 ) -> RunState:
-    """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never
-    on lambda.
+    """Initializes a run.
+
+    The weights depend on the key and are scaled by `hyper.init_scale`; they do not depend on
+    lambda.
     """
     model_state = dict(recipe.model.init(key, inputs))
     params = model_state.pop("params")
-    # Flax begins running statistics in float32 whatever becomes of them.
+    # Flax initializes running statistics in float32, whatever the model's type.
     model_state = jax.tree.map(lambda leaf: leaf.astype(recipe.model.dtype), model_state)
     for layer in models.layer_names(params):
         kernel = params[layer]["kernel"]
@@ -120,12 +122,12 @@ def init_run(
 def batch_indices(
     key: Key[Array, ""], epoch: Int[Array, ""], recipe: Recipe
 ) -> Int[Array, "steps B"]:
-    """The batches of an epoch, a function of key and epoch alone: nothing random is carried."""
+    """Draws the batches of an epoch from the key and the epoch, without carrying random state."""
     size, steps = recipe.train_size, recipe.steps_per_epoch
     if not recipe.batch_size:
         return jnp.arange(size)[None]
-    # One sort of single words, much faster on a CPU than jax.random.permutation's sorts of pairs.
-    # The index in the low half makes the words distinct.
+    # One sort of single words is much faster on a CPU than the sorts of pairs that
+    # jax.random.permutation does. The index in the low half makes the words distinct.
     bits = jax.random.bits(jax.random.fold_in(key, epoch), (size,), jnp.uint32)
     words = (bits.astype(jnp.uint64) << 32) | jnp.arange(size, dtype=jnp.uint64)
     order = (jnp.sort(words) & 0xFFFFFFFF).astype(jnp.int32)
@@ -141,10 +143,10 @@ def train_step(
     recipe: Recipe,
     share: Share = Share(),  # noqa: B008 (immutable)
 ) -> RunState:
-    """One step of the optimizer on the examples `index`; `key` decides how they are augmented.
+    """Takes one step of the optimizer on the examples `index`, augmented at random by `key`.
 
-    Of a batch that is spread over devices each computes its share, and gradients are summed: one
-    all-reduce.
+    If devices share the batch, each computes the gradient of its part, and one all-reduce sums the
+    gradients.
     """
     mine, is_mine = share.part(index)
     images, labels = data.train.images[mine], data.train.labels[mine]
@@ -172,7 +174,8 @@ def train_step(
 def train_epoch(
     state: RunState, key: Key[Array, ""], hyper: Hyper, data: Data, recipe: Recipe, share: Share
 ) -> RunState:
-    # The epoch itself makes the key of the batches.
+    # The batches use fold_in(key, epoch). The complement of the epoch keeps the random stream of
+    # augmentation apart from theirs.
     views = jax.random.fold_in(key, ~state.epoch)
 
     def step(state: RunState, batch: tuple[Array, Array]) -> tuple[RunState, None]:
@@ -193,7 +196,7 @@ def measure(
     recipe: Recipe,
     share: Share = Share(),  # noqa: B008 (immutable)
 ) -> dict[str, Array]:
-    """`evaluate` of one run, at the lambda that its optimizer seeks the critical points of."""
+    """Evaluates one run at the lambda whose critical points its optimizer seeks."""
     return evaluate(
         variables,
         recipe.effective_decay(hyper.weight_decay, hyper.momentum),
@@ -206,34 +209,32 @@ def measure(
 
 
 class Advance:
-    """The one program of a sweep: advance(states, keys, hyper, data, n_epochs, measured) ->
-    (states, metrics).
-    """
+    """Runs the one program of a sweep with float64 enabled; see `make_advance`."""
 
     def __init__(self, jitted: Any):
         self._jitted = jitted
 
     # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the
-    # precision of training. The whole trace must stand in the context: vmap batches the bodies of
-    # loops after tracing them.
+    # precision of training. The whole trace must be made in the context, because vmap batches the
+    # bodies of loops after tracing them.
     def __call__(self, *arguments: Any) -> tuple[RunState, dict[str, Array]]:
         with jax.enable_x64(True):
             return self._jitted(*arguments)
 
     def compile(self, *arguments: Any) -> jax.stages.Compiled:
-        """For arguments of these shapes, which need not exist."""
+        """Compiles for arguments of these shapes, which may be `jax.ShapeDtypeStruct`s."""
         with jax.enable_x64(True):
             return self._jitted.lower(*arguments).compile()
 
 
 def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
-    """Compiles to the one program of a sweep.
+    """Builds the one program of a sweep, which is compiled at its first call or by `compile`.
 
     Returns:
       advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys`
       and `hyper` are stacked over runs and sharded over the mesh; `states` is donated. `n_epochs`
       and `measured` are traced, so chunks of any length share one trace. Metrics are those of
-      `evaluate`, each with a leading run axis; NaN where not measured.
+      `evaluate`, each with a leading run axis; NaN if not measured.
     """
     share = Share(mesh.shape[DATA])
     model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
@@ -268,8 +269,8 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 
     by_run, everywhere = PartitionSpec(RUN), PartitionSpec()
     specs = (by_run, by_run, by_run, everywhere, everywhere, everywhere)
-    # Gradients and sums are added up over `data` where they arise, in one explicit all-reduce each.
-    # The replication checker would add its own to every gradient.
+    # Gradients and sums have one explicit all-reduce over `data` each. The replication checker
+    # would add another one to every gradient.
     sharded = jax.shard_map(
         on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False
     )
@@ -278,9 +279,9 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 
 
 def _in_groups(f: Callable, group: int, *runs):
-    """f over stacked runs: `group` of them side by side, group after group.
+    """Applies f to stacked runs, `group` of them at a time under vmap, group after group.
 
-    A group of one is mapped without vmap, which would give every product a batch dimension of 1: on
+    A group of one is mapped without vmap, which would give every product a batch dimension of 1. On
     CPUs that costs homogeneous convolutions an eighth of their speed and wide dense layers a third
     (docs/performance.md).
     """
@@ -292,7 +293,7 @@ def _in_groups(f: Callable, group: int, *runs):
 
 
 def host_data(dataset: Dataset, precision: str) -> Data:
-    """A data set as the program takes it, to be normalized in `precision`; NumPy arrays."""
+    """Returns a data set in NumPy arrays for the program, which normalizes it in `precision`."""
     splits: Any = (dataset.train, dataset.test)
     statistics = [np.asarray(a, precision) for a in (dataset.center, dataset.scale)]
     fields: Any = [*(Split(split.images, split.labels) for split in splits), *statistics]
@@ -300,7 +301,7 @@ def host_data(dataset: Dataset, precision: str) -> Data:
 
 
 def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
-    """`host_data` on every device of the mesh."""
+    """Places `host_data` on every device of the mesh."""
     with jax.enable_x64(True):
         return parallel.place(host_data(dataset, precision), parallel.replicated(mesh))
 
@@ -308,8 +309,9 @@ def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
 def start(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple[RunState, Key[Array, " R"], Hyper]:
-    """Fresh states, keys and hyperparameters of a grid's runs (`Grid.columns`), padded and
-    sharded over the mesh.
+    """Returns the initial states, keys and hyperparameters of a grid's runs (`Grid.columns`).
+
+    They are padded and sharded over the mesh.
     """
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
@@ -320,7 +322,7 @@ def start(
 def start_shapes(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple:
-    """Returns what `start` does, as shapes and types; `data` may be `host_data`."""
+    """Returns the shapes and types of what `start` returns; `data` may be `host_data`."""
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
         return jax.eval_shape(begin, seeds, hyper, data)
@@ -329,7 +331,10 @@ def start_shapes(
 def _beginning(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple:
-    """(function of seeds, hyper and data; seeds; hyper), the latter padded NumPy arrays."""
+    """Returns a function that initializes runs from (seeds, hyper, data), then seeds and hyper.
+
+    The latter two are padded NumPy arrays.
+    """
     numbers: Any = [np.asarray(columns[name], data.center.dtype) for name in Hyper._fields]
     hyper = Hyper(*numbers)
     seeds = np.asarray(columns["seed"], np.uint32)
@@ -350,8 +355,9 @@ def _beginning(
 def flow_time(
     recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray
 ) -> np.ndarray:
-    """t = sum over steps of lr/(1 - momentum), float64: (R,) runs by (E,) epochs -> (R, E). Adam
-    has none: NaN.
+    """Returns the flow time t = sum over steps of lr/(1 - momentum) in float64.
+
+    Shapes are (R,) runs and (E,) epochs -> (R, E). It is NaN for Adam, which has no flow time.
     """
     steps = np.arange(max(epochs) * recipe.steps_per_epoch)
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""A plan on the devices: which runs share a program, their states, and what advances them."""
+"""Puts a plan on the devices: divides runs into programs, holds their states, advances them."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from ncjax.training import models
 from ncjax.training import program as train
 from ncjax.training.objective import Objective
 
-# Of a device's memory, what a program may take; the rest is the allocator's.
+# The share of a device's memory that a program may take; the rest is left to the allocator.
 _USABLE = 0.9
 
 
@@ -42,17 +42,18 @@ def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
 
 
 class Program:
-    """Compiles a plan to one program, which takes the runs of the grid in equal slices, one after
-    another.
+    """Compiles a plan to one program, which trains the grid in equal slices, one after another.
 
     Attributes:
-      slices: of the grid, in its order.
+      recipe: what is the same for all runs.
+      slices: the slices of the grid's runs, in the order of the grid.
       mesh: the devices.
-      runs: of one slice, padded to the mesh.
+      runs: the number of runs of one slice, padded to the mesh.
+      columns: the values of every axis, by run.
     """
 
     def __init__(self, plan: Plan, most: int):
-        """`most`: runs at once."""
+        """Divides the grid into slices of at most `most` runs."""
         settings, total = plan.config.mesh, plan.grid.size
         size = -(-total // -(-total // most))
         self.recipe = make_recipe(plan.config, plan.dataset)
@@ -65,7 +66,7 @@ class Program:
         self.compile_seconds = 0.0
 
     def columns_of(self, part: slice) -> dict[str, np.ndarray]:
-        """`Grid.columns` of a slice, filled up so that all slices are of one size."""
+        """Returns `Grid.columns` of a slice, padded so that all slices have the same size."""
         return {
             name: parallel.pad_runs(values[part], self.runs)
             for name, values in self.columns.items()
@@ -73,7 +74,7 @@ class Program:
 
     @functools.cached_property
     def _started(self) -> tuple:
-        """Returns the shapes of a slice's states, keys and hyperparameters."""
+        """The shapes of a slice's states, keys and hyperparameters."""
         return train.start_shapes(
             self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data
         )
@@ -103,9 +104,7 @@ class Program:
 
     @property
     def bytes_per_device(self) -> int:
-        """Data, states, and what the program needs for itself: XLA's own account of the compiled
-        program.
-        """
+        """The bytes of data, states and temporaries that XLA reports for the compiled program."""
         memory: Any = self.compiled.memory_analysis()
         shared = memory.alias_size_in_bytes  # donated states are counted as argument and as output
         return (
@@ -130,27 +129,28 @@ class Program:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Returns the examples of one epoch over all runs, without padding."""
+        """The number of examples of one epoch over all runs, without padding."""
         batch = self.recipe.batch_size or self.recipe.train_size
         return self.slices[-1].stop * self.recipe.steps_per_epoch * batch
 
     @property
     def flops_per_epoch(self) -> int:
-        """Returns the FLOPs of one epoch's matmuls over all runs, see `training_flops`."""
+        """The FLOPs of one epoch's matmuls over all runs; see `training_flops`."""
         return self.samples_per_epoch * training_flops(self.recipe.model, self.image_shape)
 
 
 def make_program(plan: Plan) -> Program:
-    """With `sweep.runs_per_program` runs at once; by default with as many as the devices' memory
-    holds.
+    """Returns the program of a plan, with `sweep.runs_per_program` runs at once.
+
+    By default it has as many runs at once as the devices' memory holds.
 
     Raises:
-      InputError: not even one run a device fits, or there are not so many devices.
+      InputError: not even one run per device fits, or there are fewer devices than asked for.
     """
     program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
     limit = parallel.device_memory(program.mesh)
-    # A CPU says nothing of its memory, and states that wait would lie in it all the same: all runs
-    # at once.
+    # CPUs do not tell their memory, and waiting states would be in the same memory, so all runs are
+    # trained at once.
     if limit is None:
         _check_host_memory(program, tuple(plan.config.model.widths))
     if plan.config.sweep.runs_per_program or limit is None:
@@ -170,9 +170,7 @@ def make_program(plan: Plan) -> Program:
 
 
 def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
-    """Refuses states that a CPU's memory cannot hold, by their shapes alone: nothing is compiled
-    to find out.
-    """
+    """Refuses states that a CPU's memory cannot hold, by their shapes, without compiling."""
     states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes)) * len(
         program.slices
     )
@@ -186,9 +184,10 @@ def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
 
 
 def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
-    """Counts the FLOPs of one example in one step from shapes: 6 a weight and position (where a
-    kernel is applied), 2 of them forward, 2 for the gradient of the weights and 2 for that of the
-    inputs, which the first layer does not need.
+    """Counts the FLOPs of one example in one training step from shapes.
+
+    Each weight takes 6 FLOPs at every position where its kernel is applied: 2 forward, 2 for the
+    gradient of the weights and 2 for that of the inputs, which the first layer does not need.
     """
 
     def outputs(x: jax.Array) -> tuple[Any, Any]:
@@ -206,8 +205,9 @@ def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
 
 
 def _check_batch(recipe: train.Recipe, mesh: Mesh) -> None:
-    """Rows that fill up a device's share have no weight in a gradient, but would count in batch
-    statistics.
+    """Refuses batches that would need padding in a network with batch normalization.
+
+    Padding has no weight in a gradient, but it would count in batch statistics.
     """
     devices, batch = mesh.shape[parallel.DATA], recipe.batch_size or recipe.train_size
     if isinstance(recipe.model, models.BatchNormConvNet) and batch % devices:
@@ -219,8 +219,10 @@ def _check_batch(recipe: train.Recipe, mesh: Mesh) -> None:
 
 
 class Sweep:
-    """The runs of a plan: their states on the devices, or, but for the slice that is advanced,
-    beside them.
+    """Holds the states of a plan's runs and advances them.
+
+    States are on the devices. If there are several slices, those that are not being advanced may be
+    in the host's memory.
     """
 
     def __init__(self, plan: Plan):
@@ -241,13 +243,11 @@ class Sweep:
             self._fixed.append(fixed)
 
     def compile(self) -> None:
-        """Compiles the program, unless `make_program` had to in order to know its memory."""
+        """Compiles the program, unless `make_program` already has, to learn its memory."""
         _ = self.program.compiled
 
     def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
-        """Trains, then measures; returns (R, ...) measurements ({} if not measured) and the
-        seconds it took.
-        """
+        """Trains, then measures if asked; returns (R, ...) measurements, or {}, and the seconds."""
         begin, measurements = time.perf_counter(), []
         for i, (part, fixed) in enumerate(zip(self.program.slices, self._fixed, strict=True)):
             states = jax.device_put(self._states[i], parallel.by_run(self.mesh))
@@ -261,8 +261,9 @@ class Sweep:
 
     @property
     def states(self) -> train.RunState:
-        """Returns the states of all runs in the order of the grid: on the devices where they fill
-        one program, else NumPy arrays.
+        """The states of all runs in the order of the grid.
+
+        They are on the devices if the runs fill one program without padding, else NumPy arrays.
         """
         slices = self.program.slices
         if len(slices) == 1 and slices[0].stop == self.program.runs:
@@ -281,7 +282,7 @@ class Sweep:
         )
 
     def restore(self, states: train.RunState, epoch: int) -> None:
-        """Takes up `states` (NumPy arrays, of all runs) of an epoch."""
+        """Continues from the `states` of all runs, NumPy arrays, at an epoch."""
         self.epoch = epoch
         with jax.enable_x64(True):
             for i, part in enumerate(self.program.slices):
@@ -292,7 +293,7 @@ class Sweep:
                 )
 
     def _set_aside(self, states: train.RunState) -> train.RunState:
-        """To the host's memory, where several slices take turns on devices that have their own."""
+        """Moves states to the host if slices take turns on devices that have their own memory."""
         if len(self.program.slices) == 1 or _shares_memory(self.mesh):
             return states
         return jax.device_put(states, parallel.by_run(self.mesh).with_memory_kind("pinned_host"))
