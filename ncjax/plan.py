@@ -149,7 +149,7 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
         f"{config.data.name} has examples of shape {shape}; it needs images (height, width, "
         "channels)"
     )
-    if config.model.kind == "conv":
+    if config.model.kind in ("conv", "resnet18") and not config.model.network:
         raise InputError("config.model.kind", config.model.kind, way_out)
     if config.train.augment != "none":
         raise InputError("config.train.augment", config.train.augment, way_out)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.dataset import Dataset
+from ncjax.training import layers, models, optim
 from ncjax.training import mesh as parallel
-from ncjax.training import models, optim
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, Split, evaluate
 from ncjax.training.mesh import DATA, RUN, Share
@@ -28,6 +29,10 @@ class Hyper(NamedTuple):
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
     init_scale: Float[Array, ""]
+    # Factors on weight decay; of a grid that has none, 1.
+    decay_hidden: Float[Array, ""]
+    decay_head: Float[Array, ""]
+    decay_bias: Float[Array, ""]
 
 
 class RunState(NamedTuple):
@@ -49,6 +54,7 @@ class Recipe(NamedTuple):
 
     Attributes:
       model: the network.
+      structure: its layers.
       head_bias: none, free or decayed.
       norms: scales and shifts of batch normalization: decayed or free.
       objective: loss and targets.
@@ -60,7 +66,8 @@ class Recipe(NamedTuple):
       augment: none, crop or crop_flip.
     """
 
-    model: models.Network
+    model: nn.Module
+    structure: layers.Structure
     head_bias: HeadBias
     schedule: Schedule
     batch_size: int
@@ -84,14 +91,16 @@ class Recipe(NamedTuple):
             hyper.weight_decay,
             hyper.learning_rate,
             hyper.momentum,
-            decayed=self.decayed(params),
+            decayed=self.decayed(params, hyper),
             schedule=self.schedule,
             total_steps=self.epochs * self.steps_per_epoch,
             adam_eps=self.adam_eps,
         )
 
-    def decayed(self, params: dict) -> dict:
-        return models.is_decayed(params, self.head_bias, self.norms)
+    def decayed(self, params: dict, hyper: Hyper) -> dict:
+        """Returns the factor on lambda of every leaf, see `layers.decay_factors`."""
+        factors = (hyper.decay_hidden, hyper.decay_head, hyper.decay_bias)
+        return layers.decay_factors(params, *factors, self.head_bias, self.norms)
 
     def effective_decay(
         self, weight_decay: optim.Numbers, momentum: optim.Numbers
@@ -105,13 +114,12 @@ def init_run(
     """A fresh run. The weights depend on the key and, by a factor, on `hyper.init_scale`; never
     on lambda.
     """
-    model_state = dict(recipe.model.init(key, inputs))
-    params = model_state.pop("params")
-    # Flax begins running statistics in float32 whatever becomes of them.
-    model_state = jax.tree.map(lambda leaf: leaf.astype(recipe.model.dtype), model_state)
-    for layer in models.layer_names(params):
-        kernel = params[layer]["kernel"]
-        params[layer] |= {"kernel": kernel * hyper.init_scale.astype(kernel.dtype)}
+    model_state = layers.init(recipe.model, key, inputs)
+    params = layers.by_path(model_state.pop("params"))
+    for layer in recipe.structure.layers:
+        weights = params[layer.path]
+        params[layer.path] = weights * hyper.init_scale.astype(weights.dtype)
+    params = layers.nest(params)
     return RunState(
         params, model_state, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32)
     )
@@ -141,7 +149,8 @@ def train_step(
     recipe: Recipe,
     share: Share = Share(),  # noqa: B008 (immutable)
 ) -> RunState:
-    """One step of the optimizer on the examples `index`; `key` decides how they are augmented.
+    """One step of the optimizer on the examples `index`; `key` decides how they are augmented, and
+    what dropout drops.
 
     Of a batch that is spread over devices each computes its share, and gradients are summed: one
     all-reduce.
@@ -153,7 +162,12 @@ def train_step(
     def fit(params: dict) -> tuple[Float[Array, ""], dict]:
         variables, noted = {"params": params, **state.model_state}, list(state.model_state)
         outputs, model_state = recipe.model.apply(
-            variables, data.normalize(images), train=True, mutable=noted
+            variables,
+            data.normalize(images),
+            True,
+            method=models.outputs,
+            mutable=noted,
+            rngs={"dropout": jax.random.fold_in(key, 1)},
         )
         outputs = jnp.asarray(outputs)
         y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
@@ -199,7 +213,8 @@ def measure(
         recipe.effective_decay(hyper.weight_decay, hyper.momentum),
         data,
         model=recipe.model,
-        decayed=recipe.decayed(variables["params"]),
+        structure=recipe.structure,
+        decayed=recipe.decayed(variables["params"], hyper),
         objective=recipe.objective,
         share=share,
     )
@@ -249,9 +264,8 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         def measure_run(variables: dict, hyper: Hyper) -> dict[str, Array]:
             return measure(variables, hyper, data, recipe, share)
 
-        convolves = isinstance(recipe.model, models.HomogeneousConvNet)
         train_group, measure_group = parallel.group_sizes(
-            len(keys), mesh.devices.flat[0].platform, convolves
+            len(keys), mesh.devices.flat[0].platform, recipe.structure.has_convolutions
         )
         states = _in_groups(train_run, train_group, states, keys, hyper)
 
@@ -330,7 +344,8 @@ def _beginning(
     recipe: Recipe, mesh: Mesh, columns: Mapping[str, Sequence | np.ndarray], data: Data
 ) -> tuple:
     """(function of seeds, hyper and data; seeds; hyper), the latter padded NumPy arrays."""
-    numbers: Any = [np.asarray(columns[name], data.center.dtype) for name in Hyper._fields]
+    one = np.ones(len(columns["seed"]))
+    numbers: Any = [np.asarray(columns.get(name, one), data.center.dtype) for name in Hyper._fields]
     hyper = Hyper(*numbers)
     seeds = np.asarray(columns["seed"], np.uint32)
     seeds, hyper = parallel.pad_runs((seeds, hyper), parallel.padded(len(seeds), mesh))
