@@ -159,7 +159,7 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     """gamma in closed form for the unconstrained-feature model; else as measured at the least
     lambda that is relaxed.
 
-    None with cross-entropy, and where no run is relaxed (always so with Adam, which has no clock).
+    None with cross-entropy, layers of another degree or another decay, and where no run is relaxed (always so with Adam, which has no clock).
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
@@ -167,7 +167,9 @@ def fitted_law(history: xr.Dataset) -> Law | None:
         history.sizes["label"], config["model"]["head_bias"], config["targets"]
     )
     depth = history.sizes["layer"]
-    if config["loss"] != "square":
+    degrees = np.atleast_1d(history["layer"].attrs.get("degree", 1.0))
+    factors = [tuple(given) != (1.0,) for given in config.get("decay", {}).values()]
+    if config["loss"] != "square" or (degrees != 1).any() or any(factors):
         return None
     if final["closed_form_epsilon"].notnull().any():
         gamma = closed_forms.unconstrained_gamma(depth, int(history.attrs["per_class"]), setting)

@@ -65,7 +65,9 @@ class Program:
         _check_batch(self.recipe, self.mesh)
         self.slices = [slice(first, min(first + size, total)) for first in range(0, total, size)]
         self.runs = parallel.padded(size, self.mesh)
-        self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
+        # A factor that the grid does not name is 1.
+        columns = dict.fromkeys(configuration.DECAY_FACTORS, [1.0] * total) | plan.grid.columns()
+        self.columns = {name: np.asarray(values) for name, values in columns.items()}
         self._data = train.host_data(plan.dataset, plan.config.train.precision)
         self.compile_seconds = 0.0
 

@@ -72,6 +72,7 @@ def test_other_degrees_are_measured_and_layers_stand_in_the_order_of_their_use()
 
 
 class Dropped(Squares):
+    @nn.compact
     def features(self, x, train):
         h = nn.relu(self.alpha(nn.relu(self.zeta(x))))
         return nn.Dropout(0.5, deterministic=not train)(h)
