@@ -377,11 +377,14 @@ def _shown(value: object) -> str:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Returns a config as nested dicts."""
-    values = {one.name: getattr(config, one.name) for one in fields(config)}
-    return {
-        name: to_mapping(value) if is_dataclass(value) else value for name, value in values.items()
-    }
+    """Returns a config as nested dicts; a class stands there as its import path."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, type):
+            return _import_path(value)
+        return to_mapping(value) if is_dataclass(value) else value
+
+    return {one.name: plain(getattr(config, one.name)) for one in fields(config)}
 
 
 def from_mapping(nested: Mapping[str, Any]) -> Config:
@@ -441,8 +444,6 @@ def validate(config: Config) -> Config:
 def _checked(name: str, value: Any) -> Any:
     """Returns a value as its field holds it, or raises InputError."""
     described = SCHEMA[name]
-    if name == "model.network" and isinstance(value, type):
-        value = _import_path(value)
     if isinstance(described.default, tuple):
         value = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not described.holds(value):

@@ -159,7 +159,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     """gamma in closed form for the unconstrained-feature model; else as measured at the least
     lambda that is relaxed.
 
-    None with cross-entropy, layers of another degree or another decay, and where no run is relaxed (always so with Adam, which has no clock).
+    None with cross-entropy, with layers of another degree or another decay, and where no run is
+    relaxed (always so with Adam, which has no clock).
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")

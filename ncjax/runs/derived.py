@@ -28,8 +28,10 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     setting = closed_forms.Setting(num_classes, recipe.head_bias, config.targets)
     gamma: Any = closed_forms.unconstrained_gamma(depth, per_class, setting)
     has_decay = weight_decay * hidden * head > 0
-    known = has_decay & _is_unconstrained(config) & ((bias == 1) | (recipe.head_bias != "decayed"))
     factors = np.where(has_decay, hidden ** (depth - 1) * head, 1)
+    known = has_decay & _is_unconstrained(config)
+    if recipe.head_bias == "decayed":  # by as much as the layers
+        known &= (hidden == 1) & (head == 1) & (bias == 1)
     if (factors != 1).any():
         # In layers times the root of their factor, all are decayed by lambda.
         gamma = gamma / np.sqrt(factors)
