@@ -18,7 +18,7 @@ from ncjax import config as configuration
 from ncjax import environment
 from ncjax.data import dataset as data
 from ncjax.errors import InputError
-from ncjax.paths import check_name, expanded
+from ncjax.paths import check_importable, check_name, expanded
 
 # What a run leaves in WORKDIR: a folder that holds anything else and no config.json is not one.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
@@ -63,6 +63,8 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
         raise InputError("platform", sys.platform, way_out)
     config = configuration.validate(config)
     environment.check(os.environ)
+    if config.model.network:
+        check_importable(config.model.network)
     checked = Path() if workdir is None else _check_workdir(workdir, config)
     dataset = load_data(config.data)
     train_size = len(dataset.train.labels)

@@ -6,15 +6,17 @@ named as in `FIELDS` are set: `num_classes` always, the others as the config say
 """
 
 import importlib
-import os
 import sys
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 
 from ncjax import config
 from ncjax.errors import InputError, last_line
+from ncjax.paths import check_importable
 
 # Attribute of a network -> the field of the config's `model` section that decides it.
 FIELDS = {
@@ -56,23 +58,14 @@ def make(path: str, asked: Mapping[str, Any]) -> nn.Module:
 
 def load(path: str) -> Any:
     """Returns the class of an import path, or raises InputError."""
+    check_importable(path)
     module_name, _, names = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
         for name in names.split("."):
             found = getattr(found, name)
     except AttributeError as error:
         raise _wrong(path, f"{module_name} has no {names}; correct the name") from error
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            way_out = (
-                f"there is no module {error.name}; start in the folder that holds it, or put that "
-                "on PYTHONPATH"
-            )
-            raise _wrong(path, way_out) from error
-        raise _wrong(path, f"{last_line(error)}; install it") from error
     except Exception as error:  # the module is the user's: anything may be wrong in it
         reason = f"{type(error).__name__}: {last_line(error)}"
         raise _wrong(path, f"importing it failed ({reason}); correct it") from error
@@ -82,6 +75,17 @@ def load(path: str) -> Any:
         if not callable(getattr(found, method, None)):
             raise _wrong(path, f"it has no method {method}; it needs features(x, train), logits(h)")
     return found
+
+
+def source(path: str) -> dict[str, str]:
+    """Returns a checksum of the file that a network of the user's is in, by what it is of; empty
+    without such a network, or where its module has no file.
+    """
+    module = sys.modules.get(path.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    if not path or file is None:
+        return {}
+    return {f"source of {path}": f"{zlib.crc32(Path(file).read_bytes()):08x}"}
 
 
 def _wrong(path: str, way_out: str) -> InputError:

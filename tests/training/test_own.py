@@ -4,6 +4,8 @@ exported.
 
 import json
 import shutil
+import sys
+import zlib
 
 import jax
 import numpy as np
@@ -239,3 +241,22 @@ def test_it_is_verified_and_exported(swept, tmp_path, capsys):
         exported["BatchNorm_0.var"], run.variables["batch_stats"]["BatchNorm_0"]["var"]
     )
     np.testing.assert_array_equal(exported["inputs.bias"], run.params["inputs"]["bias"])
+
+
+def test_a_module_that_is_not_there_is_found_before_data_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan.data, "load", None)
+    with pytest.raises(InputError, match=r"^config.model.network: got 'absent:Net'"):
+        plan.examine(make_config("absent:Net"), tmp_path)
+
+
+def test_a_network_is_looked_for_in_the_current_folder_first(tmp_path, monkeypatch):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "current.py").write_text("from tests.networks import Own as Mine\n")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert own.load("beside.current:Mine") is Own
+    [(name, checksum)] = own.source("beside.current:Mine").items()
+    assert name == "source of beside.current:Mine"
+    content = (tmp_path / "beside" / "current.py").read_bytes()
+    assert int(checksum, 16) == zlib.crc32(content)
+    assert own.source("") == {}
