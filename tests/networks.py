@@ -26,6 +26,17 @@ class Own(nn.Module):
         return self.head(h)
 
 
+class Plain(Own):
+    """The built-in MLP."""
+
+    @nn.compact
+    def features(self, x, train):
+        h = x.reshape(len(x), -1)
+        for k, width in enumerate(self.widths, start=1):
+            h = nn.relu(nn.Dense(width, use_bias=False, name=f"layer_{k}")(h))
+        return h
+
+
 class Dropping(Own):
     """Nothing but dropout on a fixed projection of the inputs: what is dropped shows."""
 

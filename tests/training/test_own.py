@@ -138,14 +138,12 @@ def test_statistics_of_a_batch_that_is_spread_over_devices_need_its_axis(tmp_pat
         loop.Sweep(plan.prepare(make_config(mesh__data=2), tmp_path))
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_it_lowers_for_accelerators(platform, tmp_path):
-    lower(platform, make_config(), tmp_path)
+def test_it_lowers_for_accelerators(tmp_path):
+    check_lowers(make_config(), tmp_path)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.slow
-def test_resnet18_lowers_for_accelerators(platform, tmp_path, tfds_dir):
+def test_resnet18_lowers_for_accelerators(tmp_path, tfds_dir):
     config = make_config("", data__name="cifar10", data__dir=tfds_dir, data__per_class=8)
     config.update(
         {
@@ -155,17 +153,30 @@ def test_resnet18_lowers_for_accelerators(platform, tmp_path, tfds_dir):
             "model.widths": (64, 128, 256, 512),
         }
     )
-    lower(platform, config, tmp_path)
+    check_lowers(config, tmp_path)
 
 
-def lower(platform, config, folder):
-    """The whole program of a sweep, for devices that are not here."""
+def lowered(platforms, config, folder):
+    """The whole program of a sweep, for devices that need not be here, and its layers."""
     made = loop.make_program(plan.prepare(config, folder))
     advance = program.make_advance(made.recipe, made.mesh)
     with jax.enable_x64(True):
         traced = advance._jitted.trace(*made._started, made._data, 0, False)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert f"{'x'.join(map(str, made.recipe.structure.layers[0].shape))}xf32" in text
+        return traced.lower(lowering_platforms=platforms).as_text(), made.recipe.structure.layers
+
+
+def test_its_program_is_that_of_the_same_network_built_in(tmp_path):
+    """To the letter, and so as fast."""
+    own_text, built_in = (
+        lowered("cpu", make_config(path), tmp_path / "x")[0]
+        for path in ("tests.networks:Plain", "")
+    )
+    assert own_text == built_in
+
+
+def check_lowers(config, folder):
+    text, layers = lowered(("cuda", "tpu"), config, folder)
+    assert f"{'x'.join(map(str, layers[0].shape))}xf32" in text
     assert "custom_call" not in text.replace("@Sharding", "").replace("@SPMD", "")
 
 
