@@ -13,7 +13,7 @@ import flax.linen as nn
 
 
 class ResidualMLP(nn.Module):
-    """Dense layers of one width behind layer normalizations, each added to its input."""
+    """Dense layers of one width, without bias, each but the first added to its input."""
 
     num_classes: int
     widths: tuple[int, ...]
@@ -23,9 +23,9 @@ class ResidualMLP(nn.Module):
 
     @nn.compact
     def features(self, x, train):
-        h = nn.Dense(self.widths[0])(x.reshape(len(x), -1))
+        h = nn.Dense(self.widths[0], use_bias=False)(x.reshape(len(x), -1))
         for width in self.widths[1:]:
-            h = h + nn.Dense(width)(nn.relu(nn.LayerNorm()(h)))
+            h = h + nn.Dense(width, use_bias=False)(nn.relu(h))
         return nn.relu(h)
 
     def logits(self, h):
