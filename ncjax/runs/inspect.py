@@ -24,7 +24,7 @@ from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
-from ncjax.training import evaluate, layers, mesh, program, sweep
+from ncjax.training import evaluate, layers, mesh, own, program, sweep
 
 # Largest deviation of a number measured again, relative to what was recorded. Another program
 # rounds otherwise.
@@ -329,7 +329,7 @@ def _make_measure(
         return program.measure(variables, hyper, data, recipe) | {"effective_decay": effective}
 
     def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        with jax.enable_x64(True):
+        with own.restored(settings.model.network), jax.enable_x64(True):
             hyper = program.Hyper(
                 *(
                     jnp.asarray(coordinates.get(name, 1), data.center.dtype)

@@ -25,7 +25,7 @@ from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
-from ncjax.training import models
+from ncjax.training import models, own
 
 # Rows of a forward pass: however many images are given, no more memory than for these.
 _ROWS = 1024
@@ -115,7 +115,12 @@ class Run:
     def _forward(self, images: Images, method: str | Callable) -> np.ndarray:
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
         # As it was measured; and a float64 network stays one.
-        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        network = self.config["model"].get("network", "")
+        with (
+            own.restored(network),
+            jax.enable_x64(True),
+            jax.default_matmul_precision("highest"),
+        ):
             outputs = [
                 _apply(self.model, method, self.variables, self.normalize(part)) for part in parts
             ]

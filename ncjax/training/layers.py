@@ -54,7 +54,7 @@ class Layer(NamedTuple):
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    degree: float = math.nan
+    degree: float
 
     @property
     def name(self) -> str:
@@ -121,10 +121,12 @@ class Structure(NamedTuple):
             )
         directions = _listed(layer for layer in self.layers if layer.degree == 0)
         others = _listed(layer for layer in self.layers if math.isnan(layer.degree))
-        reasons = [f"logits do not depend on the scale of {directions} (no equilibrium)"] * bool(
-            directions
-        ) + [f"logits do not scale with {others}"] * bool(others)
-        return f"{'; '.join(reasons)}: norm balance and Lemma 2 leave them out, the margin is NaN"
+        reasons = (
+            directions and f"logits do not depend on the scale of {directions} (no equilibrium)",
+            others and f"logits do not scale with {others}",
+        )
+        said = "; ".join(filter(None, reasons))
+        return f"{said}: norm balance and Lemma 2 leave them out, the margin is NaN"
 
 
 def _listed(layers: Iterable[Layer], most: int = 4) -> str:
@@ -188,7 +190,7 @@ def _variables(model: nn.Module, image: tuple[int, ...], precision: Precision) -
         # Here, for a dict that leaves a trace has sorted keys.
         for path, leaf in by_path(variables).items():
             shapes[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        trained, _ = _train_outputs(model, variables, x)
+        trained, _ = train_outputs(model, variables, x, jax.random.key(0))
         features = model.apply(variables, x, False, method="features")
         return features, model.apply(variables, features, method="logits"), trained
 
@@ -231,11 +233,18 @@ def init(model: nn.Module, key: Key[Array, ""], x: Float[Array, "B *image"]) -> 
     return nest(variables)
 
 
-def _train_outputs(model: nn.Module, variables: dict, x: Array) -> tuple[Any, Any]:
-    """Returns the outputs of training mode, and the other collections as they are after it."""
+def train_outputs(
+    model: nn.Module, variables: dict, x: Float[Array, "B *image"], key: Key[Array, ""]
+) -> tuple[Any, dict]:
+    """Returns f(x) in training mode, and the other collections as they are after it.
+
+    `key` decides what dropout drops.
+    """
     noted = [name for name in variables if name != "params"]
-    rngs = {"dropout": jax.random.key(0)}
-    return model.apply(variables, x, True, method=models.outputs, mutable=noted, rngs=rngs)
+    found, model_state = model.apply(
+        variables, x, True, method=models.outputs, mutable=noted, rngs={"dropout": key}
+    )
+    return jnp.asarray(found), dict(model_state)
 
 
 def is_built_in(model: nn.Module) -> bool:
@@ -297,7 +306,7 @@ def _measure(
     x = rng.standard_normal((_INPUTS, *image))
 
     def train(variables: dict) -> Any:
-        return _train_outputs(model, variables, jnp.asarray(x))[0]
+        return train_outputs(model, variables, jnp.asarray(x), jax.random.key(0))[0]
 
     def measure(variables: dict) -> Any:
         return model.apply(variables, jnp.asarray(x), False, method=models.outputs)

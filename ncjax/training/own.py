@@ -5,13 +5,15 @@ which is one dense layer, `self.head = nn.Dense(self.num_classes)`. Those of its
 named as in `FIELDS` are set: `num_classes` always, the others as the config says.
 """
 
+import contextlib
 import importlib
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 
 from ncjax import config
@@ -75,6 +77,21 @@ def load(path: str) -> Any:
         if not callable(getattr(found, method, None)):
             raise _wrong(path, f"it has no method {method}; it needs features(x, train), logits(h)")
     return found
+
+
+@contextlib.contextmanager
+def restored(path: str) -> Iterator[None]:
+    """Raises InputError where a network is applied to weights of a checkpoint that are not its."""
+    try:
+        yield
+    except flax.errors.FlaxError as error:
+        if not path:
+            raise
+        way_out = (
+            f"it is not the network that the checkpoint is of ({last_line(error)}); restore its "
+            "file"
+        )
+        raise _wrong(path, way_out) from error
 
 
 def source(path: str) -> dict[str, str]:

@@ -160,19 +160,15 @@ def train_step(
     images = augment(recipe.augment, key, images, len(index), lambda drawn: share.part(drawn)[0])
 
     def fit(params: dict) -> tuple[Float[Array, ""], dict]:
-        variables, noted = {"params": params, **state.model_state}, list(state.model_state)
-        outputs, model_state = recipe.model.apply(
-            variables,
+        outputs, model_state = layers.train_outputs(
+            recipe.model,
+            {"params": params, **state.model_state},
             data.normalize(images),
-            True,
-            method=models.outputs,
-            mutable=noted,
-            rngs={"dropout": jax.random.fold_in(key, 1)},
+            jax.random.fold_in(key, 1),
         )
-        outputs = jnp.asarray(outputs)
         y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
         losses = jnp.where(is_mine, recipe.objective.fit(outputs, y), 0)
-        return jnp.sum(losses) / len(index), dict(model_state)
+        return jnp.sum(losses) / len(index), model_state
 
     gradients, model_state = jax.grad(fit, has_aux=True)(state.params)
     gradients = share.sum(gradients)

@@ -2,6 +2,7 @@
 exported.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -236,6 +237,16 @@ def test_it_resumes_to_the_same_bits(swept, tmp_path, capsys):
     assert command(folder) == 0
     assert "continuing from epoch 2" in capsys.readouterr().out
     assert (folder / "history.nc").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_weights_of_another_network_are_one_line(swept):
+    run = ncjax.load_run(swept, weight_decay=1e-2, seed=1)
+    params = {name: leaves for name, leaves in run.params.items() if name != "Dense_0"}
+    other = dataclasses.replace(run, variables=run.variables | {"params": params})
+    with pytest.raises(InputError, match=r"^config.model.network: got 'tests.networks:Own'") as e:
+        other.features(run.dataset.test.images)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.slow
