@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import sweep
 from benchmarks.noise import noise
-from ncjax.training import conv
+from ncjax.training import conv, layers
 from ncjax.training import mesh as parallel
 from ncjax.training import program as train
 
@@ -102,7 +102,10 @@ def call_per_step(network: sweep.Network) -> Callable[[int], None]:
     """
     with mock.patch.object(conv, "convolve", lax_conv):
         mesh = parallel.make_mesh(1)
-        recipe = train.Recipe(network.model, "none", "constant", network.batch, 1, network.examples)
+        structure = layers.find(network.model, network.image, "none", "float32")
+        recipe = train.Recipe(
+            network.model, structure, "none", "constant", network.batch, 1, network.examples
+        )
         data = train.place_data(
             noise(network.image, network.examples, network.batch), mesh, "float32"
         )

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
+from ncjax.training import layers, models, program
 from ncjax.training import mesh as parallel
-from ncjax.training import models, program
 
 # widths, shape of an input, runs, batch size, training examples
 CASES = {
@@ -33,9 +33,16 @@ def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tu
     widths, image, runs, batch_size, examples = CASES[name]
     dataset = noise(image, examples, examples // 5)
     mesh = parallel.make_mesh(runs, run=devices)
-    network = models.HomogeneousMLP if len(image) == 1 else models.HomogeneousConvNet
+    network = models.MLP if len(image) == 1 else models.ConvNet
+    model = network(widths, 10)
     recipe = program.Recipe(
-        network(widths, 10), "none", "constant", batch_size, 10, len(dataset.train.labels)
+        model,
+        layers.find(model, image, "none", "float32"),
+        "none",
+        "constant",
+        batch_size,
+        10,
+        len(dataset.train.labels),
     )
     columns = {
         "weight_decay": [1e-3],

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
-from ncjax.training import evaluate, models, program
+from ncjax.training import evaluate, layers, models, program
 from ncjax.training import mesh as parallel
 
 try:
@@ -104,8 +104,9 @@ class Network(NamedTuple):
 
     @property
     def model(self) -> models.Network:
-        convolutional = models.BatchNormConvNet if self.batch_norm else models.HomogeneousConvNet
-        return (convolutional if self.convolves else models.HomogeneousMLP)(self.widths, CLASSES)
+        normalization = "batch" if self.batch_norm else "none"
+        network = models.ConvNet if self.convolves else models.MLP
+        return network(self.widths, CLASSES, normalization=normalization)
 
     def products(self) -> Iterator[int]:
         """Multiplications of each layer, per example."""
@@ -146,7 +147,10 @@ class Program(NamedTuple):
 def compiled(network: Network, runs: int, train_size: int, test_size: int) -> Program:
     """The sweep's program for `runs` runs, and its first states."""
     mesh = parallel.make_mesh(runs)
-    recipe = program.Recipe(network.model, "none", "constant", network.batch, 1, train_size)
+    structure = layers.find(network.model, network.image, "none", "float32")
+    recipe = program.Recipe(
+        network.model, structure, "none", "constant", network.batch, 1, train_size
+    )
     data = program.place_data(noise(network.image, train_size, test_size), mesh, "float32")
     constant = {
         "weight_decay": WEIGHT_DECAY,

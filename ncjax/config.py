@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -19,8 +20,8 @@ import numpy as np
 
 from ncjax.errors import InputError, listed, unknown_choice
 
-ModelKind = Literal["mlp", "conv"]
-Normalization = Literal["none", "batch"]
+ModelKind = Literal["mlp", "conv", "residual", "resnet18"]
+Normalization = Literal["none", "batch", "layer"]
 NormDecay = Literal["decayed", "free"]
 Activation = Literal["relu", "linear"]
 HeadBias = Literal["none", "free", "decayed"]
@@ -96,6 +97,7 @@ def _each(
     )
 
 
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _MOST = 2**31 - 1  # the largest integer that a device counts to
 _POSITIVE = ("finite numbers > 0", lambda v: _is_finite(v) and v > 0)
 _NON_NEGATIVE = ("finite numbers >= 0", lambda v: _is_finite(v) and v >= 0)
@@ -152,22 +154,48 @@ class DataConfig(_Section):
 
 @dataclass
 class ModelConfig(_Section):
+    network: str = _described(
+        "",
+        "your own flax module, as package.module:Class, in place of `kind` (empty: `kind`)",
+        "must be package.module:Class, or the class",
+        lambda v: _is_text(v) and (v == "" or _IMPORT_PATH.fullmatch(v) is not None),
+    )
     kind: ModelKind = _choice(
-        ModelKind, "dense layers, or (conv) 3x3 convolutions of stride 2 below a dense head"
+        ModelKind,
+        "dense layers; conv: 3x3 convolutions of stride 2 below a dense head; residual: dense "
+        "layers, each added to its input; resnet18: of four stages, for images of 32x32",
     )
     widths: tuple[int, ...] = _each(
-        (128, 128, 128), "width (channels) of each hidden layer", *_WIDTHS
+        (128, 128, 128), "width (channels) of each hidden layer, or stage of resnet18", *_WIDTHS
     )
     normalization: Normalization = _choice(
         Normalization,
-        "batch: before every activation; no longer homogeneous; measured in eval mode",
+        "before every activation, by batch (measured in eval mode) or by layer",
+    )
+    feature_normalization: Normalization = _choice(
+        Normalization, "of the features, straight before the head"
     )
     norms: NormDecay = _choice(
-        NormDecay, "scale and shift of normalization; free: trained but not decayed"
+        NormDecay,
+        "scales and shifts of normalization, and biases below the head; free: trained but not "
+        "decayed",
     )
     activation: Activation = _choice(Activation, "nonlinearity of the hidden layers")
     linear_head_depth: int = _integer(1, "layers after the last activation, the head among them", 1)
     head_bias: HeadBias = _choice(HeadBias, "bias of the head; free: trained but not decayed")
+
+
+@dataclass
+class DecayConfig(_Section):
+    hidden: tuple[float, ...] = _each(
+        (1.0,), "factor on lambda of all that is decayed below the head", *_NON_NEGATIVE
+    )
+    head: tuple[float, ...] = _each(
+        (1.0,), "factor on lambda of the head's weights", *_NON_NEGATIVE
+    )
+    bias: tuple[float, ...] = _each(
+        (1.0,), "factor on lambda of the head's bias, where it is decayed", *_NON_NEGATIVE
+    )
 
 
 @dataclass
@@ -251,7 +279,9 @@ class Config(_Section):
 
     Attributes:
       data: which data set, how many examples per class, how inputs are scaled.
-      model: the network: its kind, widths, activation, normalization and biases.
+      model: the network: its kind, or a flax module of yours, widths, activation, normalization
+        and biases.
+      decay: factors on weight decay below the head, of the head and of its bias.
       loss: `square` or `cross_entropy`.
       targets: of the square loss: `one_hot` or `centered`.
       train: epochs, batches, optimizer, schedule and precision.
@@ -275,6 +305,7 @@ class Config(_Section):
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    decay: DecayConfig = field(default_factory=DecayConfig)
     loss: Loss = _choice(Loss, "square: 1/2 ||y - f||^2, theory's; cross_entropy: for contrast")
     targets: Targets = _choice(Targets, "of the square loss; centered: one-hot less 1/C")
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -320,6 +351,12 @@ _MACHINE = ("sweep.runs_per_program", "mesh.run", "mesh.data", "profile.dir", "c
 # reduce the trailing axis.
 SWEPT = ("weight_decay", "learning_rate", "momentum", "init_scale", "seed")
 
+# Axes of a grid where a factor of the `decay` section is not 1.
+DECAY_FACTORS = ("decay_hidden", "decay_head", "decay_bias")
+
+# Every axis that a grid may have, in order.
+AXES = (*SWEPT[:-1], *DECAY_FACTORS, SWEPT[-1])
+
 
 def default_config() -> Config:
     """Returns a config with every field at its default, to be edited."""
@@ -340,11 +377,14 @@ def _shown(value: object) -> str:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Returns a config as nested dicts."""
-    values = {one.name: getattr(config, one.name) for one in fields(config)}
-    return {
-        name: to_mapping(value) if is_dataclass(value) else value for name, value in values.items()
-    }
+    """Returns a config as nested dicts; a class stands there as its import path."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, type):
+            return _import_path(value)
+        return to_mapping(value) if is_dataclass(value) else value
+
+    return {one.name: plain(getattr(config, one.name)) for one in fields(config)}
 
 
 def from_mapping(nested: Mapping[str, Any]) -> Config:
@@ -411,6 +451,15 @@ def _checked(name: str, value: Any) -> Any:
     return _plain(value, described.default)
 
 
+def _import_path(network: type) -> str:
+    """Returns where a class is imported from, or raises InputError where it cannot be."""
+    path = f"{network.__module__}:{network.__qualname__}"
+    if "<locals>" in path:
+        way_out = "it stands inside a function; define it at the top of a module"
+        raise InputError("config.model.network", path, way_out)
+    return path
+
+
 def _plain(value: Any, default: object) -> Any:
     """Returns a valid value in Python's own types: NumPy numbers and integers for floats go."""
     if isinstance(default, tuple):
@@ -424,17 +473,16 @@ def _plain(value: Any, default: object) -> Any:
 def _check_sweep(config: Config) -> None:
     """Raises InputError for a value that stands twice, or that training would take for another."""
     precision = config.train.precision
-    for name in SWEPT:
-        values = getattr(config.sweep, name)
+    swept = {f"config.sweep.{name}": getattr(config.sweep, name) for name in SWEPT}
+    factors = {
+        f"config.decay.{one.name}": getattr(config.decay, one.name) for one in fields(DecayConfig)
+    }
+    for name, values in (swept | factors).items():
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
-            raise InputError(
-                f"config.sweep.{name}",
-                values,
-                f"{repeated[0]!r} stands twice; remove the repetition",
-            )
-        if name != "seed":
-            check_held(f"config.sweep.{name}", values, precision)
+            raise InputError(name, values, f"{repeated[0]!r} stands twice; remove the repetition")
+        if name != "config.sweep.seed":
+            check_held(name, values, precision)
     for momentum in config.sweep.momentum:
         # Steps add up to 1/(1 - momentum) gradients: what it lacks of 1 must be held as well.
         lacks = 1 - float(np.asarray(momentum, precision))
@@ -489,14 +537,29 @@ def _check_combinations(config: Config) -> None:
         )
     if config.loss == "cross_entropy" and config.targets == "centered":
         raise InputError("config.targets", "centered", "cross-entropy needs one_hot")
-    if config.model.normalization == "batch" and config.model.kind != "conv":
+    if config.decay.bias != (1.0,) and config.model.head_bias != "decayed":
+        way_out = "no bias of the head is decayed; set config.model.head_bias=decayed"
+        raise InputError("config.decay.bias", config.decay.bias, way_out)
+    if not config.model.network:
+        _check_kind(config.model)
+
+
+def _check_kind(model: ModelConfig) -> None:
+    """Raises InputError for a network that there is not; what a user's own takes it says itself."""
+    depth, hidden = model.linear_head_depth, len(model.widths)
+    if model.kind == "conv" and model.normalization == "layer":
         raise InputError(
-            "config.model.normalization",
-            "batch",
-            "of convolutions alone; set config.model.kind=conv",
+            "config.model.normalization", "layer", "of dense layers alone; take batch or none"
         )
-    depth, hidden = config.model.linear_head_depth, len(config.model.widths)
-    if depth > 1 and config.model.activation == "linear":
+    if model.kind == "resnet18":
+        _check_resnet(model)
+    if model.kind == "residual" and len(set(model.widths)) > 1:
+        way_out = "a layer is added to its input; make all widths equal"
+        raise InputError("config.model.widths", model.widths, way_out)
+    if model.kind == "residual" and depth > 1:
+        way_out = "every residual layer has its activation; leave it 1"
+        raise InputError("config.model.linear_head_depth", depth, way_out)
+    if depth > 1 and model.activation == "linear":
         raise InputError(
             "config.model.linear_head_depth", depth, "every layer is linear already; leave it 1"
         )
@@ -505,6 +568,23 @@ def _check_combinations(config: Config) -> None:
             f"config.model.widths has {hidden} hidden layers, of which one must keep its activation"
         )
         raise InputError("config.model.linear_head_depth", depth, way_out)
+
+
+def _check_resnet(model: ModelConfig) -> None:
+    """Raises InputError for settings that are not ResNet18's."""
+    if len(model.widths) != 4:
+        way_out = "resnet18 has four stages; the paper's are 64,128,256,512"
+        raise InputError("config.model.widths", model.widths, way_out)
+    for name, only in (
+        ("normalization", "batch"),
+        ("feature_normalization", "none"),
+        ("activation", "relu"),
+        ("linear_head_depth", 1),
+    ):
+        if getattr(model, name) != only:
+            raise InputError(
+                f"config.model.{name}", getattr(model, name), f"resnet18 has {only}; set it"
+            )
 
 
 def to_json(config: Config) -> str:
@@ -680,9 +760,20 @@ def _nearest(name: str, values: Sequence, value: Any) -> float | int:
     return min(same, key=lambda v: abs(v - float(value)))
 
 
+def swept_values(config: Config) -> dict[str, tuple]:
+    """Returns the values of every axis of a config's grid, as they are given.
+
+    Factors on weight decay are axes where they are not 1.
+    """
+    factors = {f"decay_{one.name}": getattr(config.decay, one.name) for one in fields(DecayConfig)}
+    values = {name: getattr(config.sweep, name) for name in SWEPT}
+    values |= {name: given for name, given in factors.items() if given != (1.0,)}
+    return {name: tuple(values[name]) for name in AXES if name in values}
+
+
 def make_grid(config: Config, num_classes: int) -> Grid:
     """Returns the grid of a validated config, in the project's units."""
-    axes = {name: tuple(getattr(config.sweep, name)) for name in SWEPT}
+    axes = swept_values(config)
     units = unit_factors(config, num_classes)
     axes["weight_decay"] = tuple(wd * units.weight_decay for wd in axes["weight_decay"])
     axes["learning_rate"] = tuple(lr * units.learning_rate for lr in axes["learning_rate"])

@@ -1,9 +1,11 @@
 """Names of files and folders that a user gives, and folders made for them."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 
 _FIGURES = {
     ".png",
@@ -66,3 +68,30 @@ def make_folder(field: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(field, str(folder), f"{error.strerror}; name a folder") from error
+
+
+def check_importable(path: str) -> None:
+    """Raises InputError where the module of an import path, `package.module:Class`, is not there.
+
+    The current folder is looked in first, as by `python -m`.
+    """
+    if sys.path[0] not in ("", os.getcwd()):
+        sys.path.insert(0, os.getcwd())
+    module = path.partition(":")[0]
+    if module in sys.modules:
+        return
+    missing = module
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        found, missing = None, error.name
+    except Exception as error:  # its package is the user's: anything may be wrong in it
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        way_out = f"importing its package failed ({reason}); correct it"
+        raise InputError("config.model.network", path, way_out) from error
+    if found is None:
+        way_out = (
+            f"there is no module {missing}; start in the folder that holds it, or put that on "
+            "PYTHONPATH"
+        )
+        raise InputError("config.model.network", path, way_out)

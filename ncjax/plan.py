@@ -18,7 +18,7 @@ from ncjax import config as configuration
 from ncjax import environment
 from ncjax.data import dataset as data
 from ncjax.errors import InputError
-from ncjax.paths import check_name, expanded
+from ncjax.paths import check_importable, check_name, expanded
 
 # The files of a run in WORKDIR. A folder that has other files, and no config.json, is refused.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
@@ -63,6 +63,8 @@ def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
         raise InputError("platform", sys.platform, way_out)
     config = configuration.validate(config)
     environment.check(os.environ)
+    if config.model.network:
+        check_importable(config.model.network)
     checked = Path() if workdir is None else _check_workdir(workdir, config)
     dataset = load_data(config.data)
     train_size = len(dataset.train.labels)
@@ -149,7 +151,7 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
         f"{config.data.name} has examples of shape {shape}; it needs images (height, width, "
         "channels)"
     )
-    if config.model.kind == "conv":
+    if config.model.kind in ("conv", "resnet18") and not config.model.network:
         raise InputError("config.model.kind", config.model.kind, way_out)
     if config.train.augment != "none":
         raise InputError("config.train.augment", config.train.augment, way_out)

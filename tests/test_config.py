@@ -459,3 +459,42 @@ def test_preflight_refuses_what_is_lost_in_units_and_scales():
     ):
         with pytest.raises(InputError, match="training would use"):
             plan.examine(with_values(data__name="synthetic", **values), None)
+
+
+def test_factors_on_weight_decay_are_axes_where_they_are_not_1():
+    config = configuration.default_config()
+    assert list(configuration.make_grid(config, 10).axes) == list(configuration.SWEPT)
+    config.decay.hidden, config.decay.head = (1.0, 0.5), (2.0,)
+    grid = configuration.make_grid(configuration.validate(config), 10)
+    assert grid.axes["decay_hidden"] == (1.0, 0.5)
+    assert grid.axes["decay_head"] == (2.0,)
+    assert grid.dims == ("weight_decay", "decay_hidden", "seed")
+    assert list(grid.axes)[-1] == "seed"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden", -1.0), ("head", ()), ("hidden", (1.0, 1.0)), ("bias", 2.0)]
+)
+def test_a_factor_that_there_cannot_be_is_one_line(field, value):
+    """Of a bias that is not there, too."""
+    config = configuration.default_config()
+    setattr(config.decay, field, value)
+    with pytest.raises(InputError, match=f"^config.decay.{field}: got "):
+        configuration.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"kind": "residual", "widths": (4, 5)}, "widths"),
+        ({"kind": "residual", "linear_head_depth": 2}, "linear_head_depth"),
+        ({"kind": "resnet18"}, "widths"),
+        ({"kind": "resnet18", "widths": (4, 4, 4, 4)}, "normalization"),
+        ({"kind": "conv", "normalization": "layer"}, "normalization"),
+    ],
+)
+def test_a_network_that_there_is_not_is_one_line(values, field):
+    config = configuration.default_config()
+    config.update({f"model.{name}": value for name, value in values.items()})
+    with pytest.raises(InputError, match=f"^config.model.{field}: got "):
+        configuration.validate(config)

@@ -8,6 +8,7 @@ the fit term with respect to W_k, L the regularized loss. Statements are after R
 are in `closed_forms`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def lemma2_residual(
     residual_dot_target: Float[Array, ""],
     bias_penalty: Float[Array, ""],
     weight_decay: Float[Array, ""],
+    degrees: Sequence[float] = (),
 ) -> Float[Array, ""]:
     """Returns the largest |L - RHS_l|/L over the layers l, with RHS_l the right side of Lemma 2:
 
@@ -53,16 +55,24 @@ def lemma2_residual(
     ||b||^2,
 
     and d||W_l||^2/dt = -2 <W_l, G_l + lambda W_l> along gradient flow. L = RHS_l is an identity at
-    every moment of training for degree-1 homogeneous layers.
+    every moment of training for degree-1 homogeneous layers. For a layer of degree d the first term
+    is divided by d, and lambda/2 (1 - 1/d) ||W_l||^2 is added; layers of degree 0 or none are left
+    out.
 
     Args:
-      weight_norms_sq: ||W_k||_F^2.
+      weight_norms_sq: ||W_k||_F^2, times its factor where a layer is decayed by another lambda.
       weight_dot_gradient: <W_k, G_k>.
       residual_dot_target: mean<r, y - b>.
-      bias_penalty: lambda_b/2 ||b||^2.
+      bias_penalty: lambda_b/2 ||b||^2, and of all else that is decayed and no weight.
+      degrees: of each layer, NaN where it has none; empty: 1.
     """
     shrinkage = -2 * (weight_dot_gradient + weight_decay * weight_norms_sq)
-    others = weight_norms_sq.sum() - weight_norms_sq
+    own = weight_norms_sq
+    chosen = [i for i, degree in enumerate(degrees) if degree > 0]
+    if any(degree != 1 for degree in degrees):
+        at = np.array([degrees[i] for i in chosen])
+        shrinkage, own = shrinkage[np.array(chosen)] / at, own[np.array(chosen)] / at
+    others = weight_norms_sq.sum() - own
     right = -shrinkage / 4 + weight_decay / 2 * others + residual_dot_target / 2 + bias_penalty
     return jnp.max(jnp.abs(loss - right)) / loss
 
@@ -226,12 +236,15 @@ def budget_account(
 
 
 def normalized_margin(
-    logits: SymmetricPart, weight_norms_sq: Float[Array, " L"]
+    logits: SymmetricPart, weight_norms_sq: Float[Array, " L"], degrees: Sequence[float] = ()
 ) -> Float[Array, ""]:
     """Returns gamma = a/prod_k ||W_k||_F, the margin of the network with all norms one.
 
-    The margin a of the network itself is that of W M = a (I - J/C) + ....
+    The margin a of the network itself is that of W M = a (I - J/C) + .... A layer's norm is raised
+    to the power of its degree; `degrees` empty: 1.
     """
+    if any(degree != 1 for degree in degrees):
+        weight_norms_sq = weight_norms_sq ** np.array(degrees)
     return logits.u / jnp.sqrt(jnp.prod(weight_norms_sq))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from ncjax.config import SWEPT
+from ncjax.config import AXES
 from ncjax.report import panels
 from ncjax.report.panels import Curve, Panel, number
 from ncjax.storage.history import COSINES
@@ -124,9 +124,7 @@ def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
 
     These axes become scalar coordinates.
     """
-    extra = [
-        name for name in SWEPT if name in history.dims and name not in ("weight_decay", "seed")
-    ]
+    extra = [name for name in AXES if name in history.dims and name not in ("weight_decay", "seed")]
     for at in itertools.product(*(range(history.sizes[name]) for name in extra)):
         yield history.isel(dict(zip(extra, at, strict=True)))
 
@@ -134,6 +132,6 @@ def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
 def setting_words(history: xr.Dataset) -> list[str]:
     return [
         f"{name}={history[name].item():g}"
-        for name in SWEPT
+        for name in AXES
         if name in history.coords and not history[name].ndim
     ]

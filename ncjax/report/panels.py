@@ -102,12 +102,22 @@ def training(history: xr.Dataset) -> xr.Dataset:
     for layer in history["layer"].values:
         drawn[str(layer)] = history["equilibrium_residual"].sel(layer=layer, drop=True)
     norms_sq = history["weight_norm_sq"]
-    imbalance = abs(norms_sq.isel(layer=0, drop=True) - norms_sq.isel(layer=-1, drop=True))
+    balanced = norms_sq / _degrees(history)
+    imbalance = abs(balanced.isel(layer=0, drop=True) - balanced.isel(layer=-1, drop=True))
     drawn["norm_imbalance"] = imbalance / imbalance.isel(epoch=0, drop=True)
     drawn["head_norm_sq"] = norms_sq.isel(layer=-1, drop=True)
     etf = -1 / (history.sizes["label"] - 1)
     drawn["predicted_equiangular_head"] = abs(history["predicted_head_cosine"] - etf)
     return history.sel(split="train", drop=True).assign(drawn)
+
+
+def _degrees(history: xr.Dataset) -> xr.DataArray:
+    """Returns the degree of every layer: squared norms over degrees are in balance. NaN where a
+    layer takes no part in it.
+    """
+    layers = history["layer"]
+    degrees = np.asarray(layers.attrs.get("degree", np.ones(layers.size)))
+    return xr.DataArray(np.where(degrees > 0, degrees, np.nan), {"layer": layers.values})
 
 
 def terminal_epoch(accuracy: xr.DataArray) -> xr.DataArray:

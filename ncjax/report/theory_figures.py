@@ -162,8 +162,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     """Returns the homogeneous law of a history, or None if it has none.
 
     gamma is in closed form for the unconstrained-feature model, else measured at the least lambda
-    whose runs have relaxed. There is no law with cross-entropy, or if no run has relaxed, as with
-    Adam, which has no clock.
+    whose runs have relaxed. There is no law with cross-entropy, with layers of another degree or
+    another decay, or if no run has relaxed, as with Adam, which has no clock.
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
@@ -171,7 +171,9 @@ def fitted_law(history: xr.Dataset) -> Law | None:
         history.sizes["label"], config["model"]["head_bias"], config["targets"]
     )
     depth = history.sizes["layer"]
-    if config["loss"] != "square":
+    degrees = np.atleast_1d(history["layer"].attrs.get("degree", 1.0))
+    factors = [tuple(given) != (1.0,) for given in config.get("decay", {}).values()]
+    if config["loss"] != "square" or (degrees != 1).any() or any(factors):
         return None
     if final["closed_form_epsilon"].notnull().any():
         gamma = closed_forms.unconstrained_gamma(depth, int(history.attrs["per_class"]), setting)

@@ -22,7 +22,7 @@ from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
-from ncjax.training import evaluate, mesh, models, program, sweep
+from ncjax.training import evaluate, layers, mesh, own, program, sweep
 
 # The largest relative deviation from the recorded value that passes: another program rounds
 # differently.
@@ -221,7 +221,8 @@ def _axes(
     if metadata:
         return metadata.axes
     if history is None:
-        return {name: list(config["sweep"][name]) for name in configuration.SWEPT}
+        values = configuration.swept_values(configuration.from_stored(config))
+        return {name: list(given) for name, given in values.items()}
     grid = configuration.make_grid(configuration.from_stored(config), history.sizes["label"])
     return {name: list(values) for name, values in grid.axes.items()}
 
@@ -253,10 +254,8 @@ def _check(folder: Path, epoch: int, place: configuration.Place | None) -> Saved
                 )
     except Damaged as damage:
         return Saved(epoch, size, str(damage), parameters)
-    order = models.part_names(dict.fromkeys(p.name.partition(".")[0] for p in parameters))
-    return Saved(
-        epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name.partition(".")[0]))
-    )
+    order = layers.display_order(parameter.name for parameter in parameters)
+    return Saved(epoch, size, None, sorted(parameters, key=lambda p: order.index(p.name)))
 
 
 def _size(folder: Path) -> int:
@@ -341,10 +340,10 @@ def _make_measure(
         return program.measure(variables, hyper, data, recipe) | {"effective_decay": effective}
 
     def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        with jax.enable_x64(True):
+        with own.restored(settings.model.network), jax.enable_x64(True):
             hyper = program.Hyper(
                 *(
-                    jnp.asarray(coordinates[name], data.center.dtype)
+                    jnp.asarray(coordinates.get(name, 1), data.center.dtype)
                     for name in program.Hyper._fields
                 )
             )

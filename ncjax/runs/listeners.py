@@ -18,7 +18,6 @@ from ncjax.runs import processes, provenance, summary
 from ncjax.runs.derived import derived_metrics
 from ncjax.storage import history, journal
 from ncjax.storage.checkpoint import CheckpointMetadata, Checkpoints
-from ncjax.training import models
 from ncjax.training.sweep import Sweep
 
 
@@ -101,15 +100,17 @@ class HistoryWriter:
     def _label(self, metrics: dict[str, np.ndarray]) -> xr.Dataset:
         """Returns the metrics of the current epoch as a history of one epoch."""
         sweep = self._sweep
-        config = sweep.plan.config
+        config, structure = sweep.plan.config, sweep.recipe.structure
         newest = history.one_epoch(
             sweep.epoch,
             metrics,
             grid=sweep.plan.grid,
-            layers=models.layer_names(sweep.shapes.params),
+            layers=tuple(layer.name for layer in structure.layers),
             label_names=sweep.plan.dataset.label_names,
             attrs=self._attrs,
         )
+        if any(degree != 1 for degree in structure.degrees):
+            newest["layer"].attrs["degree"] = list(structure.degrees)
         if config.units == "torch":
             newest["weight_decay"].attrs["torch_weight_decay"] = list(config.sweep.weight_decay)
         return newest
@@ -148,6 +149,8 @@ class Reporter:
     def on_compiled(self, continues: bool) -> None:
         """Says what was compiled, and where training continues."""
         self._progress.say(summary.summary(self._sweep.program))
+        if remark := self._sweep.recipe.structure.remark():
+            self._progress.say(remark)
         if continues:
             self._progress.say(f"continuing from epoch {self._sweep.epoch}")
 

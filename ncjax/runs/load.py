@@ -7,11 +7,12 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
-from ncjax.training import models
+from ncjax.training import models, own
 
 # Rows of a forward pass, which bound its memory however many images are given.
 _ROWS = 1024
@@ -55,7 +56,7 @@ class Run:
     epoch: int
     coordinates: dict[str, float | int]
     config: dict[str, Any] = field(repr=False)
-    model: models.Network
+    model: nn.Module
     variables: dict = field(repr=False)
     checksums: dict[str, int] = field(repr=False)
 
@@ -105,12 +106,17 @@ class Run:
 
     def logits(self, images: Images) -> Float[np.ndarray, "B C"]:
         """Returns the outputs f(x) = W h(x) + b of raw images; see `normalize`."""
-        return self._forward(images, "__call__")
+        return self._forward(images, models.outputs)
 
-    def _forward(self, images: Images, method: str) -> np.ndarray:
+    def _forward(self, images: Images, method: str | Callable) -> np.ndarray:
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
         # This is how metrics were measured, and a float64 network stays float64.
-        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        network = self.config["model"].get("network", "")
+        with (
+            own.restored(network),
+            jax.enable_x64(True),
+            jax.default_matmul_precision("highest"),
+        ):
             outputs = [
                 _apply(self.model, method, self.variables, self.normalize(part)) for part in parts
             ]
@@ -118,8 +124,8 @@ class Run:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) -> jax.Array:
-    return jnp.asarray(model.apply(variables, x, method=method))
+def _apply(model: nn.Module, method: str | Callable, variables: dict, x: jax.Array) -> jax.Array:
+    return jnp.asarray(model.apply(variables, x, False, method=method))
 
 
 def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
@@ -308,7 +314,7 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
         raise InputError("config.data.name", name, way_out)
 
 
-def make_model(config: Mapping[str, Any], params: dict) -> models.Network:
+def make_model(config: Mapping[str, Any], params: dict) -> nn.Module:
     """Returns the network of a parsed config.json; the head in `params` has a column per class."""
     settings = configuration.from_stored(config)
     return models.make(settings.model, params["head"]["kernel"].shape[-1], settings.train.precision)

@@ -15,6 +15,7 @@ from ncjax.errors import InputError, listed, printable
 from ncjax.plan import Plan
 from ncjax.runs import load, processes, provenance
 from ncjax.storage import checkpoint, history, journal
+from ncjax.training import own
 from ncjax.training.sweep import Sweep
 
 
@@ -149,7 +150,8 @@ def make_metadata(sweep: Sweep) -> checkpoint.CheckpointMetadata:
         crc32={},
         data=dataset.checksums(sweep.plan.dataset),
         random_bits=provenance.random_bits(),
-        arithmetic=provenance.arithmetic(sweep.mesh, sweep.program.runs),
+        arithmetic=provenance.arithmetic(sweep.mesh, sweep.program.runs)
+        | own.source(sweep.plan.config.model.network),
     )
 
 

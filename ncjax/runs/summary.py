@@ -9,7 +9,7 @@ from ncjax.errors import listed, printable
 from ncjax.plan import Plan
 from ncjax.report import tables
 from ncjax.runs.schedule import make_schedule
-from ncjax.training import mesh, models
+from ncjax.training import layers, mesh
 from ncjax.training.sweep import Program
 
 
@@ -48,10 +48,9 @@ def show(plan: Plan, program: Program, console: Console) -> None:
     table.add_column()
     for name in plan.grid.dims:
         table.add_row(name, listed(plan.grid.axes[name]))
-    params = program.shapes.params
-    for name in models.part_names(params):
-        for leaf, shape in params[name].items():
-            table.add_row(f"{name}.{leaf}", " x ".join(map(str, shape.shape[1:])))
+    params = layers.by_path(program.shapes.params)
+    for path in recipe.structure.leaves:
+        table.add_row(".".join(path), " x ".join(map(str, params[path].shape[1:])))
     rows = {
         "parameters": f"{program.parameters:,} a run, {program.parameters * plan.grid.size:,} in "
         "all",
@@ -66,6 +65,8 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
         "shapes)",
     }
+    if remark := recipe.structure.remark():
+        rows["homogeneity"] = remark
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -79,8 +80,14 @@ def device() -> str:
 def _network(plan: Plan) -> str:
     """Returns the network as in "784-512-512-10" or "32x32x3-32-64-10 (conv, batch norm)"."""
     model, image = plan.config.model, plan.dataset.center.shape
-    inputs = "x".join(map(str, image)) if model.kind == "conv" else int(np.prod(image))
-    words = [model.kind] * (model.kind != "mlp") + ["batch norm"] * (model.normalization == "batch")
+    if model.network:
+        return model.network
+    convolves = model.kind in ("conv", "resnet18")
+    inputs = "x".join(map(str, image)) if convolves else int(np.prod(image))
+    words = [model.kind] * (model.kind != "mlp")
+    words += [f"{model.normalization} norm"] * (model.normalization != "none")
+    before = model.feature_normalization
+    words += [f"{before} norm before the head"] * (before != "none")
     layers = "-".join(map(str, (inputs, *model.widths, plan.dataset.num_classes)))
     return layers + (f" ({', '.join(words)})" if words else "")
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.statistics import Statistics, statistics_of_passes
 from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
-from ncjax.training import models
+from ncjax.training.layers import Structure, by_path, nest
 from ncjax.training.mesh import Share
 from ncjax.training.objective import Objective, decay_penalty
 
@@ -66,7 +67,8 @@ def evaluate(
     weight_decay: Float[Array, ""],
     data: Data,
     *,
-    model: models.Network,
+    model: nn.Module,
+    structure: Structure,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     share: Share = Share(),  # noqa: B008
@@ -79,7 +81,8 @@ def evaluate(
       weight_decay: lambda of the loss that is minimized, see `optim.effective_decay`.
       data: both splits.
       model: the network.
-      decayed: the mask of the parameters that are decayed.
+      structure: the layers of the network.
+      decayed: the factor on lambda of every leaf, see `layers.decay_factors`.
       objective: the loss and its targets.
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
@@ -94,7 +97,6 @@ def evaluate(
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
-        names = models.layer_names(params)
         head = params["head"]["kernel"].T
 
         def first_pass(params: dict, images: Array, labels: Array) -> tuple[Array, tuple]:
@@ -136,7 +138,7 @@ def evaluate(
             split_statistics(data.train, train_sums, train_means, frame_train, train_held),
             residual_dot_logit=train_sums.residual_dot_logit / train_sums.classes.examples.sum(),
             fit_gradient=gradients["head"]["kernel"].T,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay * decayed["head"]["kernel"],
         )
         test = split_statistics(data.test, test_sums, test_means, frame_test, test_held)
         fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
@@ -147,15 +149,10 @@ def evaluate(
             metrics = _by_split(quantities, Quantities(test))
             metrics |= {"loss": loss, "fit_loss": jnp.stack(fits)}
             metrics |= _of_network(
-                params, gradients, quantities, train_sums, loss[0], weight_decay, names, decayed
+                params, gradients, quantities, train_sums, loss[0], weight_decay, structure, decayed
             )
         if objective.loss != "square":  # the identity holds only for the square loss
             metrics["lemma2_residual"] = jnp.full((), jnp.nan)
-        if not model.is_homogeneous:
-            metrics |= {
-                name: jnp.full((), jnp.nan) for name in ("lemma2_residual", "normalized_margin")
-            }
-            metrics["equilibrium_residual"] = metrics["equilibrium_residual"].at[:-1].set(jnp.nan)
         return _masked(metrics, params, loss[0], head.dtype)
 
 
@@ -177,41 +174,57 @@ def _of_network(
     sums: _FirstPass,
     loss: Array,
     weight_decay: Array,
-    names: tuple[str, ...],
+    structure: Structure,
     decayed: dict,
 ) -> dict[str, Array]:
-    """Returns the metrics by layer, and the (C, C) matrices of the class means."""
-    pairs = [(params[name]["kernel"], gradients[name]["kernel"]) for name in names]
+    """Returns the metrics by layer, and the (C, C) matrices of the class means.
+
+    They are NaN where the network leaves them no meaning, see `Structure`.
+    """
+    layers, nan = structure.layers, jnp.full((), jnp.nan)
+    pairs = [(layer.of(params), layer.of(gradients)) for layer in layers]
+    factors = [layer.of(decayed) for layer in layers]
     norms_sq = jnp.stack([jnp.sum(kernel**2) for kernel, _ in pairs])
-    lemma2 = theory.lemma2_residual(
-        loss,
-        norms_sq,
-        jnp.stack([jnp.sum(kernel * gradient) for kernel, gradient in pairs]),
-        # <r, y - b> = ||r||^2 + <r, f - b>
-        (2 * sums.fit + sums.residual_dot_logit) / sums.classes.examples.sum(),
-        decay_penalty({"head": _bias(params)}, {"head": _bias(decayed)}, weight_decay),
-        weight_decay,
-    )
-    residuals = [theory.equilibrium_residual(*pair, weight_decay) for pair in pairs]
+    residuals = [
+        theory.equilibrium_residual(*pair, weight_decay * factor) if has_equilibrium else nan
+        for pair, factor, has_equilibrium in zip(
+            pairs, factors, structure.equilibria(), strict=True
+        )
+    ]
+    lemma2 = margin = nan
+    if any(structure.scaling()):
+        others = _without(decayed, [layer.path for layer in layers])
+        lemma2 = theory.lemma2_residual(
+            loss,
+            jnp.stack(factors) * norms_sq,
+            jnp.stack([jnp.sum(kernel * gradient) for kernel, gradient in pairs]),
+            # <r, y - b> = ||r||^2 + <r, f - b>
+            (2 * sums.fit + sums.residual_dot_logit) / sums.classes.examples.sum(),
+            decay_penalty(params, others, weight_decay),
+            weight_decay,
+            structure.degrees,
+        )
+    if structure.is_homogeneous:
+        margin = theory.normalized_margin(
+            quantities.logit_part, norms_sq.astype(jnp.float64), structure.degrees
+        )
     return {
         "weight_norm_sq": norms_sq,
         "equilibrium_residual": jnp.stack(residuals),
         "lemma2_residual": lemma2,
-        "normalized_margin": theory.normalized_margin(
-            quantities.logit_part, norms_sq.astype(jnp.float64)
-        ),
+        "normalized_margin": margin,
         "class_mean_cosine": collapse.cosines(quantities.centred),
         "class_mean_logits": quantities.class_mean_logits,
     }
 
 
-def _forward(variables: dict, x: Array, model: models.Network) -> tuple[Array, Array]:
-    features = jnp.asarray(model.apply(variables, x, method="features"))
+def _forward(variables: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
+    features = jnp.asarray(model.apply(variables, x, False, method="features"))
     return features, jnp.asarray(model.apply(variables, features, method="logits"))
 
 
 def _first_pass(
-    variables: dict, x: Array, labels: Array, *, model: models.Network, objective: Objective
+    variables: dict, x: Array, labels: Array, *, model: nn.Module, objective: Objective
 ) -> tuple[Array, tuple]:
     """Returns the sum of the fit term over a batch, which is differentiated, and two more results.
 
@@ -264,8 +277,10 @@ def _sum_over_batches(
     return share.sum(total), to_hold
 
 
-def _bias(tree: dict) -> dict:
-    return {name: leaf for name, leaf in tree["head"].items() if name == "bias"}
+def _without(decayed: dict, paths: list[tuple[str, ...]]) -> dict:
+    """Returns `decayed` as if some leaves were not."""
+    flat = by_path(decayed)
+    return nest(flat | dict.fromkeys(paths, False))
 
 
 def _masked(metrics: dict[str, Array], params: dict, loss: Array, dtype) -> dict[str, Array]:

@@ -59,8 +59,11 @@ class Objective(NamedTuple):
 
 
 def decay_penalty(params: dict, decayed: dict, weight_decay: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns lambda/2 times the squared norm of every leaf that `decayed` marks."""
+    """Returns lambda/2 times the squared norm of every leaf times its factor in `decayed`.
+
+    A leaf that is not decayed has False there.
+    """
     squares = jax.tree.map(
-        lambda leaf, is_decayed: jnp.sum(leaf**2) if is_decayed else 0.0, params, decayed
+        lambda leaf, factor: 0.0 if factor is False else factor * jnp.sum(leaf**2), params, decayed
     )
     return 0.5 * weight_decay * jax.tree.reduce(jnp.add, squares, 0.0)

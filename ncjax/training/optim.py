@@ -1,7 +1,8 @@
 """The one place where lambda acts on an update."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,8 +57,8 @@ def make_optimizer(
             Ba 2015).
     adamw:  decoupled, u = mhat/(sqrt(vhat) + eps) + lambda w (Loshchilov & Hutter 2019).
 
-    `decayed` marks the leaves that lambda acts on. The numbers may be traced: make the
-    transformation inside the step and carry only its state.
+    `decayed` has the factor on lambda of every leaf; False where it does not act. The numbers may
+    be traced: make the transformation inside the step and carry only its state.
 
     Raises:
       InputError: an unknown name, or a decay that the optimizer does not have.
@@ -78,7 +79,7 @@ def make_optimizer(
             direction = optax.scale_by_adam(b1=momentum, b2=_BETA2, eps=adam_eps)
         case unknown:
             raise unknown_choice("optimizer", unknown, Optimizer)
-    shrink = optax.add_decayed_weights(weight_decay, mask=decayed)
+    shrink = _add_decayed_weights(weight_decay, decayed)
     match decay:
         case "coupled":
             order = (shrink, direction)
@@ -87,6 +88,22 @@ def make_optimizer(
         case unknown:
             raise unknown_choice("decay", unknown, Decay)
     return optax.chain(*order, optax.scale_by_learning_rate(rate))
+
+
+def _add_decayed_weights(
+    weight_decay: Float[Array, ""], decayed: dict
+) -> optax.GradientTransformation:
+    """Returns optax.add_decayed_weights with a factor on lambda for every leaf."""
+
+    def add(updates: Any, params: Any) -> Any:
+        return jax.tree.map(
+            lambda u, w, factor: u if factor is False else u + weight_decay * factor * w,
+            updates,
+            params,
+            decayed,
+        )
+
+    return optax.stateless(add)
 
 
 def effective_decay(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.dataset import Dataset
+from ncjax.training import layers, models, optim
 from ncjax.training import mesh as parallel
-from ncjax.training import models, optim
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, Split, evaluate
 from ncjax.training.mesh import DATA, RUN, Share
@@ -28,6 +29,10 @@ class Hyper(NamedTuple):
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
     init_scale: Float[Array, ""]
+    # Factors on weight decay; of a grid that has none, 1.
+    decay_hidden: Float[Array, ""]
+    decay_head: Float[Array, ""]
+    decay_bias: Float[Array, ""]
 
 
 class RunState(NamedTuple):
@@ -49,6 +54,7 @@ class Recipe(NamedTuple):
 
     Attributes:
       model: the network.
+      structure: the layers of the network.
       head_bias: `none`, `free` or `decayed`.
       norms: whether scales and shifts of batch normalization are `decayed` or `free`.
       objective: the loss and its targets.
@@ -60,7 +66,8 @@ class Recipe(NamedTuple):
       augment: `none`, `crop` or `crop_flip`.
     """
 
-    model: models.Network
+    model: nn.Module
+    structure: layers.Structure
     head_bias: HeadBias
     schedule: Schedule
     batch_size: int
@@ -84,14 +91,16 @@ class Recipe(NamedTuple):
             hyper.weight_decay,
             hyper.learning_rate,
             hyper.momentum,
-            decayed=self.decayed(params),
+            decayed=self.decayed(params, hyper),
             schedule=self.schedule,
             total_steps=self.epochs * self.steps_per_epoch,
             adam_eps=self.adam_eps,
         )
 
-    def decayed(self, params: dict) -> dict:
-        return models.is_decayed(params, self.head_bias, self.norms)
+    def decayed(self, params: dict, hyper: Hyper) -> dict:
+        """Returns the factor on lambda of every leaf, see `layers.decay_factors`."""
+        factors = (hyper.decay_hidden, hyper.decay_head, hyper.decay_bias)
+        return layers.decay_factors(params, *factors, self.head_bias, self.norms)
 
     def effective_decay(
         self, weight_decay: optim.Numbers, momentum: optim.Numbers
@@ -107,13 +116,12 @@ def init_run(
     The weights depend on the key and are scaled by `hyper.init_scale`; they do not depend on
     lambda.
     """
-    model_state = dict(recipe.model.init(key, inputs))
-    params = model_state.pop("params")
-    # Flax initializes running statistics in float32, whatever the model's type.
-    model_state = jax.tree.map(lambda leaf: leaf.astype(recipe.model.dtype), model_state)
-    for layer in models.layer_names(params):
-        kernel = params[layer]["kernel"]
-        params[layer] |= {"kernel": kernel * hyper.init_scale.astype(kernel.dtype)}
+    model_state = layers.init(recipe.model, key, inputs)
+    params = layers.by_path(model_state.pop("params"))
+    for layer in recipe.structure.layers:
+        weights = params[layer.path]
+        params[layer.path] = weights * hyper.init_scale.astype(weights.dtype)
+    params = layers.nest(params)
     return RunState(
         params, model_state, recipe.make_tx(hyper, params).init(params), jnp.zeros((), jnp.int32)
     )
@@ -143,7 +151,9 @@ def train_step(
     recipe: Recipe,
     share: Share = Share(),  # noqa: B008 (immutable)
 ) -> RunState:
-    """Takes one step of the optimizer on the examples `index`, augmented at random by `key`.
+    """Takes one step of the optimizer on the examples `index`.
+
+    The key decides how they are augmented, and what dropout drops.
 
     If devices share the batch, each computes the gradient of its part, and one all-reduce sums the
     gradients.
@@ -153,14 +163,15 @@ def train_step(
     images = augment(recipe.augment, key, images, len(index), lambda drawn: share.part(drawn)[0])
 
     def fit(params: dict) -> tuple[Float[Array, ""], dict]:
-        variables, noted = {"params": params, **state.model_state}, list(state.model_state)
-        outputs, model_state = recipe.model.apply(
-            variables, data.normalize(images), train=True, mutable=noted
+        outputs, model_state = layers.train_outputs(
+            recipe.model,
+            {"params": params, **state.model_state},
+            data.normalize(images),
+            jax.random.fold_in(key, 1),
         )
-        outputs = jnp.asarray(outputs)
         y = recipe.objective.target(labels, outputs.shape[1], outputs.dtype)
         losses = jnp.where(is_mine, recipe.objective.fit(outputs, y), 0)
-        return jnp.sum(losses) / len(index), dict(model_state)
+        return jnp.sum(losses) / len(index), model_state
 
     gradients, model_state = jax.grad(fit, has_aux=True)(state.params)
     gradients = share.sum(gradients)
@@ -202,7 +213,8 @@ def measure(
         recipe.effective_decay(hyper.weight_decay, hyper.momentum),
         data,
         model=recipe.model,
-        decayed=recipe.decayed(variables["params"]),
+        structure=recipe.structure,
+        decayed=recipe.decayed(variables["params"], hyper),
         objective=recipe.objective,
         share=share,
     )
@@ -250,9 +262,8 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         def measure_run(variables: dict, hyper: Hyper) -> dict[str, Array]:
             return measure(variables, hyper, data, recipe, share)
 
-        convolves = isinstance(recipe.model, models.HomogeneousConvNet)
         train_group, measure_group = parallel.group_sizes(
-            len(keys), mesh.devices.flat[0].platform, convolves
+            len(keys), mesh.devices.flat[0].platform, recipe.structure.has_convolutions
         )
         states = _in_groups(train_run, train_group, states, keys, hyper)
 
@@ -335,7 +346,8 @@ def _beginning(
 
     The latter two are padded NumPy arrays.
     """
-    numbers: Any = [np.asarray(columns[name], data.center.dtype) for name in Hyper._fields]
+    one = np.ones(len(columns["seed"]))
+    numbers: Any = [np.asarray(columns.get(name, one), data.center.dtype) for name in Hyper._fields]
     hyper = Hyper(*numbers)
     seeds = np.asarray(columns["seed"], np.uint32)
     seeds, hyper = parallel.pad_runs((seeds, hyper), parallel.padded(len(seeds), mesh))

@@ -5,7 +5,9 @@ import math
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,8 +16,8 @@ from ncjax import environment
 from ncjax.data.dataset import Dataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
+from ncjax.training import layers, models
 from ncjax.training import mesh as parallel
-from ncjax.training import models
 from ncjax.training import program as train
 from ncjax.training.objective import Objective
 
@@ -25,8 +27,11 @@ _USABLE = 0.9
 
 def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
     """Returns the static part of the compiled program that a config asks for."""
+    model = models.make(config.model, dataset.num_classes, config.train.precision)
+    shape = dataset.center.shape
     return train.Recipe(
-        model=models.make(config.model, dataset.num_classes, config.train.precision),
+        model=model,
+        structure=layers.find(model, shape, config.model.head_bias, config.train.precision),
         head_bias=config.model.head_bias,
         schedule=config.train.schedule,
         batch_size=config.train.batch_size,
@@ -61,7 +66,9 @@ class Program:
         _check_batch(self.recipe, self.mesh)
         self.slices = [slice(first, min(first + size, total)) for first in range(0, total, size)]
         self.runs = parallel.padded(size, self.mesh)
-        self.columns = {name: np.asarray(values) for name, values in plan.grid.columns().items()}
+        # A factor that the grid does not name is 1.
+        columns = dict.fromkeys(configuration.DECAY_FACTORS, [1.0] * total) | plan.grid.columns()
+        self.columns = {name: np.asarray(values) for name, values in columns.items()}
         self._data = train.host_data(plan.dataset, plan.config.train.precision)
         self.compile_seconds = 0.0
 
@@ -136,7 +143,9 @@ class Program:
     @property
     def flops_per_epoch(self) -> int:
         """The FLOPs of one epoch's matmuls over all runs; see `training_flops`."""
-        return self.samples_per_epoch * training_flops(self.recipe.model, self.image_shape)
+        return self.samples_per_epoch * training_flops(
+            self.recipe.model, self.recipe.structure, self.image_shape
+        )
 
 
 def make_program(plan: Plan) -> Program:
@@ -183,24 +192,33 @@ def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
         raise InputError("config.model.widths", widths, way_out)
 
 
-def training_flops(model: models.Network, image: tuple[int, ...]) -> int:
+def training_flops(model: nn.Module, structure: layers.Structure, image: tuple[int, ...]) -> int:
     """Counts the FLOPs of one example in one training step from shapes.
 
     Each weight takes 6 FLOPs at every position where its kernel is applied: 2 forward, 2 for the
     gradient of the weights and 2 for that of the inputs, which the first layer does not need.
+    Weights that no module of their own applies count as if applied once.
     """
 
-    def outputs(x: jax.Array) -> tuple[Any, Any]:
-        variables = model.init(jax.random.key(0), x)
-        _, noted = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
-        return variables["params"], noted["intermediates"]
+    def outputs(x: jax.Array) -> Any:
+        variables = layers.init(model, jax.random.key(0), x)
+        _, noted = model.apply(
+            variables,
+            x,
+            method=models.outputs,
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+        return noted["intermediates"]
 
     with jax.enable_x64(True):
-        params, noted = jax.eval_shape(outputs, jax.ShapeDtypeStruct((1, *image), model.dtype))
+        noted = jax.eval_shape(outputs, jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    returned = layers.by_path(noted)
     total = 0
-    for number, layer in enumerate(models.layer_names(params)):
-        positions = math.prod(noted[layer]["__call__"][0].shape[1:-1])
-        total += (4 if number == 0 else 6) * params[layer]["kernel"].size * positions
+    for number, layer in enumerate(structure.layers):
+        calls = returned.get((*layer.path[:-1], "__call__"), ())
+        positions = sum(math.prod(call.shape[1:-1]) for call in calls) or 1
+        total += (4 if number == 0 else 6) * math.prod(layer.shape) * positions
     return total
 
 
@@ -210,7 +228,16 @@ def _check_batch(recipe: train.Recipe, mesh: Mesh) -> None:
     Padding has no weight in a gradient, but it would count in batch statistics.
     """
     devices, batch = mesh.shape[parallel.DATA], recipe.batch_size or recipe.train_size
-    if isinstance(recipe.model, models.BatchNormConvNet) and batch % devices:
+    if devices == 1 or not recipe.structure.has_statistics:
+        return
+    if not hasattr(recipe.model, "batch_axis"):
+        name = type(recipe.model).__name__
+        way_out = (
+            f"{name} notes statistics of a batch; give it an attribute batch_axis, its axis_name, "
+            "or leave this 1"
+        )
+        raise InputError("config.mesh.data", devices, way_out)
+    if batch % devices:
         raise InputError(
             "config.mesh.data",
             devices,

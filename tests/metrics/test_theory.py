@@ -117,6 +117,49 @@ def test_lemma_2_fails_for_a_net_with_hidden_biases():
     assert float(theory.lemma2_residual(**lemma2_terms("none", hidden_bias=0.5))) > 1e-3
 
 
+# Of a network (W_2 s(W_1 x))^2 below a head, and of one that is no power of W_2.
+@pytest.mark.parametrize(
+    ("power", "degrees"), [(2, (2.0, 2.0, 1.0)), (None, (1.0, float("nan"), 1.0))]
+)
+@pytest.mark.usefixtures("float64")
+def test_lemma_2_holds_for_layers_of_every_degree_and_decay(power, degrees):
+    rng = np.random.default_rng(0)
+    factors, weight_decay = np.array([2.0, 0.5, 3.0]), 0.03
+    x, y = jnp.asarray(rng.standard_normal((20, 5))), jnp.asarray(np.eye(4)[np.arange(20) % 4])
+    weights = [jnp.asarray(rng.standard_normal(shape)) for shape in ((5, 6), (6, 6), (6, 4))]
+
+    def outputs(weights):
+        h = jnp.maximum(x @ weights[0], 0)
+        update = h @ weights[1]
+        return (update**power if power else h + jnp.maximum(update, 0)) @ weights[2]
+
+    def fit(weights):
+        return jnp.sum((y - outputs(weights)) ** 2) / (2 * len(x))
+
+    gradients, residual = jax.grad(fit)(weights), y - outputs(weights)
+    decayed = jnp.asarray(factors) * jnp.stack([jnp.sum(w**2) for w in weights])
+    terms = {
+        "loss": fit(weights) + weight_decay / 2 * jnp.sum(decayed),
+        "weight_norms_sq": decayed,
+        "weight_dot_gradient": jnp.stack(
+            [jnp.sum(w * g) for w, g in zip(weights, gradients, strict=True)]
+        ),
+        "residual_dot_target": jnp.sum(residual * y) / len(x),
+        "bias_penalty": jnp.asarray(0.0),
+        "weight_decay": jnp.asarray(weight_decay),
+    }
+    assert float(theory.lemma2_residual(**terms, degrees=degrees)) < 1e-14
+    assert float(theory.lemma2_residual(**terms, degrees=(1.0, 1.0, 1.0))) > 1e-3
+
+
+def test_normalized_margin_of_layers_of_every_degree():
+    """Of 3 W_1^2 W_2 with scalar weights: 3, whatever they are."""
+    logits = 3 * 2.0**2 * 5.0 * (np.eye(3) - 1 / 3)
+    part = symmetric_part(*numbers(logits))
+    norms_sq = np.array([2.0**2, 5.0**2])
+    assert float(theory.normalized_margin(part, *numbers(norms_sq), (2.0, 1.0))) == pytest.approx(3)
+
+
 def average(num_classes):
     return np.full((num_classes, num_classes), 1 / num_classes)
 

@@ -232,8 +232,8 @@ def test_show_verifies_and_exports_statistics_with_the_weights(normalized, tmp_p
     ("flags", "line"),
     [
         (
-            ["--config.model.normalization=batch"],
-            "config.model.normalization: got 'batch'; of convolutions alone",
+            ["--config.model.kind=conv", "--config.model.normalization=layer"],
+            "config.model.normalization: got 'layer'; of dense layers alone",
         ),
         (
             ["--config.data.name=synthetic", "--config.model.kind=conv"],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax.training import evaluate, models
+from ncjax.training import evaluate, layers, models
 from ncjax.training.objective import Objective
 from tests.helpers import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
 
@@ -170,18 +170,23 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
 
 
 @functools.cache
-def compiled(head_bias, objective, dtype, rows, held):
+def compiled(head_bias, objective, dtype, rows, held, image):
     """One compilation for all tests that read the same batch sizes (`rows` and `held` are
     globals of evaluate).
     """
-    model = models.HomogeneousMLP(
-        widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype
-    )
+    model = models.MLP(widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype)
+
+    structure = layers.find(model, image, head_bias, np.dtype(dtype).name)
 
     def measure(params, weight_decay, data):
-        decayed, variables = models.is_decayed(params, head_bias, "decayed"), {"params": params}
         return evaluate.evaluate(
-            variables, weight_decay, data, model=model, decayed=decayed, objective=objective
+            {"params": params},
+            weight_decay,
+            data,
+            model=model,
+            structure=structure,
+            decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
+            objective=objective,
         )
 
     return jax.jit(measure)
@@ -194,7 +199,9 @@ def evaluated(
         train, test = (evaluate.Split(*map(jnp.asarray, split)) for split in splits.values())
         data = evaluate.Data(train, test, jnp.asarray(center, dtype), jnp.asarray(scale, dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        measure = compiled(head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_ROWS)
+        measure = compiled(
+            head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_ROWS, center.shape
+        )
         return {
             name: np.asarray(v)
             for name, v in measure(params, jnp.asarray(weight_decay, dtype), data).items()

@@ -14,8 +14,8 @@ from ncjax import config as configuration
 from ncjax import plan as preflight
 from ncjax.errors import InputError
 from ncjax.runs import loop
+from ncjax.training import layers, models, sweep
 from ncjax.training import mesh as parallel
-from ncjax.training import models, sweep
 from ncjax.training import program as train
 from tests import chaos, meshes
 
@@ -173,11 +173,15 @@ def test_flops_of_a_network_are_those_of_its_matmuls():
     """Six a weight and position, four in the first layer; 3x3 convolutions of stride 2 halve the
     sides, rounding up.
     """
-    dense = models.HomogeneousMLP((5, 7), 3)
-    assert sweep.training_flops(dense, (2, 2, 1)) == 4 * 4 * 5 + 6 * (5 * 7 + 7 * 3)
-    conv = models.HomogeneousConvNet((5, 7), 3)
+
+    def flops(model, image):
+        return sweep.training_flops(model, layers.find(model, image, "none", "float32"), image)
+
+    dense = models.MLP((5, 7), 3)
+    assert flops(dense, (2, 2, 1)) == 4 * 4 * 5 + 6 * (5 * 7 + 7 * 3)
+    conv = models.ConvNet((5, 7), 3)
     expected = 4 * 9 * 2 * 5 * 3 * 3 + 6 * 9 * 5 * 7 * 2 * 2 + 6 * 4 * 7 * 3
-    assert sweep.training_flops(conv, (6, 5, 2)) == expected
+    assert flops(conv, (6, 5, 2)) == expected
 
 
 def test_shares_of_a_batch_are_the_batch():

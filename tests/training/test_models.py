@@ -9,12 +9,17 @@ import pytest
 
 from ncjax.config import ModelConfig
 from ncjax.errors import InputError
-from ncjax.training import models
+from ncjax.training import layers, models
+
+
+def decayed(params, *choices):
+    """Which leaves are, as True and False."""
+    return layers.decay_factors(params, True, True, True, *choices)
 
 
 @functools.cache
 def network(widths=(6, 5), num_classes=3, **options):
-    model = models.HomogeneousMLP(widths=widths, num_classes=num_classes, **options)
+    model = models.MLP(widths=widths, num_classes=num_classes, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 4)), jnp.float32)
     return model, jax.jit(model.init)(jax.random.key(1), x)["params"], x
 
@@ -73,7 +78,7 @@ def test_degree_1_in_every_layer_and_in_the_input(scaled, linear_head_depth):
 
 
 def test_weights_are_drawn_with_variance_2_over_fan_in():
-    model = models.HomogeneousMLP(widths=(400, 100), num_classes=200)
+    model = models.MLP(widths=(400, 100), num_classes=200)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 150)))["params"]
     for name, fan_in in (("layer_1", 150), ("layer_2", 400), ("head", 100)):
         kernel = np.asarray(params[name]["kernel"])
@@ -96,17 +101,10 @@ def test_the_head_alone_may_have_a_bias_and_it_starts_at_0():
 
 def test_float64_is_float64_throughout():
     with jax.enable_x64(True):
-        model = models.HomogeneousMLP(widths=(3,), num_classes=2, dtype=jnp.float64)
+        model = models.MLP(widths=(3,), num_classes=2, dtype=jnp.float64)
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4)))["params"]
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float64)}
         assert model.apply({"params": params}, jnp.ones((2, 4))).dtype == jnp.float64
-
-
-def test_layer_names_stand_in_forward_order_beyond_nine_layers():
-    params = network(widths=(2,) * 11)[1]
-    # Layer_10 before layer_2, as a dict that went through a pytree.
-    shuffled = dict(sorted(params.items()))
-    assert models.layer_names(shuffled) == (*(f"layer_{k}" for k in range(1, 12)), "head")
 
 
 @pytest.mark.parametrize(("head_bias", "decays"), [("free", False), ("decayed", True)])
@@ -117,16 +115,16 @@ def test_all_leaves_but_a_free_head_bias_decay(head_bias, decays):
         "layer_2": {"kernel": True},
         "head": {"kernel": True, "bias": decays},
     }
-    assert models.is_decayed(params, head_bias, "decayed") == expected
+    assert decayed(params, head_bias, "decayed") == expected
 
 
 def test_without_a_bias_all_leaves_decay():
-    assert jax.tree.leaves(models.is_decayed(network()[1], "none", "decayed")) == [True] * 3
+    assert jax.tree.leaves(decayed(network()[1], "none", "decayed")) == [True] * 3
 
 
 @functools.cache
-def conv_network(kind=models.HomogeneousConvNet, **options):
-    model = kind(widths=(3, 4), num_classes=3, dtype=jnp.float64, **options)
+def conv_network(**options):
+    model = models.ConvNet(widths=(3, 4), num_classes=3, dtype=jnp.float64, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7, 6, 2)), jnp.float64)
     variables = jax.jit(model.init)(jax.random.key(1), x)
     return model, variables, x
@@ -172,7 +170,7 @@ def test_convolutions_are_of_degree_1_in_every_layer(scaled):
 
 
 def test_convolution_kernels_are_drawn_with_variance_2_over_9_channels():
-    model = models.HomogeneousConvNet(widths=(64, 128), num_classes=10)
+    model = models.ConvNet(widths=(64, 128), num_classes=10)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     kernel = np.asarray(params["layer_2"]["kernel"])
     assert kernel.shape == (3, 3, 64, 128)
@@ -181,7 +179,7 @@ def test_convolution_kernels_are_drawn_with_variance_2_over_9_channels():
 
 @pytest.mark.usefixtures("float64")
 def test_batch_normalization_is_of_the_batch_in_training_and_of_running_statistics_otherwise():
-    model, variables, x = conv_network(models.BatchNormConvNet)
+    model, variables, x = conv_network(normalization="batch")
     params = {name: dict(leaves) for name, leaves in variables["params"].items()}
     rng = np.random.default_rng(4)
     for name in ("norm_1", "norm_2"):
@@ -219,35 +217,33 @@ def test_batch_normalization_is_of_the_batch_in_training_and_of_running_statisti
 
 
 def test_norms_decay_or_not_whatever_the_head_bias_does():
-    model = models.BatchNormConvNet(widths=(3, 4), num_classes=3, use_head_bias=True)
+    model = models.ConvNet(widths=(3, 4), num_classes=3, normalization="batch", use_head_bias=True)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
-    assert set(jax.tree.leaves(models.is_decayed(params, "decayed", "decayed"))) == {True}
-    free_norms = models.is_decayed(params, "decayed", "free")
+    assert set(jax.tree.leaves(decayed(params, "decayed", "decayed"))) == {True}
+    free_norms = decayed(params, "decayed", "free")
     assert free_norms["head"] == {"kernel": True, "bias": True}
     assert free_norms["layer_2"] == {"kernel": True}
     assert free_norms["norm_1"] == {"scale": False, "bias": False}
-    free_head = models.is_decayed(params, "free", "decayed")
+    free_head = decayed(params, "free", "decayed")
     assert free_head["head"] == {"kernel": True, "bias": False}
     assert free_head["norm_2"] == {"scale": True, "bias": True}
-
-
-def test_parts_stand_in_forward_order_and_norms_are_no_layers():
-    params = conv_network(models.BatchNormConvNet)[1]["params"]
-    assert models.part_names(params) == ("layer_1", "norm_1", "layer_2", "norm_2", "head")
-    assert models.layer_names(params) == ("layer_1", "layer_2", "head")
 
 
 @pytest.mark.parametrize(
     ("values", "field"),
     [
-        ({"kind": "resnet"}, "model.kind and model.normalization"),
-        ({"normalization": "layer"}, "model.kind and model.normalization"),
-        ({"normalization": "batch"}, "model.kind and model.normalization"),  # of an mlp
+        ({"kind": "resnet"}, "model.kind"),
+        ({"normalization": "group"}, "model.normalization"),
+        ({"feature_normalization": "group"}, "normalization"),
     ],
 )
 def test_a_network_that_there_is_not_is_refused(values, field, without_type_checks):
+    def init():
+        network = models.make(ModelConfig(**values), 3, "float32")
+        return network.init(jax.random.key(0), jnp.zeros((1, 4)))
+
     with pytest.raises(InputError, match=f"^{field}: got "):
-        models.make(ModelConfig(**values), 3, "float32")
+        jax.eval_shape(init)
 
 
 def test_an_activation_that_there_is_not_is_refused(without_type_checks):
@@ -260,4 +256,4 @@ def test_an_activation_that_there_is_not_is_refused(without_type_checks):
 )
 def test_a_choice_of_what_decays_that_there_is_not_is_refused(choice, field, without_type_checks):
     with pytest.raises(InputError, match=f"^{field}: got "):
-        models.is_decayed(network()[1], *choice)
+        decayed(network()[1], *choice)

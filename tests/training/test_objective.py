@@ -94,6 +94,16 @@ def test_decay_penalty_is_half_lambda_times_the_squared_norm_of_the_decayed_leav
     assert float(objective.decay_penalty(params, decayed, jnp.asarray(0.5))) == expected
 
 
+def test_decay_penalty_has_a_factor_for_every_leaf():
+    params = {
+        "layer_1": {"kernel": jnp.asarray([[1.0, 2.0]])},
+        "head": {"kernel": jnp.ones((2, 1))},
+    }
+    factors = {"layer_1": {"kernel": jnp.asarray(3.0)}, "head": {"kernel": jnp.asarray(0.0)}}
+    expected = 0.25 * 3 * (1 + 4)
+    assert float(objective.decay_penalty(params, factors, jnp.asarray(0.5))) == expected
+
+
 def test_a_loss_and_targets_that_there_are_not_are_refused(without_type_checks):
     outputs = jnp.zeros((2, 3))
     for method in (Objective("hinge").fit, Objective("hinge").residual):

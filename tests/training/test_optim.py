@@ -82,6 +82,17 @@ def test_three_steps_of_momentum_with_decoupled_decay_are_exact(decay):
     )
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_factor_on_lambda_is_another_lambda(name):
+    """By powers of two, so that the products are exact."""
+    choices = {"name": name, "decay": "decoupled"}
+    factor = jnp.asarray(0.5, jnp.float32)
+    got = trained("step", GRADIENTS, START, weight_decay=0.25, decayed=factor, **choices)
+    expected = trained("step", GRADIENTS, START, weight_decay=0.125, **choices)
+    np.testing.assert_array_equal(got, expected)
+    assert not np.array_equal(got, trained("step", GRADIENTS, START, weight_decay=0.25, **choices))
+
+
 @pytest.mark.parametrize("decayed", [True, False], ids=["decayed", "free"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 @pytest.mark.parametrize("eps", [1e-8, 0.5])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ncjax.data import dataset
+from ncjax.training import layers, models, program
 from ncjax.training import mesh as parallel
-from ncjax.training import models, program
 from ncjax.training.objective import Objective
 
 COLUMNS = {
@@ -36,9 +36,10 @@ def setup(
     """`choices`: fields of the recipe that have a default."""
     raw = dataset.load("synthetic", num_classes=3, per_class=20)
     mesh = parallel.make_mesh(4, run=devices)
-    model = models.HomogeneousMLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
+    model = models.MLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
+    structure = layers.find(model, raw.center.shape, head_bias, np.dtype(dtype).name)
     recipe = program.Recipe(
-        model, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices
+        model, structure, head_bias, schedule, batch_size, 6, len(raw.train.labels), **choices
     )
     arrays = program.place_data(raw, mesh, np.dtype(dtype).name)
     return recipe, mesh, arrays, program.start(recipe, mesh, columns, arrays)

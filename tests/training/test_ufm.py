@@ -115,3 +115,44 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(
     assert dead["closed_form_epsilon"].isnull()
     assert float(history["budget_residual"].max()) < 1e-12
     assert float(alive["lemma2_residual"].max()) < 1e-12
+
+
+@pytest.mark.slow
+def test_factors_on_weight_decay_meet_the_closed_form_of_their_geometric_mean(ufm_config, tmp_path):
+    """W_k -> W_k sqrt(factor_k) has one lambda for all layers: that of the geometric mean."""
+    depth, classes, factors = 3, 3, np.array([2.0, 2.0, 0.25])
+    setting = Setting(classes)
+    gamma = closed_forms.unconstrained_gamma(depth, PER_CLASS, setting)
+    last = closed_forms.critical_decays(gamma, depth, setting)[1]
+    config = ufm_config()
+    config.data.num_classes, config.model.widths = classes, (16, 16)
+    config.decay.hidden, config.decay.head = (1.0, 2.0), (0.25, 1.0)
+    config.sweep.weight_decay, config.sweep.seed = (0.4 * last,), (0,)
+    config.sweep.learning_rate, config.sweep.init_scale = 0.03, 1.5
+    config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
+    history = loop.record(plan.prepare(config, tmp_path))
+    assert history["decay_hidden"].values.tolist() == [1, 2]
+    assert history["decay_head"].values.tolist() == [0.25, 1]
+    final = history.isel(epoch=-1, seed=0, weight_decay=0).sel(split="train")
+    run = final.sel(decay_hidden=2, decay_head=0.25)
+    mean = float(np.prod(factors) ** (1 / depth))
+    expected = closed_forms.homogeneous_solution(0.4 * last * mean, gamma, depth, setting)
+    np.testing.assert_allclose(run["epsilon"], expected.epsilon, rtol=1e-6)
+    np.testing.assert_allclose(
+        run["weight_norm_sq"], expected.weight_norm_sq * mean / factors, rtol=1e-6
+    )
+    np.testing.assert_allclose(run["closed_form_epsilon"], expected.epsilon, rtol=1e-12)
+    np.testing.assert_allclose(run["closed_form_norm_sq"], run["weight_norm_sq"][-1], rtol=1e-6)
+    np.testing.assert_allclose(run["norm_target"], run["weight_norm_sq"][-1], rtol=1e-6)
+    assert (run["equilibrium_residual"] < 1e-6).all()
+    assert run["lemma2_residual"] < 1e-12
+    assert run["relaxation_time"].isnull()
+    # One decay for all layers: the clock runs at its pace.
+    same = final.sel(decay_hidden=1, decay_head=1)
+    np.testing.assert_allclose(
+        same["relaxation_time"], 2 * same["effective_decay"] * same["flow_time"]
+    )
+    squares = float((factors * run["weight_norm_sq"].values).sum())
+    np.testing.assert_allclose(
+        run["loss"], run["fit_loss"] + 0.5 * float(run["effective_decay"]) * squares, rtol=1e-12
+    )
