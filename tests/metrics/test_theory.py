@@ -119,7 +119,11 @@ def test_lemma_2_fails_for_a_net_with_hidden_biases():
 
 # Of a network (W_2 s(W_1 x))^2 below a head, and of one that is no power of W_2.
 @pytest.mark.parametrize(
-    ("power", "degrees"), [(2, (2.0, 2.0, 1.0)), (None, (1.0, float("nan"), 1.0))]
+    ("power", "degrees"),
+    [
+        (2, (2.0, 2.0, 1.0)),
+        pytest.param(None, (1.0, float("nan"), 1.0), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("float64")
 def test_lemma_2_holds_for_layers_of_every_degree_and_decay(power, degrees):

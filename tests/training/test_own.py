@@ -125,6 +125,7 @@ def test_other_collections_are_every_runs_own(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(states.params)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_what_is_dropped_is_a_function_of_seed_epoch_and_step(tmp_path):
     fields = {"network": "tests.networks:Dropping", "model__widths": (6,)}
     whole, again = (trained_only(tmp_path / name, 2, **fields) for name in "ab")
@@ -139,6 +140,7 @@ def test_statistics_of_a_batch_that_is_spread_over_devices_need_its_axis(tmp_pat
         loop.Sweep(plan.prepare(make_config(mesh__data=2), tmp_path))
 
 
+@pytest.mark.slow
 def test_it_lowers_for_accelerators(tmp_path):
     check_lowers(make_config(), tmp_path)
 
@@ -168,11 +170,9 @@ def lowered(platforms, config, folder):
 
 def test_its_program_is_that_of_the_same_network_built_in(tmp_path):
     """To the letter, and so as fast."""
-    own_text, built_in = (
-        lowered("cpu", make_config(path), tmp_path / "x")[0]
-        for path in ("tests.networks:Plain", "")
-    )
-    assert own_text == built_in
+    paths = ("tests.networks:Plain", "")
+    texts = [lowered(("cpu",), make_config(path), tmp_path)[0] for path in paths]
+    assert texts[0] == texts[1]
 
 
 def check_lowers(config, folder):
