@@ -140,6 +140,73 @@ class Measurement(Mapping[str, float]):
         return f"<p>{html.escape(self.headline)}</p><table>{head}{rows}</table>{remarks}"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerMeasurements(Mapping[str, Measurement]):
+    """Holds the measurements of several layers of one model, by name and in forward order.
+
+    `print(m)` and a notebook show a row per layer and a column per metric.
+
+    Attributes:
+      layers: name of the layer -> its `Measurement`.
+
+    Examples:
+      >>> import numpy as np, ncjax
+      >>> rng = np.random.default_rng(0)
+      >>> labels = np.arange(60) % 3
+      >>> layers = {s: np.eye(3)[labels] + s * rng.standard_normal((60, 3)) for s in (0.5, 0.1)}
+      >>> found = {f"noise {s}": ncjax.measure(h, labels) for s, h in layers.items()}
+      >>> m = ncjax.LayerMeasurements(found)
+      >>> [*m], m["noise 0.5"].cdnv > m["noise 0.1"].cdnv
+      (['noise 0.5', 'noise 0.1'], True)
+      >>> m.to_dataset()["cdnv"].dims
+      ('layer',)
+    """
+
+    layers: dict[str, Measurement]
+
+    def __getitem__(self, name: str) -> Measurement:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def to_dataset(self) -> "xr.Dataset":
+        """Returns every metric by `layer`; NaN where a layer lacks it."""
+        import xarray as xr
+
+        names = self._metrics()
+        variables = {
+            name: (("layer",), [m.metrics.get(name, np.nan) for m in self.layers.values()])
+            for name in names
+        }
+        data = xr.Dataset(variables, {"layer": list(self.layers)})
+        for name in names:
+            data[name].attrs.update(_entry(name).attributes)
+        return data
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Returns a table with a row per layer and a column per metric."""
+        import pandas as pd
+
+        rows = {name: one.metrics for name, one in self.layers.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=self._metrics())
+        return frame.rename_axis("layer")
+
+    def _metrics(self) -> list[str]:
+        """Returns the metrics that any layer has, in the order of the vocabulary."""
+        found = {name for one in self.layers.values() for name in one.metrics}
+        return sorted(found, key=[*VOCABULARY, *sorted(found)].index)
+
+    def __repr__(self) -> str:
+        return self.to_dataframe().to_string(float_format="{:.4g}".format)
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(float_format="{:.4g}".format)
+
+
 def _entry(name: str) -> Metric:
     """Returns what the vocabulary says of a metric; its title alone of a name that it lacks."""
     return VOCABULARY.get(name) or Metric(name, definition="")
