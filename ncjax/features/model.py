@@ -17,6 +17,7 @@ from ncjax.features.labels import as_labels
 from ncjax.features.measure import measure_batches
 from ncjax.features.pooling import Pool, check_pool, pooled
 from ncjax.features.result import LayerMeasurements, Measurement
+from ncjax.features.tensors import on_host
 
 Key = str | int | Sequence[str] | Callable[[Any], Any] | None
 Module = Any  # torch.nn.Module
@@ -279,7 +280,7 @@ class _Tap:
         if times > 1:
             way_out = f"it ran {times} times in one pass; name one that does once"
             raise InputError("layer", name, way_out)
-        return _on_host(features)
+        return on_host(features)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -311,13 +312,6 @@ def _logits_of(output: Any) -> Any:
         logits = output[0]
     is_matrix = isinstance(logits, _torch().Tensor) and logits.ndim == 2 and logits.shape[1] > 1
     return logits if is_matrix and logits.is_floating_point() else None
-
-
-def _on_host(tensor: Any) -> np.ndarray:
-    """Returns a tensor's numbers as NumPy's; those of bfloat16 in float32, which holds them."""
-    torch = _torch()
-    tensor = tensor.detach().to("cpu")
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _placed(value: Any, device: Any) -> Any:
@@ -421,8 +415,8 @@ class _Runner:
         """Runs the model on a batch; returns labels and logits, if it has any."""
         arguments, keywords, labels = self._keys.split(batch, with_labels=True)
         logits = _logits_of(self._call(arguments, keywords))
-        labels = _on_host(labels) if hasattr(labels, "detach") else np.asarray(labels)
-        return as_labels(labels), None if logits is None else _on_host(logits)
+        labels = on_host(labels) if hasattr(labels, "detach") else np.asarray(labels)
+        return as_labels(labels), None if logits is None else on_host(logits)
 
     def _selected(
         self, tap: _Tap, labels: np.ndarray, logits: np.ndarray | None
@@ -460,6 +454,6 @@ def _head_of(tap: _Tap) -> dict[str, Any]:
         return {}
     bias = tap.module.bias
     return {
-        "head": _on_host(tap.module.weight),
-        "bias": None if bias is None else _on_host(bias),
+        "head": on_host(tap.module.weight),
+        "bias": None if bias is None else on_host(bias),
     }

@@ -10,8 +10,8 @@ Pool: TypeAlias = str | Callable[[Any], Any] | None
 
 POOLS = ("mean", "flatten", "cls")
 _WAYS_OUT = (
-    "pool='mean' (channels of N x C x H x W over positions, N x T x p over tokens), "
-    "pool='flatten', pool='cls' (the first token) or a function makes (N, p) of them"
+    "say what makes (N, p) of them: pool is mean (over the positions of N x C x H x W, the tokens "
+    "of N x T x p), flatten, cls (the first token), or a function"
 )
 
 

@@ -1092,7 +1092,7 @@ FILES = {
     "no features": (
         "a.npz",
         {"feats": H, "labels": LABELS},
-        "got 'feats, labels'; an array must be named features",
+        "no array is named features; did you mean feats",
     ),
     "objects": ("a.npz", {"features": np.array([{}]), "labels": LABELS}, "it cannot be read"),
     "words": (
@@ -1150,7 +1150,7 @@ def test_layers_of_other_examples_are_refused(tmp_path, said):
         (["--batch=0"], "--batch: got 0"),
         (["--classes=-1"], "--classes: got -1"),
         (["--classes=1000000000000"], "--classes: got 1000000000000"),
-        (["--head", DATA / "features.npz"], "it has no head_kernel, but features, labels"),
+        (["--head", DATA / "features.npz"], "it has features (400, 128), labels (400,)"),
         (["--weight-decay=1e-3"], "give one"),
         (["--classes=3"], "labels: got 9; with 3 classes they are 0 to 2"),
         (["--labels", DATA / "head.npz"], "it has no labels"),
