@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
     from ncjax.features.model import measure_model
+    from ncjax.features.monitor import Monitor
     from ncjax.features.result import LayerMeasurements, Measurement
     from ncjax.runs.load import Run, load_run
 
@@ -18,6 +19,7 @@ __all__ = [
     "InputError",
     "LayerMeasurements",
     "Measurement",
+    "Monitor",
     "Run",
     "load_run",
     "measure",
@@ -35,6 +37,7 @@ _HOMES = {
     "InputError": "ncjax.errors",
     "LayerMeasurements": "ncjax.features.result",
     "Measurement": "ncjax.features.result",
+    "Monitor": "ncjax.features.monitor",
     "Run": "ncjax.runs.load",
     "load_run": "ncjax.runs.load",
     "measure": "ncjax.features.measure",

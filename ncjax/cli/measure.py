@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
     from ncjax.features.result import Measurement
 
+# That `feature_figures` draws; it would import matplotlib.
+FIGURES = ("spectrum", "angles", "classes", "layers")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
@@ -126,6 +129,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="writes spectra, angles and a scatter of classes, or of layers",
     )
+    command.add_style(parser, FIGURES)
     add(
         "--json",
         action="store_true",
@@ -253,13 +257,14 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
     else:
         _print(layers, found, arguments.global_mean, tables.make_console())
     if arguments.figures is not None:
-        from ncjax.report import feature_figures
+        from ncjax.report import draw, feature_figures
 
         console = tables.make_console(stderr=arguments.json)
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder):
+        style = draw.Style(arguments.only, arguments.format)
+        for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0
 

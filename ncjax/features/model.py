@@ -90,22 +90,58 @@ def measure_model(
       >>> [*ncjax.measure_model(model, loader, layers=["0", "1", "2"])]
       ['0', '1', '2']
     """
-    check_pool(pool)
     if layer is not None and layers is not None:
         raise InputError("layers", list(layers), "give layer, or layers, not both")
-    runner = _Runner(_checked(model), _Keys(inputs, labels), pool, ignore_label)
-    found = runner.measure(
+    found = measure_layers(
+        model,
+        loader,
         [layer] if layers is None else list(layers),
+        inputs=inputs,
+        labels=labels,
+        pool=pool,
+        keep=keep,
+        ood=ood,
+        num_classes=num_classes,
+        loss=loss,
+        weight_decay=weight_decay,
+        global_mean=global_mean,
+        ignore_label=ignore_label,
+        float64=float64,
+    )
+    for one in found.values():
+        for caution in one.cautions:
+            warnings.warn(caution, stacklevel=2)
+    return next(iter(found.values())) if layers is None else LayerMeasurements(found)
+
+
+def measure_layers(
+    model: Module,
+    loader: Iterable,
+    names: Sequence[str | None],
+    *,
+    inputs: Key = None,
+    labels: Key = None,
+    pool: Pool = "mean",
+    keep: bool = True,
+    ood: Iterable | None = None,
+    num_classes: int | None = None,
+    loss: str = "square",
+    weight_decay: float | None = None,
+    global_mean: str = "classes",
+    ignore_label: int | None = None,
+    float64: bool | None = None,
+) -> dict[str, Measurement]:
+    """Returns the measurement of each module by name; arguments as in `measure_model`."""
+    check_pool(pool)
+    runner = _Runner(_checked(model), _Keys(inputs, labels), pool, ignore_label)
+    return runner.measure(
+        names,
         loader,
         keep=keep,
         ood=ood,
         of_all={"loss": loss, "global_mean": global_mean, "float64": float64},
         of_last={"num_classes": num_classes, "weight_decay": weight_decay},
     )
-    for one in found.values():
-        for caution in one.cautions:
-            warnings.warn(caution, stacklevel=2)
-    return next(iter(found.values())) if layers is None else LayerMeasurements(found)
 
 
 def _torch() -> Any:

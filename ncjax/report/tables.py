@@ -211,6 +211,19 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def show_layers(one: xr.Dataset, names: Sequence[str], title: str, console: Console) -> None:
+    """Prints metrics by layer: a row per metric, a column per layer."""
+    layers = [str(name) for name in one["layer"].values]
+    table = Table(title=title)
+    table.add_column("metric", no_wrap=True)
+    for layer in layers:
+        table.add_column(printable(layer), justify="right")
+    for name in names:
+        values = [float(one[name].sel(layer=layer)) for layer in layers]
+        table.add_row(name, *("-" if np.isnan(value) else f"{value:.4g}" for value in values))
+    console.print(table)
+
+
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
     """One row per weight decay (and other swept setting): mean ± sd over seeds."""
     names, settings = _settings(history)

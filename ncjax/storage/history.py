@@ -13,6 +13,7 @@ from ncjax import config
 from ncjax.config import Grid
 from ncjax.errors import InputError
 from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
 
 # Measured with the others, but only the newest is kept: C^2 numbers a run.
@@ -132,6 +133,13 @@ def load(path: Path) -> xr.Dataset:
     """Reads a history into memory, verified where its checksum lies beside it, or raises
     InputError naming the file.
     """
+    return checked(read(path), path)
+
+
+def read(path: Path) -> xr.Dataset:
+    """Reads whatever netCDF a file holds, verified where its checksum lies beside it, or raises
+    InputError naming the file.
+    """
     try:
         content = _read_verified(path)
     except FileNotFoundError as error:
@@ -140,13 +148,20 @@ def load(path: Path) -> xr.Dataset:
         ) from error
     try:
         # From memory: of a damaged file that it has mapped, scipy cannot let go without a warning.
-        history = xr.load_dataset(io.BytesIO(content), engine="scipy")
+        return xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
             "history",
             str(path),
             "not readable as netCDF; remove it, and the same command trains anew",
         ) from error
+
+
+def checked(history: xr.Dataset, path: Path) -> xr.Dataset:
+    """Returns what was read from a file if it is the history of a sweep, or raises InputError."""
+    if monitored.is_monitored(history):
+        way_out = "ncjax.Monitor wrote it, of a model of another kind; `ncjax show` and `plot` read"
+        raise InputError("history", str(path), f"{way_out} it; choose another WORKDIR")
     if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {
         "train",
         "test",
