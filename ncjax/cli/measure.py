@@ -5,6 +5,7 @@ head's equilibrium.
     ncjax measure layer1.npy layer2.npy layer3.npy --labels labels.npy --figures figures
     ncjax measure feats.safetensors --head head.safetensors --weight-decay 5e-4 \\
         --loss cross_entropy --json
+    ncjax measure feats.csv --head checkpoint.pt --head-prefix fc --by-class --csv
 
 FEATURES is .npz, .safetensors, .pt, .h5 or .parquet with `features` (N, p), `labels` (N,) from 0 to
 C - 1 and, where outputs should not be computed from the head, `logits` (N, C); .npy with features
@@ -131,9 +132,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     command.add_style(parser, FIGURES)
     add(
+        "--ood",
+        metavar="FILE",
+        type=Path,
+        help="features of out-of-distribution examples, of the last layer: nc5 and ood_auroc",
+    )
+    add(
+        "--by-class",
+        action="store_true",
+        help="a row per class of the last layer: examples, variance, norm, nearest rival, angle",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
         "--json",
         action="store_true",
         help="one JSON object; its `metrics` are flat, null where undefined",
+    )
+    output.add_argument(
+        "--csv",
+        action="store_true",
+        help="a row per layer and a column per metric; with --by-class a row per class",
+    )
+    output.add_argument(
+        "--latex",
+        action="store_true",
+        help="a tabular with a row per metric and a column per layer; with --by-class, per class",
     )
     return parser.parse_args(argv)
 
@@ -148,6 +171,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
         arrays = files.read(expanded("--head", arguments.head), "head_kernel")
         kernel, bias = files.find_head(arguments.head, arrays, arguments.head_prefix)
     batches = _read_layers(arguments)
+    ood = None if arguments.ood is None else _read_outliers(arguments)
     if arguments.figures is not None:
         make_folder("--figures", expanded("--figures", arguments.figures))
     environment.import_jax()
@@ -168,7 +192,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
         "float64": arguments.float64 or None,
         "rows": arguments.batch,
     }
-    of_last = {"weight_decay": arguments.weight_decay, "head": kernel, "bias": bias}
+    of_last = {"weight_decay": arguments.weight_decay, "head": kernel, "bias": bias, "ood": ood}
     found = []
     with _progress(2 * sum(len(own) for _, own, *_ in batches if own.ndim)) as advance:
         for batch in batches:
@@ -203,6 +227,12 @@ def _read_layers(arguments: argparse.Namespace) -> list[tuple["np.ndarray", ...]
             )
             raise InputError(str(path), f"{len(one.features)} examples", way_out)
     return batches
+
+
+def _read_outliers(arguments: argparse.Namespace) -> "np.ndarray":
+    key = arguments.features_key
+    arrays = files.read(expanded("--ood", arguments.ood), key or "features")
+    return files.find_examples(arguments.ood, arrays, key, None).features
 
 
 def _read_labels(path: Path, labels_key: str | None) -> "np.ndarray":
@@ -245,21 +275,24 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
     from ncjax.storage import journal
 
     layers = [str(path) for path in arguments.features]
+    named = dict(zip(layers, found, strict=True))
+    is_data = arguments.json or arguments.csv or arguments.latex
     if arguments.json:
-        described = [
-            _describe(arguments, layer, one) for layer, one in zip(layers, found, strict=True)
-        ]
-        print(
-            json.dumps(
-                journal.strict(described[0] if len(described) == 1 else {"layers": described})
-            )
-        )
+        described = [_describe(arguments, layer, one) for layer, one in named.items()]
+        if arguments.by_class:
+            described[-1]["by_class"] = found[-1].by_class().reset_index().to_dict("records")
+        whole = described[0] if len(described) == 1 else {"layers": described}
+        print(json.dumps(journal.strict(whole)))
+    elif is_data:
+        print(_as_table(arguments, named), end="")
     else:
         _print(layers, found, arguments.global_mean, tables.make_console())
+        if arguments.by_class:
+            tables.show_by_class(found[-1].by_class(), tables.make_console())
     if arguments.figures is not None:
         from ncjax.report import draw, feature_figures
 
-        console = tables.make_console(stderr=arguments.json)
+        console = tables.make_console(stderr=is_data)
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
@@ -267,6 +300,18 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0
+
+
+def _as_table(arguments: argparse.Namespace, named: dict[str, "Measurement"]) -> str:
+    """Returns what --csv or --latex prints, --latex with four digits."""
+    from ncjax.features.result import LayerMeasurements
+    from ncjax.report import tables
+
+    if arguments.by_class:
+        frame = list(named.values())[-1].by_class()
+        return frame.to_csv() if arguments.csv else tables.as_latex(frame)
+    frame = LayerMeasurements(named).to_dataframe()
+    return frame.to_csv() if arguments.csv else tables.as_latex(frame.T.rename_axis("metric"))
 
 
 def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -> dict[str, Any]:
@@ -310,7 +355,7 @@ def _print(
 ) -> None:
     from rich.table import Table
 
-    from ncjax.metrics.vocabulary import VOCABULARY
+    from ncjax.metrics.vocabulary import FEATURE_VOCABULARY
     from ncjax.report import tables
 
     if len(found) > 1:
@@ -332,7 +377,7 @@ def _print(
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
     for name, value in last.metrics.items():
-        table.add_row(name, f"{value:.4g}", VOCABULARY[name].definition)
+        table.add_row(name, f"{value:.4g}", FEATURE_VOCABULARY[name].definition)
     console.print(table)
     if last.missing:
         shown = ", ".join(map(str, last.missing[:10])) + (", ..." if len(last.missing) > 10 else "")

@@ -1,5 +1,6 @@
 """Measures neural collapse of features from anywhere, in one call or in two passes one by one."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ def measure(
     global_mean: str = "classes",
     pool: Pool = None,
     ignore_label: int | None = None,
+    ood: Any = None,
     float64: bool | None = None,
     rows: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -79,6 +81,7 @@ def measure(
       pool: makes (N, p) of features of more axes: `mean` over the positions of (N, C, H, W) or
         the tokens of (N, T, p), `flatten`, `cls` (the first token), or a function.
       ignore_label: examples of this label are left out, as -1 or -100.
+      ood: features (M, p) of out-of-distribution examples: nc5, and how well they are told apart.
       float64: compute in float64; None: where float32 does not hold the numbers of these types.
       rows: at most so many examples at once; None: 16 to 64 MiB of them.
       devices: JAX devices that share the work; None: all of this process.
@@ -111,6 +114,7 @@ def measure(
         global_mean=global_mean,
         pool=pool,
         ignore_label=ignore_label,
+        ood=ood,
         float64=float64,
         rows=rows,
         devices=devices,
@@ -131,6 +135,7 @@ def measure_batches(
     global_mean: str = "classes",
     pool: Pool = None,
     ignore_label: int | None = None,
+    ood: Any = None,
     float64: bool | None = None,
     rows: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -157,6 +162,7 @@ def measure_batches(
         for balanced classes.
       pool: what makes (N, p) of features of more axes, as in `measure`.
       ignore_label: examples of this label are left out.
+      ood: features (M, p) of out-of-distribution examples, of which the batches are read once more.
       float64: compute in float64; None: where float32 does not hold features or logits of their
         type.
       rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read
@@ -182,7 +188,7 @@ def measure_batches(
       True
     """
 
-    from ncjax.features import measurement, streaming
+    from ncjax.features import measurement, outliers, streaming
 
     if rows is not None and rows < 1:
         raise InputError("rows", rows, "give a number from 1 on")
@@ -207,7 +213,12 @@ def measure_batches(
         sums, head=head, bias=bias, loss=loss, weight_decay=weight_decay, global_mean=global_mean
     )
     del sums
-    return measurement.find(reference, streaming.second_pass(batches, reference, **work))
+    outside = None if ood is None else outliers.as_outliers(ood, pool, reference.means.shape[1])
+    found = measurement.find(reference, streaming.second_pass(batches, reference, **work))
+    if outside is None:
+        return found
+    extra = outliers.measure_outliers(reference, batches, outside)
+    return dataclasses.replace(found, metrics=found.metrics | extra)
 
 
 def _classes_in(batch: Any) -> int:

@@ -25,7 +25,7 @@ from ncjax.features import cautions
 from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations, Frames, Scores, Sums, rounding_of_sums
 from ncjax.features.streaming import SAME_EXAMPLES, as_array
-from ncjax.metrics import collapse, theory
+from ncjax.metrics import collapse, geometry, theory
 from ncjax.metrics.linalg import symmetric_part
 from ncjax.metrics.statistics import Statistics
 from ncjax.metrics.vocabulary import Quantities, assemble
@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 # Beyond, C x C arrays are not held: no budget, no cross-entropy, no logits.
 MOST_SQUARE = 2048
+# Beyond, distances from hulls of classes take longer than all else.
+_MOST_HULLS = 256
 # Features along which deviations from the class means must cancel out, for as many as so many
 # classes say.
 _PROBES, _PROBED_CLASSES = 4, 256
@@ -76,7 +78,7 @@ class Units(NamedTuple):
         )
         units |= dict.fromkeys(("norm_target", "predicted_head_norm_sq"), 2 * (e - a))
         units |= {f"budget_{term}_norm": e + a for term in theory.Budget._fields}
-        return units | {"weight_norm_sq": 2 * b}
+        return units | {"weight_norm_sq": 2 * b, "nc0": b, "mean_feature_norm": a}
 
 
 class Reference(NamedTuple):
@@ -456,6 +458,7 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         if reference.asked.weight_decay is not None:
             metrics |= _equilibrium(reference, deviations, residuals, notes)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics |= _of_geometry(reference, deviations, notes)
     for word, test in (("undefined (NaN)", np.isnan), ("infinite", np.isinf)):
         names = [name for name, value in metrics.items() if test(value)]
         if names:
@@ -481,6 +484,30 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         notes=notes,
         unit=2.0**kept,
     )
+
+
+def _of_geometry(
+    reference: Reference, deviations: Deviations, notes: list[str]
+) -> dict[str, float]:
+    """Returns what is known of class means and head where classes may outnumber dimensions."""
+    counts, means = reference.examples[reference.present], reference.means
+    squares = counts @ np.sum(means**2, axis=1) + np.sum(np.asarray(deviations.within))
+    metrics = {
+        "mean_feature_norm": float(np.sqrt(squares / counts.sum())),
+        "effective_rank": geometry.effective_rank(reference.spectrum),
+        "condition_number": geometry.condition_number(reference.spectrum),
+    }
+    units = geometry.normalized(reference.centred)
+    if reference.head is not None:
+        metrics["nc0"] = float(np.linalg.norm(reference.head.sum(axis=0)))
+        metrics["uniform_duality"] = geometry.uniform_duality(reference.head, units)
+    if len(units) <= MOST_SQUARE:
+        metrics["hyperspherical_uniformity"] = geometry.hyperspherical_uniformity(units)
+    if units.shape[1] < len(units) <= _MOST_HULLS and np.isfinite(units).all():
+        metrics["one_vs_rest_margin"] = geometry.one_vs_rest_margin(units)
+    elif units.shape[1] < len(units):
+        notes.append(f"one_vs_rest_margin is left out: it needs at most {_MOST_HULLS} classes")
+    return metrics
 
 
 def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY
 
 _KIND = "ncjax.Monitor"
 _SECONDS = {
@@ -32,9 +32,9 @@ def one_epoch(
         name: (
             ("epoch", "layer"),
             [[metrics.get(name, np.nan) for metrics in layers.values()]],
-            VOCABULARY[name].attributes,
+            FEATURE_VOCABULARY[name].attributes,
         )
-        for name in VOCABULARY
+        for name in FEATURE_VOCABULARY
         if name in names
     }
     variables["seconds"] = (("epoch",), [seconds], _SECONDS)
