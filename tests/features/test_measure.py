@@ -2,6 +2,7 @@
 files, command line.
 """
 
+import importlib
 import io
 import itertools
 import json
@@ -1342,10 +1343,30 @@ def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, c
     assert scope["found"].metrics["nc3"] == pytest.approx(scope["metrics"]["nc3"], rel=1e-6)
 
 
-def test_the_pytorch_example_of_the_documentation_runs(capsys):
-    pytest.importorskip("torch")
+def test_the_pytorch_examples_and_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    exec(
-        compile(next(text for torch, text in examples() if torch), "docs/measure.md", "exec"), scope
-    )
-    assert 0 < scope["found"].metrics["nc4"] < 1
+    of_torch = [text for torch, text in examples() if torch]
+    assert len(of_torch) == 4
+    for example in of_torch:
+        exec(compile(example, "docs/measure.md", "exec"), scope)
+    assert scope["m"].examples.sum() == 180
+    assert scope["monitor"].history.epoch.values.tolist() == [2, 4, 6]
+    h, labels, head, bias = split()
+    np.savez(tmp_path / "features.npz", features=h, labels=labels)
+    np.savez(tmp_path / "head.npz", weight=head, bias=bias)
+    for layer in ("layer1", "layer2"):
+        np.save(tmp_path / f"{layer}.npy", h[:, :6])
+    np.save(tmp_path / "outliers.npy", h[:7])
+    pd.DataFrame(h).add_prefix("h").assign(label=labels).to_csv("features.csv", index=False)
+    weights = {"fc.weight": torch.from_numpy(head), "fc.bias": torch.from_numpy(bias)}
+    torch.save(weights, tmp_path / "checkpoint.pt")
+    text = (ROOT / "docs" / "measure.md").read_text()
+    commands = re.findall(r"^    ncjax (\w+) (.+)$", text, re.MULTILINE)
+    assert [name for name, _ in commands] == ["show", "plot"] + ["measure"] * 4
+    for name, line in commands:
+        main = importlib.import_module(f"ncjax.cli.{name}").main
+        assert main(line.split()) == 0, capsys.readouterr().err
+    assert (tmp_path / "figures" / "layers.svg").exists()
+    assert (tmp_path / "runs/mine/figures/collapse_against_epoch.pdf").exists()
