@@ -10,8 +10,8 @@ PyTorch's way is the field's: class means, then one p x p GEMM a batch (the best
 sizes), then the pseudo-inverse. Both give nc1 of the same arrays, in turns, on as many threads as
 there are cores, after first calls that compile. A turn is two calls of which the second counts:
 after its last call a library's threads wait by spinning for some milliseconds, and would take a
-core from the other's first. Rows of single calls say what that costs. Files were just written, so they are read
-from the page cache where memory has room; their first call compiles too.
+core from the other's first. Rows of single calls say what that costs. Files were just written, so
+they are read from the page cache where memory has room; their first call compiles too.
 """
 
 import argparse
