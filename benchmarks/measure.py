@@ -10,8 +10,8 @@ PyTorch's way is the field's: class means, then one p x p GEMM a batch (the best
 sizes), then the pseudo-inverse. Both give nc1 of the same arrays, in turns, on as many threads as
 there are cores, after first calls that compile. A turn is two calls of which the second counts:
 after its last call a library's threads wait by spinning for some milliseconds, and would take a
-core from the other's first. Files were just written, so they are read from the page cache where
-memory has room; their first call compiles too.
+core from the other's first. Rows of single calls say what that costs. Files were just written, so
+they are read from the page cache where memory has room; their first call compiles too.
 """
 
 import argparse
@@ -72,9 +72,12 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(*functions: Callable[[], Any], rounds: int) -> list[list[float]]:
+def in_turns(*functions: Callable[[], Any], rounds: int, single: bool = False) -> list[list[float]]:
+    """Seconds of each function in turns: of the second of two calls, or of `single` ones."""
+
     def turn(function: Callable[[], Any]) -> float:
-        function()
+        if not single:
+            function()
         return seconds(function)
 
     times = [[turn(function) for function in functions] for _ in range(rounds)]
@@ -148,16 +151,49 @@ def against_covariances(
     theirs = covariances(batch)
     assert abs(theirs["nc1"] / mine["nc1"] - 1) < 1e-3, (theirs, mine)
     rival, own = in_turns(lambda: covariances(batch), ours, rounds=rounds)
-    ratio = [a / b for a, b in zip(rival, own, strict=True)]
+    singly = in_turns(lambda: covariances(batch), ours, rounds=rounds, single=True)
     return {
         "C": num_classes,
         "head": with_head,
         "batch": batch,
         "pytorch": rival,
         "ncjax": own,
-        "ratio": ratio,
+        "singly": singly,
         "memory over inputs": memory,
     }
+
+
+# A model of PyTorch
+
+
+def of_model(rounds: int, size: int) -> tuple[list[float], list[float]]:
+    """Seconds of the forward passes of a network with 512 features and ten classes over a loader,
+    and of `measure_model`, which runs them too, in turns.
+    """
+    import torch
+
+    import ncjax
+
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Sequential(torch.nn.Linear(m, n), torch.nn.BatchNorm1d(n), torch.nn.ReLU())
+        for m, n in ((3072, 1024), (1024, 1024), (1024, 512))
+    ]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(512, 10)).eval()
+    data = torch.utils.data.TensorDataset(torch.randn(size, 3072), torch.arange(size) % 10)
+    loader = torch.utils.data.DataLoader(data, 100)
+
+    def forward() -> None:
+        with torch.no_grad():
+            for inputs, _ in loader:
+                model(inputs)
+
+    def measured() -> None:
+        ncjax.measure_model(model, loader)
+
+    measured()
+    alone, with_measurement = in_turns(forward, measured, rounds=rounds, single=True)
+    return alone, with_measurement
 
 
 def read_in_place(size: int, dim: int) -> list[float]:
@@ -302,16 +338,30 @@ def main() -> None:
     for num_classes in (10, 100):
         for with_head in (False, True):
             found = against_covariances(size, 512, num_classes, rounds, with_head)
-            ratio = found["ratio"]
-            table.add_row(
-                str(num_classes),
-                "with a head" if with_head else "features alone",
-                f"{said(found['pytorch'])}, batch {found['batch']}",
-                said(found["ncjax"]),
-                f"{statistics.median(ratio):.1f} ({min(ratio):.1f} to {max(ratio):.1f})",
-                f"{found['memory over inputs']:.2f}",
-            )
+            what = "with a head" if with_head else "features alone"
+            for calls, (rival, own) in (
+                ("", (found["pytorch"], found["ncjax"])),
+                (", single calls", found["singly"]),
+            ):
+                ratio = [a / b for a, b in zip(rival, own, strict=True)]
+                table.add_row(
+                    str(num_classes),
+                    what + calls,
+                    f"{said(rival)}, batch {found['batch']}",
+                    said(own),
+                    f"{statistics.median(ratio):.1f} ({min(ratio):.1f} to {max(ratio):.1f})",
+                    f"{found['memory over inputs']:.2f}",
+                )
     console.print(table)
+    examples = 1_000 if arguments.quick else 10_000
+    alone, measured = of_model(rounds, examples)
+    added = [b / a - 1 for a, b in zip(alone, measured, strict=True)]
+    console.print(
+        f"a PyTorch network, N = {examples:,}, p = 512, C = 10: forward passes {said(alone)}, "
+        f"measure_model {said(measured)}: {statistics.median(added):.0%} more "
+        f"({min(added):.0%} to {max(added):.0%})",
+        highlight=False,
+    )
     console.print(
         f"reading them twice, a thread per core: {said(read_in_place(size, 512))}", highlight=False
     )

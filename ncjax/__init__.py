@@ -9,17 +9,22 @@ if TYPE_CHECKING:
     from ncjax.config import Config
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
-    from ncjax.features.result import Measurement
+    from ncjax.features.model import measure_model
+    from ncjax.features.monitor import Monitor
+    from ncjax.features.result import LayerMeasurements, Measurement
     from ncjax.runs.load import Run, load_run
 
 __all__ = [
     "Config",
     "InputError",
+    "LayerMeasurements",
     "Measurement",
+    "Monitor",
     "Run",
     "load_run",
     "measure",
     "measure_batches",
+    "measure_model",
     "metrics",
     "train",
 ]
@@ -30,11 +35,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "ncjax.config",
     "InputError": "ncjax.errors",
+    "LayerMeasurements": "ncjax.features.result",
     "Measurement": "ncjax.features.result",
+    "Monitor": "ncjax.features.monitor",
     "Run": "ncjax.runs.load",
     "load_run": "ncjax.runs.load",
     "measure": "ncjax.features.measure",
     "measure_batches": "ncjax.features.measure",
+    "measure_model": "ncjax.features.model",
     "train": "ncjax.api",
 }
 

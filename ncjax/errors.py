@@ -3,6 +3,7 @@
 A command prints an `InputError` as a single line and exits with 2.
 """
 
+import difflib
 import sys
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -27,6 +28,12 @@ class InputError(ValueError):
 def unknown_choice(field: str, value: object, literal: Any) -> InputError:
     """Returns the error for a value that is none of a Literal's."""
     return InputError(field, value, f"must be one of {', '.join(get_args(literal))}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean ...?` with the known names that are like one, or nothing."""
+    like = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(like)}?" if like else ""
 
 
 def listed(values: Iterable[float | int]) -> str:

@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from ncjax.runs import signals
@@ -57,6 +58,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; --help lists the arguments\n")
+
+
+def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
+    """Adds the flags that choose among figures, and their format."""
+    parser.add_argument(
+        "--only",
+        metavar="FIGURE",
+        nargs="+",
+        choices=figures,
+        default=(),
+        help=f"these figures alone: {', '.join(figures)}",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("png", "pdf", "svg"),
+        default="png",
+        help="of the figures (default: png)",
+    )
 
 
 def refuse(error: Exception) -> int:

@@ -5,12 +5,14 @@ head's equilibrium.
     ncjax measure layer1.npy layer2.npy layer3.npy --labels labels.npy --figures figures
     ncjax measure feats.safetensors --head head.safetensors --weight-decay 5e-4 \\
         --loss cross_entropy --json
+    ncjax measure feats.csv --head checkpoint.pt --head-prefix fc --by-class --csv
 
-FEATURES is .npz or .safetensors with `features` (N, p), `labels` (N,) from 0 to C - 1 and, where
-outputs should not be computed from the head, `logits` (N, C); or .npy with features alone. Files
-are memory-mapped (a compressed .npz is not). --head has `head_kernel` (C, p), as in PyTorch's
-Linear.weight, and `head_bias` (C,). Several files are layers, in forward order, of which the last
-feeds the head; the others' labels may be left out.
+FEATURES is .npz, .safetensors, .pt, .h5 or .parquet with `features` (N, p), `labels` (N,) from 0 to
+C - 1 and, where outputs should not be computed from the head, `logits` (N, C); .npy with features
+alone; or .csv, whose columns are features but one of labels. .npz, .npy and .safetensors are
+memory-mapped (a compressed .npz is not). --head has `weight` (C, p) and `bias` (C,) of PyTorch's
+Linear, also named `head_kernel` and `head_bias`, or is a whole state_dict. Several files are
+layers, in forward order, of which the last feeds the head; the others' labels may be left out.
 
 In Python: `ncjax.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes:
 0; 2: bad input.
@@ -25,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 from ncjax import environment
 from ncjax.cli import command
 from ncjax.errors import InputError, printable
+from ncjax.features import files
 from ncjax.features.measure import measure_batches
+from ncjax.features.pooling import POOLS
 from ncjax.paths import expanded, make_folder
 
 if TYPE_CHECKING:
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ncjax.features.result import Measurement
+
+# That `feature_figures` draws; it would import matplotlib.
+FIGURES = ("spectrum", "angles", "classes", "layers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,13 +63,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FEATURES",
         type=Path,
         nargs="+",
-        help=".npz, .npy or .safetensors; several: layers",
+        help=".npz, .npy, .safetensors, .pt, .h5, .parquet or .csv; several: layers",
     )
     add(
         "--head",
         metavar="FILE",
         type=Path,
-        help="head_kernel (C, p) and head_bias (C,); .npy: the kernel alone",
+        help="head_kernel or weight (C, p), head_bias or bias (C,); .npy: the kernel alone",
     )
     add(
         "--labels",
@@ -70,6 +77,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="labels (N,), where the files of features have none",
     )
+    add("--features-key", metavar="NAME", help="array of features, where it has another name")
+    add("--labels-key", metavar="NAME", help="array of labels, where it has another name")
+    add(
+        "--head-prefix",
+        metavar="MODULE",
+        help="of a whole state_dict in --head: whose weight and bias, as in fc",
+    )
+    add(
+        "--pool",
+        choices=POOLS,
+        help="makes (N, p) of features N x C x H x W or N x tokens x p",
+    )
+    add("--ignore-label", metavar="L", type=int, help="leaves out examples of this label")
     add(
         "--classes",
         metavar="C",
@@ -110,10 +130,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="writes spectra, angles and a scatter of classes, or of layers",
     )
+    command.add_style(parser, FIGURES)
     add(
+        "--ood",
+        metavar="FILE",
+        type=Path,
+        help="features of out-of-distribution examples, of the last layer: nc5 and ood_auroc",
+    )
+    add(
+        "--by-class",
+        action="store_true",
+        help="a row per class of the last layer: examples, variance, norm, nearest rival, angle",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
         "--json",
         action="store_true",
         help="one JSON object; its `metrics` are flat, null where undefined",
+    )
+    output.add_argument(
+        "--csv",
+        action="store_true",
+        help="a row per layer and a column per metric; with --by-class a row per class",
+    )
+    output.add_argument(
+        "--latex",
+        action="store_true",
+        help="a tabular with a row per metric and a column per layer; with --by-class, per class",
     )
     return parser.parse_args(argv)
 
@@ -123,41 +166,12 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     for name, value in (("--batch", arguments.batch), ("--classes", arguments.classes)):
         if value is not None and value < 1:
             raise InputError(name, value, "give a number from 1 on")
-    head = {} if arguments.head is None else _read("--head", arguments.head, "head_kernel")
-    if arguments.head is not None and "head_kernel" not in head:
-        raise InputError(
-            "--head", str(arguments.head), f"it has no head_kernel, but {_names(head)}"
-        )
-    files = [_read("features", path, "features") for path in arguments.features]
-    held = {} if arguments.labels is None else _read("--labels", arguments.labels, "labels")
-    if arguments.labels is not None and "labels" not in held:
-        raise InputError("--labels", str(arguments.labels), f"it has no labels, but {_names(held)}")
-    labels = held.get("labels")
-    shared = (
-        labels if labels is not None else next((f["labels"] for f in files if "labels" in f), None)
-    )
-    batches = []
-    for path, arrays in zip(arguments.features, files, strict=True):
-        if "features" not in arrays:
-            raise InputError(str(path), _names(arrays), "an array must be named features")
-        own = shared if labels is not None else arrays.get("labels", shared)
-        if own is None:
-            raise InputError(
-                str(path), _names(arrays), "no array is named labels; add it, or give --labels FILE"
-            )
-        shape = arrays["features"].shape
-        if len(shape) != 2:
-            raise InputError(
-                str(path), f"features of shape {shape}", "give (N, p), a row per example"
-            )
-        logits = () if "logits" not in arrays else (arrays["logits"],)
-        batches.append((arrays["features"], own, *logits))
-        if len(arrays["features"]) != len(batches[0][0]):
-            way_out = (
-                f"layers are of the same examples, of which {arguments.features[0]} has "
-                f"{len(batches[0][0])}"
-            )
-            raise InputError(str(path), f"{len(arrays['features'])} examples", way_out)
+    kernel = bias = None
+    if arguments.head is not None:
+        arrays = files.read(expanded("--head", arguments.head), "head_kernel")
+        kernel, bias = files.find_head(arguments.head, arrays, arguments.head_prefix)
+    batches = _read_layers(arguments)
+    ood = None if arguments.ood is None else _read_outliers(arguments)
     if arguments.figures is not None:
         make_folder("--figures", expanded("--figures", arguments.figures))
     environment.import_jax()
@@ -169,62 +183,65 @@ def _measure_files(arguments: argparse.Namespace) -> int:
 
     if arguments.classes is not None:
         check_num_classes("--classes", arguments.classes, max(own.shape[1] for own, *_ in batches))
+    options: dict[str, Any] = {
+        "num_classes": arguments.classes or (len(kernel) if kernel is not None else None),
+        "loss": arguments.loss,
+        "global_mean": arguments.global_mean,
+        "pool": arguments.pool,
+        "ignore_label": arguments.ignore_label,
+        "float64": arguments.float64 or None,
+        "rows": arguments.batch,
+    }
+    of_last = {"weight_decay": arguments.weight_decay, "head": kernel, "bias": bias, "ood": ood}
     found = []
     with _progress(2 * sum(len(own) for _, own, *_ in batches if own.ndim)) as advance:
-        for i, batch in enumerate(batches):
-            last = (
-                {"head": head.get("head_kernel"), "bias": head.get("head_bias")}
-                if i == len(batches) - 1
-                else {}
-            )
-            decay = arguments.weight_decay if last else None
-            measured = measure_batches(
-                [batch],
-                num_classes=arguments.classes or (len(head["head_kernel"]) if head else None),
-                **{
-                    "loss": arguments.loss,
-                    "weight_decay": decay,
-                    "global_mean": arguments.global_mean,
-                },
-                **{
-                    "float64": arguments.float64 or None,
-                    "rows": arguments.batch,
-                    "progress": advance,
-                    **last,
-                },
-            )
-            found.append(measured)
+        for batch in batches:
+            options |= of_last if batch is batches[-1] else {}
+            found.append(measure_batches([batch], progress=advance, **options))
     return _report(arguments, found)
 
 
-# Axes of the arrays that files hold, by name.
-_AXES = {
-    "features": ("N", "p"),
-    "labels": ("N",),
-    "logits": ("N", "C"),
-    "head_kernel": ("C", "p"),
-    "head_bias": ("C",),
-}
+def _read_layers(arguments: argparse.Namespace) -> list[tuple["np.ndarray", ...]]:
+    """Returns (features, labels) or (features, labels, logits) of each file; or InputError."""
+    keys = arguments.features_key, arguments.labels_key
+    labels = None
+    if arguments.labels is not None:
+        labels = _read_labels(arguments.labels, arguments.labels_key)
+        keys = arguments.features_key, None
+    found = []
+    for path in arguments.features:
+        arrays = files.read(expanded("features", path), arguments.features_key or "features")
+        found.append(files.find_examples(path, arrays, *keys))
+    shared = next((one.labels for one in found if one.labels is not None), None)
+    batches = []
+    for path, one in zip(arguments.features, found, strict=True):
+        own = next((a for a in (labels, one.labels, shared) if a is not None), None)
+        if own is None:
+            way_out = "no array is named labels; add it, name it by --labels-key, or give --labels"
+            raise InputError(str(path), "no labels", way_out)
+        batches.append((one.features, own, *(() if one.logits is None else (one.logits,))))
+        if len(one.features) != len(batches[0][0]):
+            way_out = (
+                f"layers are of the same examples, of which {arguments.features[0]} has "
+                f"{len(batches[0][0])}"
+            )
+            raise InputError(str(path), f"{len(one.features)} examples", way_out)
+    return batches
 
 
-def _read(field: str, path: Path, sole: str) -> dict[str, "np.ndarray"]:
-    """Reads the arrays of a file by name, those of a known name with the axes that go with it;
-    or InputError.
-    """
-    from ncjax.features import files as features
-
-    arrays = features.read(expanded(field, path), sole)
-    for name in [name for name in _AXES if name in arrays]:
-        axes, shape = _AXES[name], arrays[name].shape
-        if len(shape) != len(axes) or any(
-            size == 0 and axis != "N" for size, axis in zip(shape, axes, strict=True)
-        ):
-            raise InputError(str(path), f"{name} of shape {shape}", f"give {' x '.join(axes)}")
-    return arrays
+def _read_outliers(arguments: argparse.Namespace) -> "np.ndarray":
+    key = arguments.features_key
+    arrays = files.read(expanded("--ood", arguments.ood), key or "features")
+    return files.find_examples(arguments.ood, arrays, key, None).features
 
 
-def _names(arrays: dict[str, Any]) -> str:
-    return ", ".join(arrays) or "no array"
+def _read_labels(path: Path, labels_key: str | None) -> "np.ndarray":
+    arrays = files.read(expanded("--labels", path), labels_key or "labels")
+    labels = files.find_labels(path, arrays, labels_key)
+    if labels is None:
+        shown = files.described(arrays)
+        raise InputError("--labels", str(path), f"it has no labels, but {shown}; --labels-key")
+    return labels
 
 
 def _progress(total: int) -> Any:
@@ -258,27 +275,43 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
     from ncjax.storage import journal
 
     layers = [str(path) for path in arguments.features]
+    named = dict(zip(layers, found, strict=True))
+    is_data = arguments.json or arguments.csv or arguments.latex
     if arguments.json:
-        described = [
-            _describe(arguments, layer, one) for layer, one in zip(layers, found, strict=True)
-        ]
-        print(
-            json.dumps(
-                journal.strict(described[0] if len(described) == 1 else {"layers": described})
-            )
-        )
+        described = [_describe(arguments, layer, one) for layer, one in named.items()]
+        if arguments.by_class:
+            described[-1]["by_class"] = found[-1].by_class().reset_index().to_dict("records")
+        whole = described[0] if len(described) == 1 else {"layers": described}
+        print(json.dumps(journal.strict(whole)))
+    elif is_data:
+        print(_as_table(arguments, named), end="")
     else:
         _print(layers, found, arguments.global_mean, tables.make_console())
+        if arguments.by_class:
+            tables.show_by_class(found[-1].by_class(), tables.make_console())
     if arguments.figures is not None:
-        from ncjax.report import feature_figures
+        from ncjax.report import draw, feature_figures
 
-        console = tables.make_console(stderr=arguments.json)
+        console = tables.make_console(stderr=is_data)
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder):
+        style = draw.Style(arguments.only, arguments.format)
+        for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0
+
+
+def _as_table(arguments: argparse.Namespace, named: dict[str, "Measurement"]) -> str:
+    """Returns what --csv or --latex prints, --latex with four digits."""
+    from ncjax.features.result import LayerMeasurements
+    from ncjax.report import tables
+
+    if arguments.by_class:
+        frame = list(named.values())[-1].by_class()
+        return frame.to_csv() if arguments.csv else tables.as_latex(frame)
+    frame = LayerMeasurements(named).to_dataframe()
+    return frame.to_csv() if arguments.csv else tables.as_latex(frame.T.rename_axis("metric"))
 
 
 def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -> dict[str, Any]:
@@ -322,7 +355,7 @@ def _print(
 ) -> None:
     from rich.table import Table
 
-    from ncjax.metrics.vocabulary import VOCABULARY
+    from ncjax.metrics.vocabulary import FEATURE_VOCABULARY
     from ncjax.report import tables
 
     if len(found) > 1:
@@ -344,7 +377,7 @@ def _print(
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
     for name, value in last.metrics.items():
-        table.add_row(name, f"{value:.4g}", VOCABULARY[name].definition)
+        table.add_row(name, f"{value:.4g}", FEATURE_VOCABULARY[name].definition)
     console.print(table)
     if last.missing:
         shown = ", ".join(map(str, last.missing[:10])) + (", ..." if len(last.missing) > 10 else "")

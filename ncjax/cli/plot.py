@@ -14,11 +14,15 @@ from ncjax.errors import InputError
 from ncjax.paths import expanded, make_folder
 from ncjax.report import draw, tables
 from ncjax.storage import history as histories_on_disk
+from ncjax.storage import monitored
 
 
 def _load(workdir: Path) -> xr.Dataset:
     path = workdir / "history.nc"
-    history = histories_on_disk.load(path)
+    history = histories_on_disk.read(path)
+    if monitored.is_monitored(history):
+        return history
+    history = histories_on_disk.checked(history, path)
     missing = histories_on_disk.missing(history)
     if missing:
         raise InputError("history", str(path), f"lacks {missing}; is it one of ncjax's?")
@@ -40,6 +44,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "figures)"
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help=where)
+    command.add_style(parser, draw.FIGURES)
     return parser.parse_args(argv)
 
 
@@ -66,18 +71,32 @@ def _draw(histories: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> l
     """Draws one run into --out or its own folder; several each into its own folder, and compared
     into --out.
     """
+    style = draw.Style(arguments.only, arguments.format)
     if len(histories) == 1 and arguments.out is not None:
         (history,) = histories.values()
-        return draw.draw_all(history, arguments.out, arguments.weight_decay)
+        return _draw_one(history, arguments.out, arguments, style)
     written = [
         path
         for workdir, history in histories.items()
-        for path in draw.draw_all(history, workdir / "figures", arguments.weight_decay)
+        for path in _draw_one(history, workdir / "figures", arguments, style)
     ]
-    if len(histories) > 1:
-        names = [workdir.name for workdir in histories]
-        unique = [at.name if names.count(at.name) == 1 else str(at) for at in histories]
-        written += draw.draw_comparison(
-            dict(zip(unique, histories.values(), strict=True)), arguments.out or Path("figures")
-        )
+    names = [workdir.name for workdir in histories]
+    unique = {at: at.name if names.count(at.name) == 1 else str(at) for at in histories}
+    # A model that a monitor follows has no axes of a sweep: each kind is compared on its own.
+    for draw_kind, of_kind in ((draw.draw_comparison, False), (draw.draw_monitored, True)):
+        compared = {
+            unique[at]: history
+            for at, history in histories.items()
+            if monitored.is_monitored(history) == of_kind
+        }
+        if len(compared) > 1:
+            written += draw_kind(compared, arguments.out or Path("figures"), style)
     return written
+
+
+def _draw_one(
+    history: xr.Dataset, folder: Path, arguments: argparse.Namespace, style: draw.Style
+) -> list[Path]:
+    if monitored.is_monitored(history):
+        return draw.draw_monitored({"": history}, folder, style)
+    return draw.draw_all(history, folder, arguments.weight_decay, style)

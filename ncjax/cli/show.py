@@ -23,6 +23,8 @@ from ncjax.errors import InputError, listed, printable
 from ncjax.paths import check_name, expanded
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from ncjax.runs.inspect import WorkdirContents
 
 EXPORTS = (".safetensors", ".npz")
@@ -90,6 +92,9 @@ def parse_coordinates(text: str) -> dict[str, float]:
 
 
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+    followed = _read_monitored(expanded("workdir", arguments.workdir))
+    if followed is not None:
+        return _show_monitored(arguments, followed)
     environment.import_jax()
     from ncjax.runs import load as runs
     from ncjax.training import mesh
@@ -104,6 +109,57 @@ def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
             if arguments.epoch is not None:
                 raise
     return _show_once(arguments, coordinates)
+
+
+def _read_monitored(workdir: Path) -> "xr.Dataset | None":
+    """Returns the history of a model that `ncjax.Monitor` follows; None of any other WORKDIR."""
+    from ncjax.storage import history, monitored
+
+    try:
+        found = history.read(workdir / "history.nc")
+    except (InputError, OSError):  # as will be said of it
+        return None
+    return found if monitored.is_monitored(found) else None
+
+
+def _show_monitored(arguments: argparse.Namespace, history: "xr.Dataset") -> int:
+    """Prints the measurements of every layer at one epoch."""
+    from ncjax.report import tables
+    from ncjax.storage import journal
+
+    for flag in ("run", "verify", "export"):
+        if getattr(arguments, flag):
+            way_out = "the WORKDIR is of ncjax.Monitor: it holds measurements, and no runs"
+            raise InputError(f"--{flag}", str(getattr(arguments, flag)), way_out)
+    measured = history["epoch"].values.tolist()
+    epoch = measured[-1] if arguments.epoch is None else arguments.epoch
+    if epoch not in measured:
+        raise InputError("--epoch", epoch, f"measured were {listed(measured)}")
+    one = history.sel(epoch=epoch)
+    names = [str(name) for name in one.data_vars if name != "seconds"]
+    if arguments.json:
+        found = {
+            "workdir": str(arguments.workdir),
+            "epochs": {"measured": measured},
+            "epoch": epoch,
+            "seconds": float(one["seconds"]),
+            "layers": {
+                str(layer): {name: float(one[name].sel(layer=layer)) for name in names}
+                for layer in one["layer"].values
+            },
+            "notes": history.attrs["remarks"].splitlines(),
+        }
+        print(json.dumps(journal.strict(found)))
+        return 0
+    console = tables.make_console()
+    tables.say(console, f"{'WORKDIR':<12}{arguments.workdir}")
+    tables.say(console, f"{'epochs':<12}measured at {listed(measured)}")
+    took = f"{float(one['seconds']):.2f} s, {float(history['seconds'].sum()):.1f} s in all"
+    tables.say(console, f"{'measured in':<12}{took}")
+    tables.show_layers(one, names, f"Epoch {epoch}, layers in forward order", console)
+    for line in history.attrs["remarks"].splitlines() if epoch == measured[-1] else ():
+        tables.say(console, f"note: {line}")
+    return 0
 
 
 def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:

@@ -1,17 +1,24 @@
-"""Reads files of features, labels, logits and heads, memory-mapped if the format allows it."""
+"""Reads files of features, labels, logits and heads, and finds these in them by name.
 
+Arrays are memory-mapped wherever the format lets them be.
+"""
+
+import importlib
 import io
 import math
 import os
+import pickle
 import stat
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
-from ncjax.errors import InputError
+from ncjax.errors import InputError, near
+from ncjax.features.tensors import on_host
 
 _SAFETENSORS = {
     "F64": "<f8",
@@ -23,6 +30,10 @@ _SAFETENSORS = {
     "I8": "i1",
 }
 _SAFETENSORS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BF16": "bfloat16"}
+# Formats of columns with names, of which all but the labels are features.
+TABLES = (".csv", ".parquet")
+# Names of a column of labels, in the order of preference.
+_LABEL_COLUMNS = ("labels", "label", "target", "class", "y")
 _CHUNK = 2**20  # bytes of a .npz's member that are read at a time
 
 
@@ -43,13 +54,19 @@ def read(path: Path, sole: str) -> dict[str, np.ndarray]:
     """Reads the arrays of a file by name; the single array of a .npy gets the name `sole`.
 
     Arrays of a .npy, of a .safetensors and of a .npz that is not compressed stay on disk until they
-    are used. A .npz has checksums, and is read once here to compare them. The others have none, so
-    damage is seen only if sizes disagree.
+    are used; the others are read whole. A .npz has checksums, and is read once here to compare
+    them. A .npy and a .safetensors have none, so damage is seen only if sizes disagree.
+
+    Of .pt and .pth only tensors are read, never objects, which would be code to run.
 
     Raises:
       InputError: there is no such file, its format is unknown, or it is damaged.
     """
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors}
+    readers = {
+        **{".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors},
+        **{".pt": _read_torch, ".pth": _read_torch, ".h5": _read_hdf5, ".hdf5": _read_hdf5},
+        **{".parquet": _read_parquet, ".csv": _read_csv},
+    }
     if path.suffix not in readers:
         raise InputError("file", str(path), f"its name must end in {', '.join(readers)}")
     try:
@@ -171,3 +188,206 @@ def _map(path: Path, offset: int, layout: _Layout) -> np.ndarray:
     # The shape () would map the rest of the file.
     array = np.memmap(path, layout.dtype, "r", offset, layout.shape or (1,), layout.order)
     return array if layout.shape else array.reshape(())
+
+
+def _read_torch(path: Path, sole: str) -> dict[str, np.ndarray]:
+    """Reads the tensors of a file of `torch.save`; those in dicts and lists have dotted names."""
+    torch = _optional("torch", path, "torch")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        way_out = (
+            "it holds objects, which are code to run, or is damaged; save tensors alone, as "
+            "model.state_dict() or {'features': h, 'labels': y}"
+        )
+        raise InputError("file", str(path), way_out) from error
+    found: dict[str, np.ndarray] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            found[name or sole] = on_host(value)
+        parts = value.items() if isinstance(value, Mapping) else ()
+        for key, part in enumerate(value) if isinstance(value, list | tuple) else parts:
+            collect(f"{name}.{key}" if name else str(key), part)
+
+    collect("", loaded)
+    return found
+
+
+def _read_hdf5(path: Path, _: str) -> dict[str, np.ndarray]:
+    """Reads the arrays of an HDF5 file; those in groups have names with slashes."""
+    h5py = _optional("h5py", path, "ncjax[hdf5]")
+    found: dict[str, np.ndarray] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()]
+
+    with h5py.File(path, "r") as file:
+        file.visititems(collect)
+    return found
+
+
+def _read_parquet(path: Path, _: str) -> dict[str, np.ndarray]:
+    """Reads the columns of a table; one of lists of equal lengths has two axes."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    found = {}
+    for name, chunks in zip(table.column_names, table.columns, strict=True):
+        column = chunks.combine_chunks()
+        if column.null_count:
+            raise ValueError(f"column {name} has missing values")
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if is_list or pa.types.is_fixed_size_list(column.type):
+            if len({*column.value_lengths().to_pylist()}) > 1:
+                raise ValueError(f"column {name} has rows of different lengths")
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            found[name] = flat.reshape(len(column), -1)
+        else:
+            found[name] = column.to_numpy(zero_copy_only=False)
+    return found
+
+
+def _read_csv(path: Path, _: str) -> dict[str, np.ndarray]:
+    """Reads the columns of a table whose first line names them."""
+    import pandas as pd
+
+    table = pd.read_csv(path, float_precision="round_trip")
+    if all(_is_number(name) for name in table.columns):
+        raise ValueError("its first line must name the columns")
+    unnamed = [name for name in table.columns if str(name).startswith("Unnamed: ")]
+    if unnamed:
+        raise ValueError("a column has no name, as an index that was written with the table")
+    return {name: table[name].to_numpy() for name in table.columns}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _optional(module: str, path: Path, needed: str) -> Any:
+    """Returns a module that a format needs and ncjax does not; or InputError."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        way_out = f"reading it takes pip install '{needed}'; or save it as .safetensors or .npz"
+        raise InputError("file", str(path), way_out) from error
+
+
+# What is in them
+
+
+class Examples(NamedTuple):
+    """Arrays of a file of features; None of those that it lacks."""
+
+    features: np.ndarray
+    labels: np.ndarray | None
+    logits: np.ndarray | None
+
+
+def find_examples(
+    path: Path, arrays: dict[str, np.ndarray], features_key: str | None, labels_key: str | None
+) -> Examples:
+    """Returns features, labels and logits of a file's arrays.
+
+    Of a table without an array of features all columns but the labels are features.
+
+    Raises:
+      InputError: no array has the name; it lists those that there are.
+    """
+    labels = find_labels(path, arrays, labels_key)
+    name = features_key or "features"
+    if name in arrays:
+        features = arrays[name]
+    elif features_key is None and path.suffix in TABLES:
+        features = _stacked(path, arrays, labels)
+    else:
+        way_out = f"no array is named {name}{near(name, arrays)}; --features-key NAME names one"
+        raise InputError(str(path), described(arrays), way_out)
+    if features.ndim < 2 or 0 in features.shape[1:]:
+        shown = f"{name} of shape {features.shape}"
+        raise InputError(str(path), shown, "give N x p, a row per example")
+    logits = arrays.get("logits")
+    if logits is not None and (logits.ndim != 2 or not logits.shape[1]):
+        raise InputError(str(path), f"logits of shape {logits.shape}", "give N x C")
+    return Examples(features, labels, logits)
+
+
+def find_labels(
+    path: Path, arrays: dict[str, np.ndarray], labels_key: str | None
+) -> np.ndarray | None:
+    """Returns the labels among a file's arrays; None where none has their name."""
+    if labels_key is not None and labels_key not in arrays:
+        way_out = f"no array is named {labels_key}{near(labels_key, arrays)}"
+        raise InputError(str(path), described(arrays), way_out)
+    names = _LABEL_COLUMNS if path.suffix in TABLES else ("labels",)
+    name = labels_key or next((name for name in names if name in arrays), None)
+    if name is None:
+        return None
+    if arrays[name].ndim not in (1, 2):
+        raise InputError(str(path), f"{name} of shape {arrays[name].shape}", "give N")
+    return arrays[name]
+
+
+def _stacked(path: Path, columns: dict[str, np.ndarray], labels: np.ndarray | None) -> np.ndarray:
+    kept = {name: column for name, column in columns.items() if column is not labels}
+    for name, column in kept.items():
+        if column.dtype.kind not in "iuf" or column.ndim != 1:
+            shown = f"column {name} of {column.dtype}"
+            way_out = "features are numbers; leave it out, or is it --labels-key?"
+            raise InputError(str(path), shown, way_out)
+    if not kept:
+        raise InputError(str(path), "no column", "give the features, a column each")
+    return np.column_stack(list(kept.values()))
+
+
+def find_head(
+    path: Path, arrays: dict[str, np.ndarray], prefix: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns weight (C, p) and bias (C,) or None of a head among a file's arrays.
+
+    They are `head_kernel` and `head_bias`, or PyTorch's `weight` and `bias`; with a prefix those
+    of this module of a state_dict.
+
+    Raises:
+      InputError: there is none, or there are several; it lists what may be meant.
+    """
+    if prefix is not None:
+        ends = {name: name.endswith(f".{prefix}.weight") for name in arrays}
+        names = [name for name in arrays if ends[name] or name == f"{prefix}.weight"]
+        if len(names) != 1:
+            found = "several modules have" if names else "no module has"
+            raise InputError("--head-prefix", prefix, f"{found} this name; {_modules(arrays)}")
+        kernel, bias = names[0], f"{names[0].removesuffix('weight')}bias"
+    else:
+        pairs = (("head_kernel", "head_bias"), ("weight", "bias"))
+        kernel, bias = next((pair for pair in pairs if pair[0] in arrays), ("", ""))
+    if not kernel:
+        way_out = f"it has no head_kernel and no weight; {_modules(arrays)}"
+        raise InputError("--head", str(path), way_out)
+    for name, axes in ((kernel, "C x p"), (bias, "C")):
+        shape = arrays[name].shape if name in arrays else (1,) * (1 + axes.count("x"))
+        if len(shape) != 1 + axes.count("x") or 0 in shape:
+            raise InputError(str(path), f"{name} of shape {shape}", f"give {axes}")
+    return arrays[kernel], arrays.get(bias)
+
+
+def _modules(arrays: dict[str, np.ndarray]) -> str:
+    """Returns the last modules of a state_dict that may be heads, or the names of the arrays."""
+    matrices = [name for name, array in arrays.items() if array.ndim == 2]
+    heads = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    if heads:
+        return f"--head-prefix {' or '.join(heads[-3:])}?"
+    return f"it has {described(arrays)}"
+
+
+def described(arrays: dict[str, np.ndarray]) -> str:
+    """Returns the names and shapes of a few arrays."""
+    shown = [f"{name} {array.shape}" for name, array in list(arrays.items())[:6]]
+    return ", ".join(shown + ["..."] * (len(arrays) > 6)) or "no array"

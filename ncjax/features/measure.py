@@ -1,10 +1,12 @@
 """Measures neural collapse of features from anywhere, in one call or in two passes one by one."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ncjax.errors import InputError
+from ncjax.features.pooling import Pool, check_pool
 
 if TYPE_CHECKING:
     from ncjax.features.measurement import find
@@ -53,6 +55,9 @@ def measure(
     loss: str = "square",
     weight_decay: float | None = None,
     global_mean: str = "classes",
+    pool: Pool = None,
+    ignore_label: int | None = None,
+    ood: Any = None,
     float64: bool | None = None,
     rows: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -65,8 +70,8 @@ def measure(
     collapse.
 
     Args:
-      features: h, (N, p), of NumPy (memory-mapped too), JAX or DLPack (PyTorch).
-      labels: (N,), integers from 0 on.
+      features: h, (N, p), of NumPy (memory-mapped too), JAX, pandas or DLPack (PyTorch, CuPy).
+      labels: (N,), integers from 0 on, or one-hot rows.
       logits: outputs f, (N, C), where they are not W h + b of the head.
       num_classes: C; None: the head's or the logits', else one more than the largest label.
       head: W, (C, p), a row per class, as PyTorch's `Linear.weight`.
@@ -74,6 +79,10 @@ def measure(
       loss: what residuals are of: `square` or `cross_entropy`; see `measure_batches`.
       weight_decay: lambda that the head was trained with, in the units of `measure_batches`.
       global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`.
+      pool: makes (N, p) of features of more axes: `mean` over the positions of (N, C, H, W) or
+        the tokens of (N, T, p), `flatten`, `cls` (the first token), or a function.
+      ignore_label: examples of this label are left out, as -1 or -100.
+      ood: features (M, p) of out-of-distribution examples: nc5, and how well they are told apart.
       float64: compute in float64; None: where float32 does not hold the numbers of these types.
       rows: at most so many examples at once; None: 16 to 64 MiB of them.
       devices: JAX devices that share the work; None: all of this process.
@@ -104,6 +113,9 @@ def measure(
         loss=loss,
         weight_decay=weight_decay,
         global_mean=global_mean,
+        pool=pool,
+        ignore_label=ignore_label,
+        ood=ood,
         float64=float64,
         rows=rows,
         devices=devices,
@@ -122,6 +134,9 @@ def measure_batches(
     loss: str = "square",
     weight_decay: float | None = None,
     global_mean: str = "classes",
+    pool: Pool = None,
+    ignore_label: int | None = None,
+    ood: Any = None,
     float64: bool | None = None,
     rows: int | None = None,
     devices: Sequence[Any] | None = None,
@@ -133,7 +148,8 @@ def measure_batches(
     augmentation, anything but a generator.
 
     Args:
-      batches: (features, labels) or (features, labels, logits) each, see `measure`.
+      batches: (features, labels) or (features, labels, logits) each, see `measure`, or a mapping
+        with these names.
       num_classes: C; None: as the head or the logits of a list have, else one more than its largest
         label.
       head: W, (C, p): nc3, nc1_row_space, nc2_*_head, and outputs W h + b unless there are logits.
@@ -145,6 +161,9 @@ def measure_batches(
         MSELoss has another unit, docs/theory.md.
       global_mean: mu_G is the mean of the class means (`classes`) or of all `examples`; the same
         for balanced classes.
+      pool: what makes (N, p) of features of more axes, as in `measure`.
+      ignore_label: examples of this label are left out.
+      ood: features (M, p) of out-of-distribution examples, of which the batches are read once more.
       float64: compute in float64; None: where float32 does not hold features or logits of their
         type.
       rows: at most so many examples at once; None: 16 MiB of features, or 64 MiB that can be read
@@ -170,16 +189,20 @@ def measure_batches(
       True
     """
 
-    from ncjax.features import streaming
+    from ncjax.features import outliers, streaming
     from ncjax.features.measurement import find
     from ncjax.features.reference import prepare
 
     if rows is not None and rows < 1:
         raise InputError("rows", rows, "give a number from 1 on")
+    check_pool(pool)
+    is_held = isinstance(batches, list | tuple)
+    if pool is not None or ignore_label is not None:
+        batches = streaming.Cleaned(batches, pool, ignore_label)
     if num_classes is None and head is not None:
         kernel = streaming.as_array("head", head)
         num_classes = len(kernel) if kernel.ndim else None
-    if num_classes is None and isinstance(batches, list | tuple):
+    if num_classes is None and is_held:
         num_classes = max((_classes_in(batch) for batch in batches), default=1)
         if num_classes > _MOST_INFERRED:
             raise InputError(
@@ -193,22 +216,27 @@ def measure_batches(
         sums, head=head, bias=bias, loss=loss, weight_decay=weight_decay, global_mean=global_mean
     )
     del sums
-    return find(reference, streaming.second_pass(batches, reference, **work))
+    outside = None if ood is None else outliers.as_outliers(ood, pool, reference.means.shape[1])
+    found = find(reference, streaming.second_pass(batches, reference, **work))
+    if outside is None:
+        return found
+    extra = outliers.measure_outliers(reference, batches, outside)
+    return dataclasses.replace(found, metrics=found.metrics | extra)
 
 
 def _classes_in(batch: Any) -> int:
-    """Columns of logits, or one more than the largest label; 1 where the batch is none, as will
-    be said of it.
-    """
-    from ncjax.features.streaming import as_array
+    """Returns the columns of a batch's logits, or one more than its largest label.
 
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
-        return 1
-    name, which = ("logits", batch[2]) if len(batch) > 2 else ("labels", batch[1])
+    It is 1 where the batch is none, as will be said of it.
+    """
+    from ncjax.features import streaming
+
     try:
-        array = as_array(name, which)
+        _, labels, *rest = streaming.as_parts(batch)
+        if rest:
+            logits = streaming.as_array("logits", rest[0])
+            return logits.shape[-1] if logits.ndim else 1
+        labels = streaming.label_array(labels)
     except InputError:
         return 1
-    if name == "logits":
-        return array.shape[-1] if array.ndim else 1
-    return max(1, int(array.max()) + 1) if array.size and array.dtype.kind in "iu" else 1
+    return max(1, int(labels.max()) + 1) if labels.size else 1

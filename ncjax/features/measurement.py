@@ -22,8 +22,12 @@ from ncjax.features.reference import (
 from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations
 from ncjax.features.streaming import SAME_EXAMPLES
+from ncjax.metrics import geometry
 from ncjax.metrics.statistics import FactoredResiduals, Statistics
-from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, Quantities, assemble
+
+# Beyond, distances from hulls of classes take longer than all else.
+_MOST_HULLS = 256
 
 
 @one_thread
@@ -40,12 +44,13 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     with jax.enable_x64(True):
         found = jax.device_get(_metrics_of(_statistics(reference, deviations, notes)))
     metrics = {name: float(value) for name, value in found.items()}
+    metrics |= _geometry(reference, deviations, notes)
     for word, test in (("undefined (NaN)", np.isnan), ("infinite", np.isinf)):
         names = [name for name, value in metrics.items() if test(value)]
         if names:
             notes.append(f"{word}: {', '.join(names)}")
     for name, value in metrics.items():
-        if exponent := units.exponent(VOCABULARY[name].scale):
+        if exponent := units.exponent(FEATURE_VOCABULARY[name].scale):
             metrics[name] = _in_unit_one(name, value, exponent, notes)
     # If squares of features leave float64, arrays stay in the units of the reference.
     kept = units.features if abs(units.features) > MOST_EXPONENT else 0
@@ -62,6 +67,28 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         notes=notes,
         unit=2.0**kept,
     )
+
+
+def _geometry(reference: Reference, deviations: Deviations, notes: list[str]) -> dict[str, float]:
+    """Returns metrics of class means and head that hold where classes may outnumber dimensions."""
+    counts, means = reference.counts, reference.means
+    squares = counts @ np.sum(means**2, axis=1) + np.sum(np.asarray(deviations.within))
+    metrics = {
+        "mean_feature_norm": float(np.sqrt(squares / counts.sum())),
+        "effective_rank": geometry.effective_rank(reference.spectrum),
+        "condition_number": geometry.condition_number(reference.spectrum),
+    }
+    units = geometry.normalized(reference.centred)
+    if reference.head is not None:
+        metrics["nc0"] = float(np.linalg.norm(reference.head.sum(axis=0)))
+        metrics["uniform_duality"] = geometry.uniform_duality(reference.head, units)
+    if len(units) <= MOST_SQUARE:
+        metrics["hyperspherical_uniformity"] = geometry.hyperspherical_uniformity(units)
+    if units.shape[1] < len(units) <= _MOST_HULLS and np.isfinite(units).all():
+        metrics["one_vs_rest_margin"] = geometry.one_vs_rest_margin(units)
+    elif units.shape[1] < len(units):
+        notes.append(f"one_vs_rest_margin is left out: it needs at most {_MOST_HULLS} classes")
+    return metrics
 
 
 def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> float:

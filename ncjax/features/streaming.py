@@ -18,7 +18,7 @@ of all features costs no digits. Memory: O(C p) and a chunk, whatever the number
 import collections
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -27,7 +27,9 @@ import numpy as np
 from jaxtyping import Array
 
 from ncjax import environment
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
+from ncjax.features.labels import as_labels
+from ncjax.features.pooling import Pool, pooled
 from ncjax.features.statistics import (
     LEAST_BLOCK,
     Deviations,
@@ -372,20 +374,10 @@ def check_batch(
     Raises:
       InputError: it is no batch of examples of these classes with `dim` features.
     """
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        way_out = (
-            "each must be (features, labels) or (features, labels, logits); `measure` takes the "
-            "arrays themselves"
-        )
-        raise InputError("batch", type(batch).__name__, way_out)
-    arrays = [
-        as_array(name, a) for name, a in zip(("features", "labels", "logits"), batch, strict=False)
-    ]
-    features, labels, logits = (
-        arrays[0],
-        np.asarray(arrays[1]),
-        arrays[2] if len(arrays) == 3 else None,
-    )
+    parts = as_parts(batch)
+    features = pooled(as_array("features", parts[0]), pool=None)
+    labels = label_array(parts[1])
+    logits = as_array("logits", parts[2]) if len(parts) == 3 else None
     if (
         features.ndim != 2
         or 0 in features.shape[1:]
@@ -396,23 +388,57 @@ def check_batch(
         raise InputError(
             "labels", labels.shape, f"give one per row of features, ({len(features)},)"
         )
-    if labels.dtype.kind not in "iu":
-        raise InputError("labels", str(labels.dtype), "give integers, 0 to C - 1")
     if logits is not None and (logits.ndim != 2 or len(logits) != len(features)):
         raise InputError("logits", logits.shape, f"give ({len(features)}, C), a row per example")
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         if labels.min() < 0:
-            raise InputError("labels", int(labels.min()), "they count classes from 0 on")
-        raise InputError(
-            "labels",
-            int(labels.max()),
-            f"with {num_classes} classes they are 0 to {num_classes - 1}",
-        )
+            least = int(labels.min())
+            way_out = f"they count classes from 0 on; ignore_label={least} leaves such examples out"
+            raise InputError("labels", least, way_out)
+        most = int(labels.max())
+        way_out = f"with {num_classes} classes they are 0 to {num_classes - 1}"
+        way_out += "; subtract 1 if they count from 1 on" if most == num_classes else ""
+        raise InputError("labels", most, way_out)
     if logits is not None and logits.shape != (len(features), num_classes):
         raise InputError(
             "logits", logits.shape, f"give ({len(features)}, {num_classes}), a row per example"
         )
     return features, labels, logits
+
+
+def as_parts(batch: Any) -> Sequence[Any]:
+    """Returns (features, labels) or (features, labels, logits) of a batch, which may be a mapping
+    with these names.
+    """
+    if isinstance(batch, Mapping) and {"features", "labels"} <= batch.keys():
+        return [batch[name] for name in ("features", "labels", "logits") if name in batch]
+    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        return batch
+    found = f"a mapping of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else None
+    way_out = (
+        "each must be (features, labels) or (features, labels, logits), or a mapping with these "
+        "names; `measure` takes the arrays themselves"
+    )
+    raise InputError("batch", found or type(batch).__name__, way_out)
+
+
+class Cleaned:
+    """Batches whose features are pooled, and which have lost the examples to be left out."""
+
+    def __init__(self, batches: Iterable, pool: Pool, ignore_label: int | None):
+        self._batches, self._pool, self._ignored = batches, pool, ignore_label
+
+    def __iter__(self) -> Iterator[tuple]:
+        for batch in _fresh(self._batches):
+            parts = as_parts(batch)
+            features = pooled(as_array("features", parts[0]), self._pool)
+            labels = label_array(parts[1])
+            rest = [as_array("logits", logits) for logits in parts[2:]]
+            if self._ignored is not None and len(features) == len(labels):
+                kept = labels != self._ignored
+                if not kept.all():
+                    features, labels, *rest = (a[kept] for a in (features, labels, *rest))
+            yield features, labels, *rest
 
 
 def check_num_classes(name: str, num_classes: Any, dim: int = 1) -> int:
@@ -449,6 +475,14 @@ _NO_ARRAY = (
 )
 
 
+_NUMBERS = "give an array of numbers"
+# By kind of NumPy's type: what to do with numbers that are none of ours.
+_OF_NUMBERS = {
+    "c": "they are complex; give real and imaginary parts side by side",
+    "b": f"{_NUMBERS}: .astype(np.float32) makes them 0 and 1",
+}
+
+
 def as_array(name: str, value: Any) -> np.ndarray | Array:
     """Returns a NumPy or JAX array of numbers, without a copy if the memory can be read in place.
 
@@ -456,38 +490,66 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
       InputError: it is no array of numbers, some are masked, or some are integers that float64
         cannot hold.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        if np.ma.is_masked(value):
-            raise InputError(name, "a masked array", "leave out what is masked, or fill it in")
-        value = value.data
-    if not isinstance(value, np.ndarray | jax.Array):
-        value = value.detach() if hasattr(value, "detach") else value
-        if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] != 1:
-            # NumPy cannot read it, because it is not in the memory of a CPU.
-            value = jax.dlpack.from_dlpack(value)
-        elif hasattr(value, "__dlpack__"):
-            try:
-                value = np.from_dlpack(value)
-            except (BufferError, RuntimeError, TypeError):  # bfloat16, which NumPy does not have
-                value = jax.dlpack.from_dlpack(value)
-        elif hasattr(value, "__array__") or isinstance(value, Sequence | int | float):
-            try:
-                value = np.asarray(value)
-            except (ValueError, TypeError) as error:
-                raise InputError(
-                    name, type(value).__name__, f"no array can be made of it: {error}"
-                ) from error
-        else:
-            raise InputError(name, type(value).__name__, _NO_ARRAY)
+    value = _converted(name, value)
     if value.dtype.kind not in "iuf" and value.dtype != jnp.bfloat16:
-        raise InputError(name, str(value.dtype), "give an array of numbers")
-    if value.dtype.kind in "iu" and value.dtype.itemsize == 8 and value.size and name != "labels":
+        raise InputError(name, str(value.dtype), _OF_NUMBERS.get(value.dtype.kind, _NUMBERS))
+    if value.dtype.kind in "iu" and value.dtype.itemsize == 8 and value.size:
         largest = max(int(value.max()), -int(value.min()))
         if largest > 2**53:
             raise InputError(
                 name, largest, "float64 holds integers up to 2**53; subtract what is common to all"
             )
     return value
+
+
+def label_array(value: Any) -> np.ndarray:
+    """Returns labels as NumPy's integers, (N,), from any form that `as_labels` reads."""
+    return as_labels(np.asarray(_converted("labels", value)))
+
+
+# Kinds of devices, as DLPack numbers them, whose memory a CPU reads: its own, memory pinned for
+# CUDA and ROCm, and memory that CUDA manages.
+_ON_HOST = (1, 3, 11, 13)
+
+
+def _converted(name: str, value: Any) -> np.ndarray | Array:
+    """Returns an array of any type that holds `value`, read in place where it can be."""
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise InputError(name, "a masked array", "leave out what is masked, or fill it in")
+        return value.data
+    if isinstance(value, np.ndarray | jax.Array):
+        return value
+    if _is_sparse(value):
+        raise InputError(name, type(value).__name__, "it is sparse; .toarray() or .to_dense()")
+    value = value.detach() if hasattr(value, "detach") else value
+    if hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] not in _ON_HOST:
+        try:
+            return jax.dlpack.from_dlpack(value)
+        except Exception as error:  # of a device that this process's JAX has not
+            way_out = "JAX has no such device here; bring it to the host with .cpu(), or .get()"
+            raise InputError(name, f"an array on {value.__dlpack_device__()}", way_out) from error
+    if hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        # Of bfloat16, which NumPy has not, or of what DLPack cannot say.
+        except (BufferError, RuntimeError, TypeError):
+            with contextlib.suppress(Exception):
+                return jax.dlpack.from_dlpack(value)
+    if hasattr(value, "__array__") or isinstance(value, Sequence | int | float):
+        try:
+            return np.asarray(value)
+        except (ValueError, TypeError, RuntimeError) as error:
+            way_out = f"no array can be made of it: {last_line(error)}"
+            raise InputError(name, type(value).__name__, way_out) from error
+    raise InputError(name, type(value).__name__, _NO_ARRAY)
+
+
+def _is_sparse(value: Any) -> bool:
+    """Returns whether an array is SciPy's or PyTorch's kind that leaves out zeros."""
+    if type(value).__module__.startswith("scipy.sparse"):
+        return True
+    return str(getattr(value, "layout", "torch.strided")).startswith("torch.sparse")
 
 
 def _place(

@@ -539,6 +539,52 @@ VOCABULARY["budget_residual"] = Metric(
     function=_budget_entry("budget_residual"),
 )
 
+# What `ncjax.measure` may give: the above, and what no history of training records.
+FEATURE_VOCABULARY = {
+    **VOCABULARY,
+    "nc0": Metric("NC0", "||1^T W_L||: the rows of the head add up to 0", best=0, scale=(0, 1, 0)),
+    "mean_feature_norm": Metric("norm of features", "(mean ||h||^2)^(1/2)", scale=(1, 0, 0)),
+    "effective_rank": Metric(
+        "effective rank of the class means",
+        "exp of the entropy of s_j/sum(s), s the singular values of Mdot: C-1 of a simplex ETF",
+        least=1.0,
+    ),
+    "condition_number": Metric(
+        "condition of the class means",
+        "largest over smallest of the min(C-1, p) singular values of Mdot",
+        least=1.0,
+        best=1,
+    ),
+    "hyperspherical_uniformity": Metric(
+        "GNC2, spread of distances on the sphere",
+        "std over pairs of log 1/||u_c - u_c'||, u the normalized centred means",
+        best=0,
+    ),
+    "one_vs_rest_margin": Metric(
+        "GNC2, margin of one class against the rest",
+        "least distance of a normalized centred mean from the convex hull of the others; C > p",
+        most=2.0,
+    ),
+    "uniform_duality": Metric(
+        "UNC3, spread of the cosines of duality",
+        "std over classes of cos(W_L^c, mu_c - mu_G)",
+        most=1.0,
+        best=0,
+    ),
+    "nc5": Metric(
+        "NC5",
+        "mean over classes of |cos(mu_c, mu_ood)|, mu_ood the mean of outliers' features",
+        most=1.0,
+        best=0,
+    ),
+    "ood_auroc": Metric(
+        "separation of outliers",
+        "AUROC of ||P (h - mu_G)||/||h - mu_G||, P onto the span of the centred means, as in NECO",
+        most=1.0,
+        best=1,
+    ),
+}
+
 
 def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict[str, Array]:
     """Computes the metrics that a split's statistics determine.

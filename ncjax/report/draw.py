@@ -1,23 +1,52 @@
 """Writes the figures of one run, and figures that compare several runs."""
 
 import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from ncjax.errors import InputError
-from ncjax.report import figures, theory_figures
+from ncjax.report import figures, monitor_figures, theory_figures
 from ncjax.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Names of all figures of runs, by which some can be chosen.
+FIGURES = (
+    "collapse_against_epoch",
+    "collapse_against_lambda",
+    "class_mean_cosines",
+    "equilibrium_against_epoch",
+    "theory_against_lambda",
+    "budget_against_epoch",
+    "collapse_against_clock",
+    "modes_against_lambda",
+    "compare_against_epoch",
+)
+
+
+class Style(NamedTuple):
+    """Says which figures are written and how: names (none: all of them), and a format."""
+
+    only: Sequence[str] = ()
+    format: str = "png"
+
+
+STYLE = Style()
+
 
 # If weight decay spans 300 decades, the ends of curves and axes overflow float64.
 @np.errstate(over="ignore")
-def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = None) -> list[Path]:
+def draw_all(
+    history: xr.Dataset,
+    folder: Path,
+    weight_decay: float | None = None,
+    style: Style = STYLE,
+) -> list[Path]:
     """Writes the figures of one run, a set for each setting of axes but weight_decay and seed.
 
     Args:
@@ -27,29 +56,32 @@ def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = Non
     written = []
     for one in figures.settings(history):
         suffix = "".join(f"-{word}" for word in figures.setting_words(one))
-        words = ", ".join(figures.setting_words(one))
-        drawn = {
-            "collapse_against_epoch": figures.collapse_against_epoch(one),
-            "collapse_against_lambda": figures.collapse_against_lambda({words: one}),
-            "class_mean_cosines": figures.class_mean_cosines(one),
-        }
-        if (one["weight_decay"] > 0).any():
-            drawn |= {
-                "equilibrium_against_epoch": theory_figures.equilibrium_against_epoch(one),
-                "theory_against_lambda": theory_figures.theory_against_lambda({words: one}),
-                "budget_against_epoch": theory_figures.budget_against_epoch(
-                    one, _budget_decay(one, weight_decay)
-                ),
-            }
-            if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
-                drawn["collapse_against_clock"] = theory_figures.collapse_against_clock(one)
-        written += [
-            _write(figure, folder / f"{name}{suffix}.png") for name, figure in drawn.items()
-        ]
+        written += write_figures(_of_setting(one, weight_decay), folder, style, suffix)
     if (history["weight_decay"] > 0).any():
-        phases = theory_figures.modes_against_lambda(list(figures.settings(history)))
-        written.append(_write(phases, folder / "modes_against_lambda.png"))
+        every = list(figures.settings(history))
+        phases = {"modes_against_lambda": lambda: theory_figures.modes_against_lambda(every)}
+        written += write_figures(phases, folder, style)
     return written
+
+
+def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Callable[[], Figure]]":
+    """Returns by name what draws the figures of a history of one setting."""
+    words = ", ".join(figures.setting_words(one))
+    drawn: dict[str, Callable[[], Figure]] = {
+        "collapse_against_epoch": lambda: figures.collapse_against_epoch(one),
+        "collapse_against_lambda": lambda: figures.collapse_against_lambda({words: one}),
+        "class_mean_cosines": lambda: figures.class_mean_cosines(one),
+    }
+    if (one["weight_decay"] > 0).any():
+        decay = _budget_decay(one, weight_decay)
+        drawn |= {
+            "equilibrium_against_epoch": lambda: theory_figures.equilibrium_against_epoch(one),
+            "theory_against_lambda": lambda: theory_figures.theory_against_lambda({words: one}),
+            "budget_against_epoch": lambda: theory_figures.budget_against_epoch(one, decay),
+        }
+        if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
+            drawn["collapse_against_clock"] = lambda: theory_figures.collapse_against_clock(one)
+    return drawn
 
 
 def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
@@ -65,24 +97,49 @@ def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
 
 
 @np.errstate(over="ignore")
-def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path]:
+def draw_comparison(
+    histories: dict[str, xr.Dataset], folder: Path, style: Style = STYLE
+) -> list[Path]:
     """Writes the figures that compare several runs; every setting of a run is drawn as a run."""
     named = [
         (name, one) for name, history in histories.items() for one in figures.settings(history)
     ]
     shown = {", ".join([name, *figures.setting_words(one)]): one for name, one in named}
     drawn = {
-        "collapse_against_lambda": figures.collapse_against_lambda(shown),
-        "compare_against_epoch": figures.compare_against_epoch(shown),
+        "collapse_against_lambda": lambda: figures.collapse_against_lambda(shown),
+        "compare_against_epoch": lambda: figures.compare_against_epoch(shown),
     }
     if all((one["weight_decay"] > 0).any() for one in shown.values()):
-        drawn["theory_against_lambda"] = theory_figures.theory_against_lambda(shown)
-    return [_write(figure, folder / f"{name}.png") for name, figure in drawn.items()]
+        drawn["theory_against_lambda"] = lambda: theory_figures.theory_against_lambda(shown)
+    return write_figures(drawn, folder, style)
+
+
+def draw_monitored(
+    histories: dict[str, xr.Dataset], folder: Path, style: Style = STYLE
+) -> list[Path]:
+    """Writes the figure of a history of `ncjax.Monitor` by layer, or one that compares several."""
+    if len(histories) == 1:
+        (history,) = histories.values()
+        drawn = {"collapse_against_epoch": lambda: monitor_figures.by_layer(history)}
+    else:
+        drawn = {"compare_against_epoch": lambda: monitor_figures.compared(histories)}
+    return write_figures(drawn, folder, style)
+
+
+def write_figures(
+    drawn: "Mapping[str, Callable[[], Figure]]", folder: Path, style: Style, suffix: str = ""
+) -> list[Path]:
+    """Draws the figures of these that a style asks for, and writes them; returns their paths."""
+    return [
+        _write(draw(), folder / f"{name}{suffix}.{style.format}")
+        for name, draw in drawn.items()
+        if not style.only or name in style.only
+    ]
 
 
 def _write(figure: "Figure", path: Path) -> Path:
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format=path.suffix.removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
     return path

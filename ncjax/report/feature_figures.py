@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ncjax.report import panels
-from ncjax.storage.files import write_atomically
+from ncjax.report import draw, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,21 +18,17 @@ _MOST_IN_HISTOGRAM = 2048  # classes; their two million angles show the shape of
 _BLUE, _RED = panels.COLOURS[:2]
 
 
-def write(found: dict[str, "Measurement"], folder: Path) -> list[Path]:
+def write(found: dict[str, "Measurement"], folder: Path, style: draw.Style) -> list[Path]:
     """Draws measurements by layer, in forward order, into an existing folder; returns the files."""
-    import io
-
     last = list(found.values())[-1]
-    figures = {"spectrum": spectrum(last), "angles": angles(last), "classes": classes(last)}
+    figures = {
+        "spectrum": lambda: spectrum(last),
+        "angles": lambda: angles(last),
+        "classes": lambda: classes(last),
+    }
     if len(found) > 1:
-        figures["layers"] = layers(found)
-    paths = []
-    for name, figure in figures.items():
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-        paths.append(folder / f"{name}.png")
-        write_atomically(paths[-1], content.getvalue())
-    return paths
+        figures["layers"] = lambda: layers(found)
+    return draw.write_figures(figures, folder, style)
 
 
 def _caption(found: "Measurement") -> str:

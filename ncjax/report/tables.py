@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -16,6 +18,9 @@ from rich.text import Text
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage.history import RELAXED, extinct
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Columns of the final tables: heading, variable, and the selection of one number of it. Empty
 # columns are left out.
@@ -215,6 +220,56 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
     )
     for line in _degenerate(history):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_layers(one: xr.Dataset, names: Sequence[str], title: str, console: Console) -> None:
+    """Prints metrics by layer: a row per metric, a column per layer."""
+    layers = [str(name) for name in one["layer"].values]
+    table = Table(title=title)
+    table.add_column("metric", no_wrap=True)
+    for layer in layers:
+        table.add_column(printable(layer), justify="right")
+    for name in names:
+        values = [float(one[name].sel(layer=layer)) for layer in layers]
+        table.add_row(name, *("-" if np.isnan(value) else f"{value:.4g}" for value in values))
+    console.print(table)
+
+
+def show_by_class(frame: "pd.DataFrame", console: Console) -> None:
+    """Prints a row per class, from `Measurement.by_class`."""
+    table = Table(title="Classes: the rival has the nearest mean; the angle to it in degrees")
+    for heading in ("class", *frame.columns):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, row in frame.iterrows():
+        table.add_row(f"{label}", *(f"{value:.4g}" for value in row))
+    console.print(table)
+
+
+def as_latex(frame: "pd.DataFrame") -> str:
+    """Returns a table as a LaTeX `tabular` with booktabs' rules, numbers with four digits."""
+    headings = [frame.index.name or "", *frame.columns]
+    rows = [[label, *row] for label, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    lines = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in (headings, *rows)]
+    begin = rf"\begin{{tabular}}{{l{'r' * len(frame.columns)}}}"
+    parts = [begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*parts, r"\end{tabular}", ""])
+
+
+def _latex_cell(value: Any) -> str:
+    if isinstance(value, str):
+        return re.sub(r"([\\{}$&#%_^~])", _escaped, printable(value))
+    number = float(value)
+    if math.isnan(number):
+        return "--"
+    if math.isinf(number):
+        return r"$\infty$" if number > 0 else r"$-\infty$"
+    mantissa, _, exponent = f"{number:.4g}".partition("e")
+    return rf"${mantissa} \times 10^{{{int(exponent)}}}$" if exponent else f"${mantissa}$"
+
+
+def _escaped(match: re.Match) -> str:
+    words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    return words.get(match[0], f"\\{match[0]}")
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:

@@ -11,6 +11,7 @@ from ncjax import config
 from ncjax.config import Grid
 from ncjax.errors import InputError
 from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
 
 # It is measured with the others, but only the newest is kept, because it has C^2 numbers a run.
@@ -128,6 +129,13 @@ def load(path: Path) -> xr.Dataset:
 
     It is verified if there is a checksum beside it.
     """
+    return checked(read(path), path)
+
+
+def read(path: Path) -> xr.Dataset:
+    """Reads whatever netCDF a file holds, verified where its checksum lies beside it, or raises
+    InputError naming the file.
+    """
     try:
         content = _read_verified(path)
     except FileNotFoundError as error:
@@ -137,13 +145,20 @@ def load(path: Path) -> xr.Dataset:
     try:
         # It is read from memory, because scipy cannot close a damaged file that it has mapped
         # without a warning.
-        history = xr.load_dataset(io.BytesIO(content), engine="scipy")
+        return xr.load_dataset(io.BytesIO(content), engine="scipy")
     except Exception as error:  # scipy reports damaged bytes by many types
         raise InputError(
             "history",
             str(path),
             "not readable as netCDF; remove it, and the same command trains anew",
         ) from error
+
+
+def checked(history: xr.Dataset, path: Path) -> xr.Dataset:
+    """Returns what was read from a file if it is the history of a sweep, or raises InputError."""
+    if monitored.is_monitored(history):
+        way_out = "ncjax.Monitor wrote it, of a model of another kind; `ncjax show` and `plot` read"
+        raise InputError("history", str(path), f"{way_out} it; choose another WORKDIR")
     if not set(history.indexes) >= _COORDINATES or set(history["split"].values.tolist()) != {
         "train",
         "test",

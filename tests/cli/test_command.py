@@ -457,7 +457,7 @@ def test_names_that_are_no_utf8_are_drawn_and_stay_apart(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(draw, "draw_all", lambda *_: [])
     monkeypatch.setattr(
-        draw, "draw_comparison", lambda histories, folder: drawn.update(histories) or []
+        draw, "draw_comparison", lambda histories, *_: drawn.update(histories) or []
     )
     monkeypatch.setattr(plot, "_load", lambda path: xr.Dataset({"number": np.array(1)}))
     names = [os.fsdecode(name) for name in (b"b\xff", b"b\xfe")]

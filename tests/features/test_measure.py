@@ -2,6 +2,8 @@
 files, command line.
 """
 
+import importlib
+import io
 import itertools
 import json
 import re
@@ -11,8 +13,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.numpy
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +25,7 @@ from ncjax.errors import InputError
 from ncjax.features import files, measure, measurement, reference, streaming
 from ncjax.metrics import collapse
 from ncjax.metrics.statistics import class_statistics
-from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY, Quantities, assemble
 from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
 
 DATA = ROOT / "tests" / "data"
@@ -52,10 +56,56 @@ def oracle(h, labels, head, bias, outputs=None, residuals=None):
         "accuracy": np.mean(outputs.argmax(1) == labels),
         "weight_norm_sq": np.sum(np.float64(head) ** 2),
         "nc3_floor": oracle_nc3_floor(head),
+        **oracle_of_class_means(h, labels, head),
     }
 
 
+def oracle_of_class_means(h, labels, head):
+    """What is known of class means and head besides, by loops over classes and pairs."""
+    h, head = np.float64(h), np.float64(head)
+    mu = np.stack([h[labels == c].mean(0) for c in range(len(head))])
+    centred = mu - mu.mean(0)
+    u = np.stack([row / np.sqrt(row @ row) for row in centred])
+    s = np.linalg.svd(centred, compute_uv=False)[: min(len(mu) - 1, h.shape[1])]
+    pairs = list(itertools.combinations(range(len(u)), 2))
+    logs = [-np.log(np.linalg.norm(u[a] - u[b])) for a, b in pairs]
+    cosines = [row @ d / np.linalg.norm(row) for row, d in zip(head, u, strict=True)]
+    found = {
+        "nc0": np.linalg.norm(sum(head)),
+        "mean_feature_norm": np.sqrt(np.mean([x @ x for x in h])),
+        "effective_rank": np.exp(-sum(x * np.log(x) for x in s / sum(s))),
+        "condition_number": s[0] / s[-1],
+        "hyperspherical_uniformity": np.std(logs),
+        "uniform_duality": np.std(cosines),
+    }
+    if len(u) > u.shape[1]:
+        found["one_vs_rest_margin"] = oracle_margin(u)
+    return found
+
+
+def oracle_margin(u):
+    """The least distance from a hull: SciPy's sequential quadratic programs over its weights."""
+    distances = []
+    for c in range(len(u)):
+        others = np.delete(u, c, axis=0)
+        count = len(others)
+        found = scipy.optimize.minimize(
+            lambda w, others=others, c=c: np.sum((w @ others - u[c]) ** 2),
+            np.ones(count) / count,
+            method="SLSQP",
+            bounds=[(0, 1)] * count,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        distances.append(np.sqrt(found.fun))
+    return min(distances)
+
+
 def assert_same(got, expected, rtol, atol=None):
+    expected = dict(expected)
+    if "one_vs_rest_margin" in expected:  # the oracle is an iteration
+        margin = expected.pop("one_vs_rest_margin")
+        assert got["one_vs_rest_margin"] == pytest.approx(margin, rel=max(rtol, 1e-5))
     for name, value in expected.items():
         np.testing.assert_allclose(
             got[name], value, rtol=rtol, atol=rtol / 10 if atol is None else atol, err_msg=name
@@ -98,7 +148,7 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
     assert_same(no_head, {name: expected[name] for name in no_head}, rtol)
     assert "nc1" in no_head
     assert "nc4" not in no_head
-    assert {*got} <= {*VOCABULARY}
+    assert {*got} <= {*FEATURE_VOCABULARY}
 
 
 @pytest.mark.parametrize(
@@ -357,7 +407,8 @@ def test_wide_logits_take_float64_and_types_may_not_widen_on_the_way():
 
 
 BY_FEATURES = {"delta": 1, "output_spread": 1, "output_asymmetry": 1, "weight_norm_sq": 0}
-BY_HEAD = {"delta": 1, "output_spread": 1, "output_asymmetry": 1, "weight_norm_sq": 2}
+BY_FEATURES |= {"nc0": 0, "mean_feature_norm": 1}
+BY_HEAD = {"delta": 1, "output_spread": 1, "output_asymmetry": 1, "weight_norm_sq": 2, "nc0": 1}
 QUASI = ("epsilon", "sqi_gap")  # of targets and outputs, which grow apart
 
 
@@ -403,7 +454,10 @@ def test_every_scale_in_the_vocabulary_is_that_of_its_metric():
         arrays = map(jnp.asarray, (head, bias))
         statistics = class_statistics(jnp.asarray(h), jnp.asarray(labels), 5, *arrays)
         expected = jax.device_get(assemble(Quantities(statistics)))
-    assert found.metrics.keys() == expected.keys()
+    expected["nc0"] = np.linalg.norm(head.sum(axis=0))
+    expected["mean_feature_norm"] = np.sqrt(np.mean(np.sum(h**2, axis=1)))
+    rest = {*found.metrics} - {*expected}
+    assert all(FEATURE_VOCABULARY[name].scale == (0, 0, 0) for name in rest)
     assert_same(found, expected, 1e-10)
 
 
@@ -443,6 +497,7 @@ def test_equilibrium_in_other_units(exponent):
     s = 2.0**exponent
     after = measure.measure(h * s, labels, head=head / s, bias=bias, weight_decay=1e-2 * s**2)
     powers = {"weight_norm_sq": -2, "norm_target": -2, "predicted_head_norm_sq": -2}
+    powers |= {"nc0": -1, "mean_feature_norm": 1}
     powers |= {name: 1 for name in before if name.startswith("budget") and name.endswith("norm")}
     for name, value in before.items():
         assert after[name] == pytest.approx(
@@ -637,8 +692,9 @@ def test_order_labels_shift_and_rotation_change_no_invariant(seed, scale):
         "rotation": measure.measure(h @ rotation, labels, head=head @ rotation, bias=bias),
     }
     for what, after in changed.items():
-        for name, value in before.items():
-            assert after[name] == pytest.approx(value, rel=1e-8, abs=1e-9), (what, name)
+        moved = {"mean_feature_norm"} if what == "shift" else set()
+        for name in before.keys() - moved:
+            assert after[name] == pytest.approx(before[name], rel=1e-8, abs=1e-9), (what, name)
 
 
 # Parts
@@ -1068,6 +1124,89 @@ def test_layers_classes_and_conventions_on_the_command_line(said, tmp_path):
     assert json.loads(out)["missing_classes"] == [10, 11]
 
 
+def test_a_table_by_class_as_text_csv_latex_and_json(said, tmp_path):
+    h, labels, _, _ = split(sizes=[8, 0, 12, 9, 3], dtype=np.float32)
+    np.savez(tmp_path / "a.npz", features=h, labels=labels)
+    present = [0, 2, 3, 4]
+    mu = {c: np.float64(h)[labels == c].mean(0) for c in present}
+    center = np.mean(list(mu.values()), axis=0)
+    code, out, err = said(tmp_path / "a.npz", "--by-class", "--csv")
+    assert (code, err) == (0, "")
+    table = pd.read_csv(io.StringIO(out), index_col="class")
+    assert table.index.tolist() == present
+    for c in present:
+        row, own = table.loc[c], np.float64(h)[labels == c]
+        rival = min((o for o in present if o != c), key=lambda o: np.sum((mu[o] - mu[c]) ** 2))
+        a, b = mu[c] - center, mu[rival] - center
+        angle = np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+        expected = [len(own), np.mean(np.sum((own - mu[c]) ** 2, axis=1)), np.linalg.norm(a)]
+        np.testing.assert_allclose(row, [*expected, rival, angle], rtol=1e-4)
+    code, out, _ = said(tmp_path / "a.npz", "--by-class", "--json")
+    assert json.loads(out)["by_class"][1]["class"] == 2
+    code, out, _ = said(tmp_path / "a.npz", "--by-class")
+    assert sum(line.startswith(("│     0 │", "│     4 │")) for line in out.splitlines()) == 2
+    code, out, _ = said(tmp_path / "a.npz", "--by-class", "--latex")
+    assert out.splitlines()[1] == r"\toprule"
+    assert out.count(r" \\") == 5
+
+
+def test_layers_as_csv_and_latex(said, tmp_path):
+    h, labels, head, _ = split(dtype=np.float32)
+    np.savez(tmp_path / "first_.npz", features=h[:, :3], labels=labels)
+    np.savez(tmp_path / "last.npz", features=h, labels=labels)
+    np.savez(tmp_path / "head.npz", weight=head)
+    call = [tmp_path / "first_.npz", tmp_path / "last.npz", "--head", tmp_path / "head.npz"]
+    code, out, err = said(*call, "--csv")
+    assert (code, err) == (0, "")
+    table = pd.read_csv(io.StringIO(out), index_col="layer")
+    assert table.index.tolist() == [str(path) for path in call[:2]]
+    expected = measure.measure(h, labels, head=head)
+    assert dict(table.iloc[1].dropna()) == pytest.approx(dict(expected))
+    assert np.isnan(table["nc3"].iloc[0])
+    code, out, _ = said(*call, "--latex")
+    lines = out.splitlines()
+    assert lines[0] == r"\begin{tabular}{lrr}"
+    assert r"first\_.npz" in lines[2]
+    row = next(line for line in lines if line.startswith("nc3 &"))
+    assert row == rf"nc3 & -- & ${expected.nc3:.4g}$ \\"
+
+
+def test_figures_of_a_choice_in_a_format(said, tmp_path):
+    folder = tmp_path / "figures"
+    call = [DATA / "features.npz", "--figures", folder, "--format=pdf", "--only", "angles"]
+    assert said(*call)[0] == 0
+    assert [path.name for path in folder.iterdir()] == ["angles.pdf"]
+    assert (folder / "angles.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_outliers_are_measured_as_neco_does(said, tmp_path):
+    h, labels, _, _ = split(num_classes=3, dim=8, per_class=20)
+    rng = np.random.default_rng(3)
+    ood = 2 * rng.standard_normal((37, 8)) + 0.3
+    found = measure.measure(h, labels, ood=ood)
+    mu = np.stack([h[labels == c].mean(0) for c in range(3)])
+    mean = ood.mean(0)
+    cosines = [m @ mean / np.linalg.norm(m) / np.linalg.norm(mean) for m in mu]
+    assert found.nc5 == pytest.approx(np.mean(np.abs(cosines)))
+    projector = np.linalg.pinv(mu - mu.mean(0)) @ (mu - mu.mean(0))
+    own, outside = (
+        np.linalg.norm((x - mu.mean(0)) @ projector, axis=1)
+        / np.linalg.norm(x - mu.mean(0), axis=1)
+        for x in (h, ood)
+    )
+    pairs = np.mean([(a > b) + (a == b) / 2 for a in own for b in outside])
+    assert found.ood_auroc == pytest.approx(pairs, abs=1e-9)
+    scaled = measure.measure(h * 2.0**300, labels, ood=ood * 2.0**300)
+    assert (scaled.nc5, scaled.ood_auroc) == pytest.approx((found.nc5, found.ood_auroc))
+    np.savez(tmp_path / "a.npz", features=h, labels=labels)
+    np.save(tmp_path / "ood.npy", ood)
+    _, out, _ = said(tmp_path / "a.npz", "--ood", tmp_path / "ood.npy", "--json")
+    assert json.loads(out)["metrics"]["ood_auroc"] == pytest.approx(pairs, abs=1e-9)
+    for wrong in (ood[:, :5], ood[:0], ood * np.nan):
+        with pytest.raises(InputError, match="ood: got"):
+            measure.measure(h, labels, ood=wrong)
+
+
 def test_notes_of_every_layer_are_printed(tmp_path, said):
     h, labels, _, _ = split()
     np.savez(tmp_path / "flat.npz", features=np.ones_like(h), labels=labels)
@@ -1103,7 +1242,7 @@ FILES = {
     "no features": (
         "a.npz",
         {"feats": H, "labels": LABELS},
-        "got 'feats, labels'; an array must be named features",
+        "no array is named features; did you mean feats",
     ),
     "objects": ("a.npz", {"features": np.array([{}]), "labels": LABELS}, "it cannot be read"),
     "words": (
@@ -1161,7 +1300,7 @@ def test_layers_of_other_examples_are_refused(tmp_path, said):
         (["--batch=0"], "--batch: got 0"),
         (["--classes=-1"], "--classes: got -1"),
         (["--classes=1000000000000"], "--classes: got 1000000000000"),
-        (["--head", DATA / "features.npz"], "it has no head_kernel, but features, labels"),
+        (["--head", DATA / "features.npz"], "it has features (400, 128), labels (400,)"),
         (["--weight-decay=1e-3"], "give one"),
         (["--classes=3"], "labels: got 9; with 3 classes they are 0 to 2"),
         (["--labels", DATA / "head.npz"], "it has no labels"),
@@ -1218,10 +1357,30 @@ def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, c
     assert scope["found"].metrics["nc3"] == pytest.approx(scope["metrics"]["nc3"], rel=1e-6)
 
 
-def test_the_pytorch_example_of_the_documentation_runs(capsys):
-    pytest.importorskip("torch")
+def test_the_pytorch_examples_and_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    exec(
-        compile(next(text for torch, text in examples() if torch), "docs/measure.md", "exec"), scope
-    )
-    assert 0 < scope["found"].metrics["nc4"] < 1
+    of_torch = [text for torch, text in examples() if torch]
+    assert len(of_torch) == 4
+    for example in of_torch:
+        exec(compile(example, "docs/measure.md", "exec"), scope)
+    assert scope["m"].examples.sum() == 180
+    assert scope["monitor"].history.epoch.values.tolist() == [2, 4, 6]
+    h, labels, head, bias = split()
+    np.savez(tmp_path / "features.npz", features=h, labels=labels)
+    np.savez(tmp_path / "head.npz", weight=head, bias=bias)
+    for layer in ("layer1", "layer2"):
+        np.save(tmp_path / f"{layer}.npy", h[:, :6])
+    np.save(tmp_path / "outliers.npy", h[:7])
+    pd.DataFrame(h).add_prefix("h").assign(label=labels).to_csv("features.csv", index=False)
+    weights = {"fc.weight": torch.from_numpy(head), "fc.bias": torch.from_numpy(bias)}
+    torch.save(weights, tmp_path / "checkpoint.pt")
+    text = (ROOT / "docs" / "measure.md").read_text()
+    commands = re.findall(r"^    ncjax (\w+) (.+)$", text, re.MULTILINE)
+    assert [name for name, _ in commands] == ["show", "plot"] + ["measure"] * 4
+    for name, line in commands:
+        main = importlib.import_module(f"ncjax.cli.{name}").main
+        assert main(line.split()) == 0, capsys.readouterr().err
+    assert (tmp_path / "figures" / "layers.svg").exists()
+    assert (tmp_path / "runs/mine/figures/collapse_against_epoch.pdf").exists()

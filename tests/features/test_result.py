@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ncjax
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY
 
 FEATURES = np.array([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [-1.0, -0.5]])
 LABELS = np.array([0, 0, 1, 1])
@@ -18,7 +18,7 @@ def measured():
 def test_attributes_and_names_are_the_same_numbers(measured):
     assert measured.cdnv == measured["cdnv"] == 0.0625
     assert measured.nc3 == pytest.approx(0, abs=1e-12)
-    assert [*measured] == [name for name in VOCABULARY if name in measured]
+    assert [*measured] == [name for name in FEATURE_VOCABULARY if name in measured]
     assert len(measured) == len(measured.metrics)
     assert {"nc1", "to_dataset", "notes"} <= {*dir(measured)}
 
@@ -26,10 +26,10 @@ def test_attributes_and_names_are_the_same_numbers(measured):
 def test_what_was_not_measured_is_said(measured):
     with pytest.raises(AttributeError, match=r"norm_target; it needs"):
         _ = measured.norm_target
-    with pytest.raises(AttributeError, match=r"has no nc5$"):
-        _ = measured.nc5
+    with pytest.raises(AttributeError, match=r"has no nc6$"):
+        _ = measured.nc6
     with pytest.raises(KeyError):
-        measured["nc5"]
+        measured["nc6"]
 
 
 def test_it_becomes_labelled_data(measured):
