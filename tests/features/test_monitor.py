@@ -188,6 +188,7 @@ def test_bad_input_is_named_before_training(net, tmp_path):
     xr.Dataset({"a": 1}).to_netcdf(tmp_path / "run" / "history.nc", engine="scipy")
     for options, message in (
         ({"every": 0}, "every: got 0"),
+        ({"names": ["0"]}, "names: got .*no such option"),
         ({"pol": "mean"}, "pol: got 'mean'; no such option of measure_model; did you mean pool"),
         ({"workdir": tmp_path / "run"}, "it holds another run"),
         ({"workdir": tmp_path / "run" / "history.nc"}, "workdir: got"),
