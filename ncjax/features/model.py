@@ -140,7 +140,8 @@ def measure_layers(
         keep=keep,
         ood=ood,
         of_all={"loss": loss, "global_mean": global_mean, "float64": float64},
-        of_last={"num_classes": num_classes, "weight_decay": weight_decay},
+        of_last={"weight_decay": weight_decay},
+        num_classes=num_classes,
     )
 
 
@@ -381,6 +382,7 @@ class _Runner:
         ood: Iterable | None,
         of_all: dict[str, Any],
         of_last: dict[str, Any],
+        num_classes: int | None,
     ) -> dict[str, Measurement]:
         """Returns the measurement of each module by name; `of_last` are options of the last."""
         if not names or len(set(names)) < len(names):
@@ -396,14 +398,16 @@ class _Runner:
             batches = self._run_once(loader, taps) if keep else [self._run_twice(loader, taps[0])]
             if ood is not None:
                 of_last = of_last | {"ood": self._features_of(ood, taps[0])}
+            last = taps[-1]
+            head = _head_of(last)
+            if num_classes is None and head:
+                num_classes = len(head["head"])
             found = {}
             for tap, of_tap in zip(taps, batches, strict=True):
-                options = dict(of_all)
-                if tap is taps[-1]:
-                    options |= of_last | _head_of(tap)
-                found[tap.name] = measure_batches(of_tap, **options)
-                if tap is taps[-1] and tap.is_linear and "head" not in options:
-                    found[tap.name].notes.append(_ONE_OUTPUT)
+                options = of_all | (of_last | head if tap is last else {})
+                found[tap.name] = measure_batches(of_tap, num_classes=num_classes, **options)
+        if last.is_linear and not head:
+            found[last.name].notes.append(_ONE_OUTPUT)
         return found
 
     def _run_once(self, loader: Iterable, taps: list[_Tap]) -> list[list[tuple[np.ndarray, ...]]]:

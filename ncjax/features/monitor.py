@@ -73,7 +73,8 @@ class Monitor:
     ):
         if every < 1:
             raise InputError("every", every, "give a number of epochs from 1 on")
-        known = inspect.signature(measure_layers).parameters
+        parameters = inspect.signature(measure_layers).parameters.values()
+        known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
         for name in options:
             if name not in known:
                 way_out = f"no such option of measure_model{near(name, known)}"

@@ -149,6 +149,12 @@ def test_layers_are_rows_each_pooled_and_the_last_with_its_head(model, data):
     assert all(name in repr(got) and name in got._repr_html_() for name in names)
 
 
+def test_a_class_without_examples_is_missing_in_every_layer(model, data):
+    kept = data[1] != C - 1
+    got = ncjax.measure_model(model, [(data[0][kept], data[1][kept])], layers=["block1", "fc"])
+    assert got["block1"].missing == got["fc"].missing == [C - 1]
+
+
 class Counted(nn.Module):
     """Counts what it does in a buffer, in eval mode too, and fails where it is told to."""
 
