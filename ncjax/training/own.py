@@ -46,7 +46,7 @@ def make(path: str, asked: Mapping[str, Any]) -> nn.Module:
     attributes = network.__dataclass_fields__
     if "num_classes" not in attributes:
         raise _wrong(path, "it needs an attribute num_classes: int, the width of its head")
-    for name in asked.keys() & FIELDS.keys() - attributes.keys():
+    for name in sorted(asked.keys() & FIELDS.keys() - attributes.keys()):
         # A head's bias is seen in its parameters (`layers.find`).
         default = config.SCHEMA[f"model.{FIELDS[name]}"].default
         if name not in ("widths", "use_head_bias") and asked[name] != default:
