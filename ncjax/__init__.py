@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ncjax import metrics
     from ncjax.api import train
     from ncjax.config import Config
+    from ncjax.data.dataset import Dataset
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
     from ncjax.features.result import Measurement
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Dataset",
     "InputError",
     "Measurement",
     "Run",
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 # not wait for JAX.
 _HOMES = {
     "Config": "ncjax.config",
+    "Dataset": "ncjax.data.dataset",
     "InputError": "ncjax.errors",
     "Measurement": "ncjax.features.result",
     "Run": "ncjax.runs.load",

@@ -33,6 +33,7 @@ Schedule = Literal["cosine", "constant", "step"]
 Precision = Literal["float32", "float64"]
 Units = Literal["ours", "torch"]
 CompilationCache = Literal["user", "off"]
+Color = Literal["own", "gray", "rgb"]
 
 
 class Field(NamedTuple):
@@ -122,7 +123,8 @@ class _Section:
 class DataConfig(_Section):
     name: str = _described(
         "digits",
-        "digits (embedded), synthetic, identity, or any prepared TFDS image-classification set",
+        "digits (embedded), synthetic, identity, a .npz, a folder of images (train/CLASS/*.png or "
+        "*.jpg), or any prepared TFDS image-classification set",
         "must be the name of a data set",
         lambda v: _is_text(v) and v != "",
     )
@@ -137,6 +139,18 @@ class DataConfig(_Section):
         "classes of synthetic and identity (0: 10); of other sets the set decides",
         "must be 0 or an integer >= 2",
         lambda v: _is_integer(v) and (v == 0 or 2 <= v <= _MOST),
+    )
+    test_fraction: float = _described(
+        0.0,
+        "share of each class that is held out, of a set without a test split (0: a sixth)",
+        "must be a number in [0, 1)",
+        lambda v: _is_finite(v) and 0 <= v < 1,
+    )
+    size: int = _integer(
+        0, "sides that images are resized to, their largest centred squares (0: as they are)", 0
+    )
+    color: Color = _choice(
+        Color, "channels of images: their own, or gray (luma), or rgb; transparency lies over black"
     )
     input_scale: float = _described(
         2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]

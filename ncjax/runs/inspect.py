@@ -72,7 +72,8 @@ class WorkdirContents(NamedTuple):
       history_problem: why they cannot; None: they can, or there are none.
       history_is_sealed: whether a checksum lies beside history.nc.
       checkpoints: all of them, checked, oldest first; of one run alone if one was asked for.
-      provenance: `versions`, `device` and `git_revision`, as far as they are known.
+      provenance: `versions`, `device`, `git_revision` and `data_checksums`, as far as they are
+        known.
       notes: what is not as it should be, a line each.
     """
 
@@ -226,6 +227,7 @@ def _provenance(metadata: CheckpointMetadata | None, history: xr.Dataset | None)
         "versions": versions,
         "device": attrs.get("device"),
         "git_revision": attrs.get("git_revision"),
+        "data_checksums": metadata.data if metadata else {},
     }
 
 
@@ -262,9 +264,11 @@ def _size(folder: Path) -> int:
     return total
 
 
-def verify(contents: WorkdirContents, epoch: int) -> Verification:
+def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verification:
     """Measures the checkpoint of an epoch again, run by run, and compares all that depends on
     weights with the history.
+
+    `data`: where the data are now; empty: where the config says.
 
     Raises:
       Removed: it was, by a run that trains.
@@ -274,7 +278,7 @@ def verify(contents: WorkdirContents, epoch: int) -> Verification:
     deviations = {}
     try:
         metadata = checkpoint.read_metadata(contents.folder, epoch)
-        measure = _make_measure(metadata)
+        measure = _make_measure(metadata, data)
         for place in contents.places:
             values = measure(
                 checkpoint.read_run(contents.folder, epoch, place.index), place.coordinates
@@ -314,13 +318,13 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def _make_measure(
-    metadata: CheckpointMetadata,
+    metadata: CheckpointMetadata, data_name: str
 ) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """measure(variables, coordinates): what a run records of its network. Compiled once."""
-    settings, dataset = (
-        configuration.from_stored(metadata.config),
-        runs.load_data(metadata.config, metadata.data),
-    )
+    settings = configuration.from_stored(metadata.config)
+    if data_name:
+        settings.data.name = data_name
+    dataset = runs.load_data(settings.data, metadata.data)
     recipe = sweep.make_recipe(settings, dataset)
     data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)
 

@@ -19,7 +19,9 @@ from jaxtyping import Float, Shaped
 
 from ncjax import config as configuration
 from ncjax import plan
-from ncjax.data import dataset as datasets
+from ncjax.data import preparation, sources
+from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.storage import checkpoint
@@ -50,6 +52,7 @@ class Run:
         normalization.
       checksums: the checksums of the data that it was trained on; empty where its checkpoint does
         not say.
+      given: the data set that `load_run` was given.
     """
 
     workdir: Path
@@ -59,6 +62,7 @@ class Run:
     model: models.Network
     variables: dict = field(repr=False)
     checksums: dict[str, int] = field(repr=False)
+    given: Dataset | None = field(repr=False, default=None)
 
     @property
     def params(self) -> dict:
@@ -66,11 +70,12 @@ class Run:
         return self.variables["params"]
 
     @functools.cached_property
-    def dataset(self) -> datasets.Dataset:
+    def dataset(self) -> PreparedDataset:
         """Returns the data it was trained on; raises InputError where they are no longer found, or
         are others.
         """
-        return load_data(self.config, self.checksums)
+        settings = configuration.from_stored(self.config).data
+        return load_data(settings, self.checksums, self.given)
 
     @functools.cached_property
     def history(self) -> xr.Dataset:
@@ -126,7 +131,13 @@ def _apply(model: models.Network, method: str, variables: dict, x: jax.Array) ->
     return jnp.asarray(model.apply(variables, x, method=method))
 
 
-def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
+def load_run(
+    workdir: str | Path,
+    *,
+    epoch: int | None = None,
+    dataset: Dataset | None = None,
+    **coordinates: Any,
+) -> Run:
     """Returns one run of a sweep, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
 
     Its part of a checkpoint is read alone and compared with its checksums.
@@ -135,6 +146,8 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
       workdir: the folder that `ncjax.train` or `ncjax train` has left.
       epoch: the epoch of a checkpoint; None: the newest one that is sound (one that is not is
         named in a warning).
+      dataset: the data that it was trained on, of a run of arrays; they are compared with the
+        run's checksums when they are first used.
       coordinates: the run's numbers on the axes of the grid, in the project's units, as in
         history.nc. An axis of one value may be left out.
 
@@ -165,14 +178,16 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
     plan.check_path("workdir", workdir)
     for _ in range(ATTEMPTS - 1):
         try:
-            return _load_run(workdir, epoch, coordinates)
+            return _load_run(workdir, epoch, dataset, coordinates)
         except Removed:
             if epoch is not None:
                 raise
-    return _load_run(workdir, epoch, coordinates)
+    return _load_run(workdir, epoch, dataset, coordinates)
 
 
-def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) -> Run:
+def _load_run(
+    workdir: Path, epoch: int | None, given: Dataset | None, coordinates: Mapping[str, Any]
+) -> Run:
     folder = workdir / "checkpoints"
     found = checkpoint.epochs_in(folder)
     if not found:
@@ -209,7 +224,9 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
             warnings.warn(line, stacklevel=3)
         model = make_model(metadata.config, variables["params"])
         return Run(
-            workdir, candidate, place.coordinates, metadata.config, model, variables, metadata.data
+            *(workdir, candidate, place.coordinates, metadata.config, model, variables),
+            metadata.data,
+            given,
         )
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
 
@@ -295,12 +312,18 @@ def changes(config: dict[str, Any] | None, metadata: checkpoint.CheckpointMetada
     return configuration.differences(config, metadata.config)
 
 
-def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
-    """Returns the data set of a parsed config.json, or raises InputError where it is not that of
-    the checksums.
+def load_data(
+    settings: configuration.DataConfig,
+    checksums: Mapping[str, int],
+    given: Dataset | None = None,
+) -> PreparedDataset:
+    """Returns the data set that settings name, or raises InputError where it is not that of the
+    checksums.
+
+    `given`: arrays from Python, in place of those that the settings name.
     """
-    dataset = plan.load_data(configuration.from_stored(config).data)
-    check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
+    dataset = preparation.load(settings, given)
+    check_data(settings.name, preparation.checksums(dataset), checksums)
     return dataset
 
 
@@ -311,9 +334,8 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
     changed = [part for part, crc in expected.items() if found.get(part) != crc]
     if changed:
         way_out = (
-            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore "
-            "the data set "
-            "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
+            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; "
+            f"{sources.find(name).restore}"
         )
         raise InputError("config.data.name", name, way_out)
 

@@ -49,7 +49,7 @@ class CheckpointMetadata(NamedTuple):
       measured: epochs measured up to `epoch`.
       versions: of Python and of the packages that matter.
       crc32: leaf -> one number per run.
-      data: checksums of what was trained on, `dataset.checksums`.
+      data: checksums of what was trained on, `preparation.checksums`.
       random_bits, arithmetic: what else decides bits, see `provenance`. Like `data` empty in older
         checkpoints.
     """

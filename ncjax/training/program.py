@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
-from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.training import mesh as parallel
 from ncjax.training import models, optim
 from ncjax.training.augment import augment
@@ -291,7 +291,7 @@ def _in_groups(f: Callable, group: int, *runs):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
 
-def host_data(dataset: Dataset, precision: str) -> Data:
+def host_data(dataset: PreparedDataset, precision: str) -> Data:
     """A data set as the program takes it, to be normalized in `precision`; NumPy arrays."""
     splits: Any = (dataset.train, dataset.test)
     statistics = [np.asarray(a, precision) for a in (dataset.center, dataset.scale)]
@@ -299,7 +299,7 @@ def host_data(dataset: Dataset, precision: str) -> Data:
     return Data(*fields)
 
 
-def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
+def place_data(dataset: PreparedDataset, mesh: Mesh, precision: str) -> Data:
     """`host_data` on every device of the mesh."""
     with jax.enable_x64(True):
         return parallel.place(host_data(dataset, precision), parallel.replicated(mesh))

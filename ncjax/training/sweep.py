@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ncjax import config as configuration
 from ncjax import environment
-from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
 from ncjax.training import mesh as parallel
@@ -23,7 +23,7 @@ from ncjax.training.objective import Objective
 _USABLE = 0.9
 
 
-def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
+def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> train.Recipe:
     """Returns the static part of the compiled program that a config asks for."""
     return train.Recipe(
         model=models.make(config.model, dataset.num_classes, config.train.precision),
