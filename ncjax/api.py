@@ -1,5 +1,6 @@
 """Trains from Python what `ncjax train` trains from a command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: "Config | str", workdir: str | Path, *, dataset: Dataset | None = None
+    config: "Config | str",
+    workdir: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    on_measurement: "Callable[[xr.Dataset], object] | None" = None,
 ) -> "xr.Dataset":
     """Trains a sweep, measures neural collapse as it goes, and returns the history.
 
@@ -29,6 +34,9 @@ def train(
       dataset: arrays of your own to train on, in place of the data set that `config.data.name`
         names; the other fields of `config.data` apply to it. A folder of such a run is continued
         with the same arrays alone.
+      on_measurement: called after every measurement with its epoch of the history, all runs of the
+        grid, once that is on disk. What it raises ends the run, which can then be continued.
+        Epochs that the folder holds already are not measured again.
 
     Returns:
       The measurements, with dimensions `weight_decay`, `seed`, every other axis that was swept,
@@ -61,4 +69,4 @@ def train(
     environment.import_jax()
     from ncjax.runs import loop
 
-    return loop.record(prepared)
+    return loop.record(prepared, on_measurement)

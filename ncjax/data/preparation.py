@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ncjax.config import DataConfig
+from ncjax.config import DataConfig, parse_classes
 from ncjax.data import images, sources
 from ncjax.data.dataset import Dataset, Split
 from ncjax.errors import InputError
 
 
 class PreparedDataset(NamedTuple):
-    """Holds balanced splits, class after class, and the statistics of the training split that
+    """Holds both splits, class after class, and the statistics of the training split that
     normalize both.
 
     The network's input is `(images - center) * scale`, float64: center has the shape of one image,
@@ -33,13 +33,23 @@ class PreparedDataset(NamedTuple):
     def num_classes(self) -> int:
         return len(self.label_names)
 
+    @property
+    def class_sizes(self) -> tuple[int, ...]:
+        """The number of training examples of every class."""
+        return tuple(np.bincount(self.train.labels, minlength=self.num_classes).tolist())
+
+    @property
+    def is_balanced(self) -> bool:
+        """Returns whether all classes have as many training examples."""
+        return len(set(self.class_sizes)) == 1
+
 
 def load(settings: DataConfig, given: Dataset | None = None) -> PreparedDataset:
     """Returns the data that a config's `data` section describes, prepared for training.
 
     Deterministic: the same settings give the same arrays. Of each class the first examples in the
-    set's order are taken. The test split shrinks by the same factor as the training split, so that
-    measuring it stays cheap beside that.
+    set's order are taken. The test split has as many of every class, and shrinks by the factor of
+    the largest training class, so that measuring it stays cheap beside training.
 
     Args:
       settings: of the data; `name` is not looked for where a data set is given.
@@ -53,7 +63,7 @@ def load(settings: DataConfig, given: Dataset | None = None) -> PreparedDataset:
     if given is not None:
         sources.check_decides(settings)
     dataset = sources.read(settings) if given is None else given
-    chosen = _balance(dataset, settings)
+    chosen = _choose(dataset, settings)
     train, test = (_shaped(split, settings) for split in chosen)
     if settings.name == "identity":
         center, scale = np.zeros(train.images.shape[1:]), np.array(1.0)
@@ -83,19 +93,55 @@ def _crc(array: np.ndarray) -> int:
     )
 
 
-def _balance(dataset: Dataset, settings: DataConfig) -> tuple[Split, Split]:
-    """Returns as many examples of every class, of both splits."""
+def _choose(dataset: Dataset, settings: DataConfig) -> tuple[Split, Split]:
+    """Returns the examples that are trained on, as many of each class as `settings.classes` says,
+    and a test split of as many of every class.
+    """
     if len(dataset.label_names) < 2:
         raise InputError("config.data.name", "a set of one class", "choose one of two or more")
     train, test = _splits(dataset, settings.test_fraction)
-    available = int(_counts(train, dataset.label_names, "training").min())
-    if settings.per_class > available:
-        way_out = f"the smallest class has {available} training examples"
-        raise InputError("config.data.per_class", settings.per_class, way_out)
+    available = _counts(train, dataset.label_names, "training")
+    sizes = _class_sizes(settings, available)
     test_available = int(_counts(test, dataset.label_names, "test").min())
-    per_class = settings.per_class or available
-    test_per_class = max(1, round(test_available * per_class / available))
-    return _first_of_each_class(train, per_class), _first_of_each_class(test, test_per_class)
+    share = min(1.0, int(sizes.max()) / int(available.min()))
+    test_size = max(1, round(test_available * share))
+    return _first_of_each_class(train, sizes), _first_of_each_class(
+        test, np.full(len(sizes), test_size)
+    )
+
+
+def _class_sizes(settings: DataConfig, available: np.ndarray) -> np.ndarray:
+    """Returns how many training examples each class gets, of those that there are.
+
+    Profiles after Cui et al. (CVPR 2019; exponential) and Buda et al. (Neural Networks 2018; step).
+    """
+    profile, most = parse_classes(settings.classes), settings.per_class
+    assert profile is not None  # `config.validate` has seen to it
+    if profile.kind == "natural":
+        return np.minimum(available, most) if most else available
+    num_classes = len(available)
+    if profile.kind == "step" and profile.minority >= num_classes:
+        way_out = f"there are {num_classes} classes, of which one must keep its size"
+        raise InputError("config.data.classes", settings.classes, way_out)
+    shares = np.ones(num_classes)
+    if profile.kind == "exponential":
+        shares = profile.ratio ** (-np.arange(num_classes) / (num_classes - 1))
+    elif profile.kind == "step":
+        shares[-(profile.minority or num_classes // 2) :] = 1 / profile.ratio
+    # What rounding leaves below an integer counts as that integer.
+    largest = int(np.min(available / shares) + 1e-9)
+    if most > largest:
+        limit = int(np.argmin(available / shares))
+        words = "the smallest class" if profile.ratio == 1 else f"class {limit}"
+        way_out = f"{words} has {available[limit]} training examples"
+        if profile.ratio > 1:
+            way_out += f"; take at most {largest}"
+        raise InputError("config.data.per_class", most, way_out)
+    sizes = np.floor((most or largest) * shares + 1e-9).astype(np.int64)
+    if not sizes.all():
+        way_out = f"of {most or largest} examples the smallest class would have none"
+        raise InputError("config.data.classes", settings.classes, f"{way_out}; take a smaller R")
+    return sizes
 
 
 def _splits(dataset: Dataset, test_fraction: float) -> tuple[Split, Split]:
@@ -134,11 +180,12 @@ def _counts(split: Split, label_names: tuple[str, ...], words: str) -> np.ndarra
     return counts
 
 
-def _first_of_each_class(split: Split, per_class: int) -> Split:
+def _first_of_each_class(split: Split, sizes: np.ndarray) -> Split:
     # A stable sort keeps the set's order within each class.
     by_class = np.argsort(split.labels, kind="stable")
-    starts = np.searchsorted(split.labels[by_class], np.arange(split.labels.max() + 1))
-    chosen = by_class[(starts[:, None] + np.arange(per_class)).ravel()]
+    starts = np.searchsorted(split.labels[by_class], np.arange(len(sizes)))
+    taken = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    chosen = by_class[np.concatenate(taken)]
     return Split(split.images[chosen], split.labels[chosen])
 
 

@@ -41,6 +41,7 @@ class Statistics:
       head: W_L.
       in_row_space: sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
       correct: number of examples whose largest output is their class's.
+      class_correct: the same of each class.
       disagreements: number of examples whose largest output is not that of the nearest class mean.
       mean_residuals: rbar_c, the mean residual of class c, as rows; None where C x C arrays are too
         large.
@@ -61,6 +62,7 @@ class Statistics:
     head: Num[AnyArray, "C p"] | None = None
     in_row_space: Num[AnyArray, ""] | None = None
     correct: Num[AnyArray, ""] | None = None
+    class_correct: Num[AnyArray, " C"] | None = None
     disagreements: Num[AnyArray, ""] | None = None
     mean_residuals: Num[AnyArray, "C C"] | None = None
     residual_scatter: Num[AnyArray, ""] | None = None
@@ -80,13 +82,13 @@ def statistics_of_passes(
     frame: collapse.Frame,
     scatter: collapse.Scatter,
     head: Float[Array, "C p"],
-    correct: Num[Array, ""] | None = None,
+    class_correct: Num[Array, " C"] | None = None,
 ) -> Statistics:
     """Returns what two passes over a split have summed, in the form that metrics are computed from.
 
     Args:
       means, frame, scatter: of the split; the frame spans the centred class means.
-      correct: number of examples whose largest output is their class's.
+      class_correct: number of examples of each class whose largest output is theirs.
     """
     with jax.enable_x64(True):
         mu = means.features.astype(jnp.float64)
@@ -99,7 +101,8 @@ def statistics_of_passes(
             along_means=scatter.along_means,
             head=head,
             in_row_space=scatter.in_row_space,
-            correct=correct,
+            correct=None if class_correct is None else class_correct.sum(),
+            class_correct=class_correct,
             disagreements=scatter.disagreements,
             mean_residuals=means.residuals,
             residual_scatter=scatter.residuals,

@@ -124,6 +124,7 @@ class Metric(NamedTuple):
       best: the value at collapse, or where the theory holds; None: there is no best one.
       units: of the numbers; "1" for those without.
       needs: fields of `Statistics` without which there is no such metric.
+      of_equal_classes: whether it has a meaning for classes of one size alone.
       function: computes it from `Quantities`; None: `training.evaluate` and `runs.loop` do.
     """
 
@@ -135,6 +136,7 @@ class Metric(NamedTuple):
     best: float | None = None
     units: str = "1"
     needs: tuple[str, ...] = ()
+    of_equal_classes: bool = False
     function: Callable[[Quantities], Array] | None = None
 
     @property
@@ -158,10 +160,10 @@ def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Fun
     return enter
 
 
-_SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
+_SPLIT, _LAYER, _MODE, _BY_CLASS = ("split",), ("layer",), ("mode",), ("split", "label")
 _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
-# The theorem and the budget are of classes of one size.
+# What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
 
 VOCABULARY |= {
@@ -187,6 +189,61 @@ VOCABULARY |= {
 )
 def accuracy(q: Quantities) -> Array:
     return q.statistics.correct / q.total
+
+
+@_metric(
+    "accuracy by class",
+    "share of a class's examples whose largest output is theirs",
+    dims=_BY_CLASS,
+    most=1,
+    needs=("class_correct",),
+)
+def class_accuracy(q: Quantities) -> Array:
+    return q.statistics.class_correct / q.statistics.examples
+
+
+@_metric(
+    "epsilon by class",
+    "mean residual y - f of the class's own output",
+    dims=_BY_CLASS,
+    least=-math.inf,
+    needs=("mean_residuals",),
+)
+def class_epsilon(q: Quantities) -> Array:
+    return jnp.diagonal(q.statistics.mean_residuals)
+
+
+@_metric("norm of a class mean", "||mu_c - mu_G||", dims=_BY_CLASS)
+def class_norm_means(q: Quantities) -> Array:
+    return jnp.linalg.norm(q.centred, axis=1)
+
+
+@_metric(
+    "nearest other class mean",
+    "largest cos between the centred mean of the class and another: 1 where two have merged",
+    dims=_BY_CLASS,
+    least=-1,
+    most=1,
+)
+def class_cosine_means(q: Quantities) -> Array:
+    return collapse.largest_cosines(q.centred)
+
+
+@_metric("norm of a row of the head", "||W_L^c||", dims=("label",), needs=_HEAD)
+def class_norm_head(q: Quantities) -> Array:
+    return jnp.linalg.norm(q.statistics.head, axis=1)
+
+
+@_metric(
+    "nearest other row of the head",
+    "largest cos between the head's row of the class and another: 1 where two have merged",
+    dims=("label",),
+    least=-1,
+    most=1,
+    needs=_HEAD,
+)
+def class_cosine_head(q: Quantities) -> Array:
+    return collapse.largest_cosines(q.statistics.head)
 
 
 VOCABULARY |= {
@@ -429,6 +486,7 @@ VOCABULARY["lemma2_residual"] = Metric(
     "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds",
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
 )
 def theorem_residual(q: Quantities) -> Array:
     statistics = q.statistics
@@ -443,6 +501,7 @@ def theorem_residual(q: Quantities) -> Array:
     most=2,
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
 )
 def symmetric_nc3(q: Quantities) -> Array:
     return q.solution.nc3
@@ -452,13 +511,19 @@ def symmetric_nc3(q: Quantities) -> Array:
     "predicted squared norm of the head",
     "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs",
     needs=_THEORY,
+    of_equal_classes=True,
 )
 def predicted_head_norm_sq(q: Quantities) -> Array:
     return q.solution.head_norm_sq
 
 
 @_metric(
-    "predicted cosine of the head", "cos between rows of its head", least=-1, most=1, needs=_THEORY
+    "predicted cosine of the head",
+    "cos between rows of its head",
+    least=-1,
+    most=1,
+    needs=_THEORY,
+    of_equal_classes=True,
 )
 def predicted_head_cosine(q: Quantities) -> Array:
     return q.solution.head_cosine
@@ -515,6 +580,7 @@ for _suffix, _words, _least in (
             _words.format(_definition),
             least=_least,
             needs=_THEORY,
+            of_equal_classes=True,
             function=_budget_entry(f"budget_{_term}{_suffix}"),
         )
 VOCABULARY["budget_residual"] = Metric(
@@ -522,20 +588,25 @@ VOCABULARY["budget_residual"] = Metric(
     "||lambda W_L - sum of the budget's terms|| over the largest term's norm",
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
     function=_budget_entry("budget_residual"),
 )
 
 
-def assemble(quantities: Quantities, names: Iterable[str] = tuple(VOCABULARY)) -> dict[str, Array]:
+# Those of a split as a whole: a number each, or one per layer or mode.
+OF_ALL_CLASSES = tuple(name for name, metric in VOCABULARY.items() if "label" not in metric.dims)
+
+
+def assemble(quantities: Quantities, names: Iterable[str] = OF_ALL_CLASSES) -> dict[str, Array]:
     """Computes the metrics that a split's statistics determine.
 
     Args:
       quantities: of the split.
-      names: metrics that are wanted; by default all.
+      names: metrics that are wanted; by default all that are not by class.
 
     Returns:
-      name -> float64 scalar. Metrics whose `needs` are not all there are left out, and so are those
-      that have no function.
+      name -> float64 scalar, by class (C,). Metrics whose `needs` are not all there are left out,
+      and so are those that have no function.
     """
     entries = {name: VOCABULARY[name] for name in names}
     return {

@@ -8,8 +8,9 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import InputError
-from ncjax.report import figures, theory_figures
+from ncjax.report import figures, imbalance_figures, theory_figures
 from ncjax.storage.files import write_atomically
+from ncjax.storage.history import imbalance_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +37,14 @@ def draw_all(history: xr.Dataset, folder: Path, weight_decay: float | None = Non
             drawn |= {
                 "equilibrium_against_epoch": theory_figures.equilibrium_against_epoch(one),
                 "theory_against_lambda": theory_figures.theory_against_lambda({words: one}),
-                "budget_against_epoch": theory_figures.budget_against_epoch(
-                    one, _budget_decay(one, weight_decay)
-                ),
             }
+            if imbalance_ratio(one) == 1:
+                drawn["budget_against_epoch"] = theory_figures.budget_against_epoch(
+                    one, _budget_decay(one, weight_decay)
+                )
+            elif weight_decay is not None:
+                way_out = "classes of different sizes have no budget; leave it out"
+                raise InputError("--weight-decay", weight_decay, way_out)
             if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
                 drawn["collapse_against_clock"] = theory_figures.collapse_against_clock(one)
         written += [
@@ -78,6 +83,8 @@ def draw_comparison(histories: dict[str, xr.Dataset], folder: Path) -> list[Path
     }
     if all((one["weight_decay"] > 0).any() for one in shown.values()):
         drawn["theory_against_lambda"] = theory_figures.theory_against_lambda(shown)
+    if imbalance_figures.can_compare(shown):
+        drawn["minority_against_ratio"] = imbalance_figures.minority_against_ratio(shown)
     return [_write(figure, folder / f"{name}.png") for name, figure in drawn.items()]
 
 

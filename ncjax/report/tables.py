@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
-from ncjax.storage.history import RELAXED, extinct
+from ncjax.storage.history import RELAXED, class_sizes, extinct
 
 # Columns of the final tables: heading, variable, what selects one number of it. Empty columns are
 # left out.
@@ -303,6 +303,12 @@ def _degenerate(history: xr.Dataset) -> list[str]:
         lines.append(
             f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class "
             "means are one"
+        )
+    sizes = class_sizes(history)
+    if sizes.min() < sizes.max():
+        lines.append(
+            f"classes have {sizes.min()} to {sizes.max()} training examples: the theorem, the "
+            "budget, predictions and closed forms are of classes of one size, and NaN"
         )
     if history.attrs["per_class"] == "1":
         lines.append(

@@ -17,7 +17,7 @@ from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import panels
 from ncjax.report.figures import setting_words
 from ncjax.report.panels import Panel, number
-from ncjax.storage.history import RELAXED
+from ncjax.storage.history import RELAXED, imbalance_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +159,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     """gamma in closed form for the unconstrained-feature model; else as measured at the least
     lambda that is relaxed.
 
-    None with cross-entropy, and where no run is relaxed (always so with Adam, which has no clock).
+    None with cross-entropy, for classes of different sizes, and where no run is relaxed (always so
+    with Adam, which has no clock).
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
@@ -167,7 +168,7 @@ def fitted_law(history: xr.Dataset) -> Law | None:
         history.sizes["label"], config["model"]["head_bias"], config["targets"]
     )
     depth = history.sizes["layer"]
-    if config["loss"] != "square":
+    if config["loss"] != "square" or imbalance_ratio(history) > 1:
         return None
     if final["closed_form_epsilon"].notnull().any():
         gamma = closed_forms.unconstrained_gamma(depth, int(history.attrs["per_class"]), setting)

@@ -24,7 +24,7 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     setting = closed_forms.Setting(num_classes, recipe.head_bias, config.targets)
     gamma = closed_forms.unconstrained_gamma(depth, per_class, setting)
     solution = closed_forms.homogeneous_solution(weight_decay, gamma, depth, setting)
-    known = (weight_decay > 0) & _is_unconstrained(config)
+    known = (weight_decay > 0) & (_is_unconstrained(config) and recipe.is_balanced)
     return {
         "effective_decay": weight_decay,
         "flow_time": flow_time,

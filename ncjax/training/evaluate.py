@@ -56,7 +56,7 @@ class _FirstPass(NamedTuple):
     classes: collapse.ClassSums
     fit: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
-    correct: Float[Array, ""]
+    correct: Float[Array, " C"]
 
 
 def evaluate(
@@ -67,6 +67,7 @@ def evaluate(
     model: models.Network,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
+    is_balanced: bool = True,
     share: Share = Share(),  # noqa: B008
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
@@ -75,16 +76,17 @@ def evaluate(
       variables: flax's: `params`, and `batch_stats` where there is batch normalization, which is
         then in eval mode.
       weight_decay: lambda of the loss that is minimized, `optim.effective_decay`.
+      is_balanced: whether all classes have as many training examples.
       share: of the examples, where several devices measure one run: sums are added up, features
         stay where they are.
 
     Returns:
-      name -> scalar, (2,) over train and test, (L,) over layers in forward order, or (C, C):
-      `class_mean_cosine` and `class_mean_logits` (row c is W mu_c) of the training split. All in
-      the type of the parameters. NaN throughout, but for `finite`, where parameters or training
-      loss are not finite. NaN where batch normalization leaves no
-      meaning: `equilibrium_residual` of all layers but the head, `lemma2_residual`,
-        `normalized_margin`.
+      name -> scalar, (2,) over train and test, (L,) over layers in forward order, (C,) or (2, C) by
+      class, or (C, C): `class_mean_cosine` and `class_mean_logits` (row c is W mu_c) of the
+      training split. All in the type of the parameters. NaN throughout, but for `finite`, where
+      parameters or training loss are not finite. NaN where batch normalization leaves no meaning:
+      `equilibrium_residual` of all layers but the head, `lemma2_residual`, `normalized_margin`. NaN
+      where classes are of different sizes and a metric is of equal ones.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -150,6 +152,12 @@ def evaluate(
                 name: jnp.full((), jnp.nan) for name in ("lemma2_residual", "normalized_margin")
             }
             metrics["equilibrium_residual"] = metrics["equilibrium_residual"].at[:-1].set(jnp.nan)
+        if not is_balanced:
+            metrics |= {
+                name: jnp.full((), jnp.nan)
+                for name, metric in VOCABULARY.items()
+                if metric.of_equal_classes
+            }
         return _masked(metrics, params, loss[0], head.dtype)
 
 
@@ -159,7 +167,7 @@ def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
     What has a number for every layer is left to `_of_network`.
     """
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
-    of_training = [name for name, metric in VOCABULARY.items() if not metric.dims]
+    of_training = [name for name, metric in VOCABULARY.items() if metric.dims in ((), ("label",))]
     pairs = assemble(train, of_splits), assemble(test, of_splits)
     return jax.tree.map(lambda *values: jnp.stack(values), *pairs) | assemble(train, of_training)
 
@@ -214,13 +222,14 @@ def _first_pass(
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
     fit = jnp.sum(valid * objective.fit(outputs, y))
+    correct = (valid & (jnp.argmax(outputs, axis=1) == labels)).astype(outputs.dtype)
     bias = variables["params"]["head"].get("bias")
     logits = outputs if bias is None else outputs - bias[None]
     sums = _FirstPass(
         collapse.class_sums(features, residuals, labels),
         fit,
         jnp.sum(valid * jnp.sum(residuals * logits, axis=1)),
-        jnp.sum(valid * (jnp.argmax(outputs, axis=1) == labels)),
+        correct @ jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype),
     )
     return fit, (sums, (features, outputs))
 

@@ -58,6 +58,7 @@ class Recipe(NamedTuple):
       epochs: length of the schedule.
       train_size: NC.
       augment: none, crop or crop_flip.
+      is_balanced: whether all classes have as many training examples.
     """
 
     model: models.Network
@@ -72,6 +73,7 @@ class Recipe(NamedTuple):
     adam_eps: float = 1e-8
     norms: NormDecay = "decayed"
     augment: Augmentation = "none"
+    is_balanced: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -201,6 +203,7 @@ def measure(
         model=recipe.model,
         decayed=recipe.decayed(variables["params"]),
         objective=recipe.objective,
+        is_balanced=recipe.is_balanced,
         share=share,
     )
 

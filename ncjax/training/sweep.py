@@ -37,6 +37,7 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> train
         decay=config.train.decay,
         norms=config.model.norms,
         augment=config.train.augment,
+        is_balanced=dataset.is_balanced,
         adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
     )
 

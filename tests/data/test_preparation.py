@@ -117,7 +117,7 @@ def test_a_smaller_per_class_is_a_subset_and_shrinks_the_test_split_alike():
 
 def test_every_class_shrinks_to_the_smallest_keeping_the_order_of_the_set():
     train, test = split_of([7, 4, 9]), split_of([6, 3, 5], start=100)
-    balanced, balanced_test = preparation._balance(
+    balanced, balanced_test = preparation._choose(
         raw_of(train, test, ("a", "b", "c")), DataConfig()
     )
     np.testing.assert_array_equal(balanced.labels, np.repeat([0, 1, 2], 4))
@@ -136,7 +136,7 @@ def test_too_large_per_class_names_field_value_and_most(per_class):
 
 def test_a_test_split_without_some_class_is_refused():
     with pytest.raises(InputError, match=r"^config\.data\.name: "):
-        preparation._balance(raw_of(split_of([3, 3]), split_of([3]), ("a", "b")), DataConfig())
+        preparation._choose(raw_of(split_of([3, 3]), split_of([3]), ("a", "b")), DataConfig())
 
 
 def test_num_classes_of_a_set_that_decides_itself_is_refused():
@@ -193,7 +193,7 @@ def test_equal_images_have_no_mean_norm_and_are_refused():
 
 def test_a_set_of_one_class_is_refused():
     with pytest.raises(InputError, match=r"^config\.data\.name: .*one class"):
-        preparation._balance(raw_of(split_of([3]), split_of([3]), ("a",)), DataConfig())
+        preparation._choose(raw_of(split_of([3]), split_of([3]), ("a",)), DataConfig())
 
 
 def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_splits():
