@@ -1,5 +1,6 @@
 """Draws what becomes of small classes as they get smaller, after Fang et al. (PNAS 2021)."""
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def minority_against_ratio(histories: Mapping[str, xr.Dataset]) -> "Figure":
     decays = ordered[0]["weight_decay"].values
     for axes, (panel, (name, select)) in zip(all_axes, _DRAWN.items(), strict=True):
         drawn = []
-        for decay, colour in zip(decays, panels.COLOURS, strict=False):
+        for decay, colour in zip(decays, itertools.cycle(panels.COLOURS), strict=False):
             for chosen, line in ((is_small, "-"), (~is_small, ":")):
                 spread = np.stack([_spread(one, name, select, decay, chosen) for one in ordered])
                 look: dict[str, Any] = {"color": colour, "linestyle": line, "linewidth": 1}
@@ -73,7 +74,7 @@ def minority_against_ratio(histories: Mapping[str, xr.Dataset]) -> "Figure":
             axes.axhline(1, color="0.5", linewidth=0.8)
     handles = [
         Line2D([], [], color=colour, label=rf"$\lambda$ = {panels.number(decay)}")
-        for decay, colour in zip(decays, panels.COLOURS, strict=False)
+        for decay, colour in zip(decays, itertools.cycle(panels.COLOURS), strict=False)
     ]
     caption = (
         f"solid: {int(is_small.sum())} small classes, dotted: the others; "
@@ -88,5 +89,5 @@ def _spread(
     history: xr.Dataset, name: str, select: dict[str, str], decay: float, chosen: np.ndarray
 ) -> np.ndarray:
     """Returns mean, least and greatest over seeds of a metric's mean over some classes."""
-    final = history[name].isel(epoch=-1).sel(weight_decay=decay, **select)
+    final = history[name].isel(epoch=-1).sel({"weight_decay": decay, **select})
     return panels.over_seeds(final.isel(label=chosen).mean("label"))

@@ -415,3 +415,25 @@ def test_vectors_are_no_images(fields):
 def test_arrays_from_python_are_asked_for():
     with pytest.raises(InputError, match=r"^config\.data\.name: got 'arrays:toy'; .*dataset="):
         load("arrays:toy")
+
+
+def test_a_column_that_is_no_array_but_a_sequence_of_images_is_taken():
+    images, labels = examples(0, (3, 3))
+
+    class Column:
+        """As Hugging Face's datasets have them."""
+
+        def __init__(self, values):
+            self._values = values
+
+        def __len__(self):
+            return len(self._values)
+
+        def __getitem__(self, key):
+            return self._values[key]
+
+    pictures = Column([Image.fromarray(image) for image in images])
+    for column in (Column(list(images)), pictures):
+        found = ncjax.Dataset.from_arrays(column, Column(labels.tolist())).train
+        np.testing.assert_array_equal(found.images, images)
+        np.testing.assert_array_equal(found.labels, labels)

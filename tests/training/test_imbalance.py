@@ -10,36 +10,11 @@ from ncjax.metrics import collapse
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import draw
 from ncjax.training import program
-from tests.helpers import run, simplex_etf
+from tests.helpers import oracle_by_class, run, simplex_etf
 from tests.training.test_program import setup
 
 BY_CLASS = [name for name, metric in VOCABULARY.items() if "label" in metric.dims]
 UNDEFINED = [name for name, metric in VOCABULARY.items() if metric.of_equal_classes]
-
-
-def oracle(features, outputs, labels, head):
-    """Metrics by class, from float64 loops over classes."""
-    h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
-    classes = range(len(head))
-    mu = np.stack([h[labels == c].mean(0) for c in classes])
-    centred = mu - mu.mean(0)
-
-    def largest_cosine(rows, c):
-        others = [
-            rows[c] @ rows[d] / np.sqrt(rows[c] @ rows[c] * (rows[d] @ rows[d]))
-            for d in classes
-            if d != c
-        ]
-        return max(others)
-
-    return {
-        "class_accuracy": [np.mean(f[labels == c].argmax(1) == c) for c in classes],
-        "class_epsilon": [1 - f[labels == c][:, c].mean() for c in classes],
-        "class_norm_means": [np.sqrt(centred[c] @ centred[c]) for c in classes],
-        "class_cosine_means": [largest_cosine(centred, c) for c in classes],
-        "class_norm_head": [np.sqrt(row @ row) for row in head],
-        "class_cosine_head": [largest_cosine(head, c) for c in classes],
-    }
 
 
 def unequal(data):
@@ -80,7 +55,9 @@ def unequal_run():
 def test_metrics_by_class_are_those_of_their_definition(unequal_run):
     values, data, features, outputs, head = unequal_run
     expected = {
-        name: oracle(features[name], outputs[name], np.asarray(getattr(data, name).labels), head)
+        name: oracle_by_class(
+            features[name], outputs[name], np.asarray(getattr(data, name).labels), head
+        )
         for name in ("train", "test")
     }
     for name in BY_CLASS:
