@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ncjax import metrics
     from ncjax.api import train
     from ncjax.config import Config
+    from ncjax.data.dataset import Dataset
     from ncjax.errors import InputError
     from ncjax.features.measure import measure, measure_batches
     from ncjax.features.model import measure_model
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Dataset",
     "InputError",
     "LayerMeasurements",
     "Measurement",
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 # not wait for JAX.
 _HOMES = {
     "Config": "ncjax.config",
+    "Dataset": "ncjax.data.dataset",
     "InputError": "ncjax.errors",
     "LayerMeasurements": "ncjax.features.result",
     "Measurement": "ncjax.features.result",

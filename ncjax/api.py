@@ -1,16 +1,24 @@
 """Trains from Python what `ncjax train` trains from a command line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ncjax import environment, plan
 from ncjax.config import Config
+from ncjax.data.dataset import Dataset
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
+def train(
+    config: "Config | str",
+    workdir: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    on_measurement: "Callable[[xr.Dataset], object] | None" = None,
+) -> "xr.Dataset":
     """Trains a sweep, measures neural collapse as it goes, and returns the history.
 
     All runs of the grid (weight decays x seeds, and whatever else `config.sweep` lists) train
@@ -23,6 +31,12 @@ def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
         "mnist:smoke"; or the path of a Python file with `get_config()`.
       workdir: the folder for config.json, history.nc, metrics.jsonl and checkpoints/. It is made
         where it is missing.
+      dataset: arrays of your own to train on, in place of the data set that `config.data.name`
+        names; the other fields of `config.data` apply to it. A folder of such a run is continued
+        with the same arrays alone.
+      on_measurement: called after every measurement with its epoch of the history, all runs of the
+        grid, once that is on disk. What it raises ends the run, which can then be continued.
+        Epochs that the folder holds already are not measured again.
 
     Returns:
       The measurements, with dimensions `weight_decay`, `seed`, every other axis that was swept,
@@ -51,8 +65,8 @@ def train(config: "Config | str", workdir: str | Path) -> "xr.Dataset":
         from ncjax.cli.train import load_config
 
         config = load_config(config)
-    prepared = plan.prepare(config, workdir)
+    prepared = plan.prepare(config, workdir, dataset)
     environment.import_jax()
     from ncjax.runs import loop
 
-    return loop.record(prepared)
+    return loop.record(prepared, on_measurement)

@@ -34,6 +34,7 @@ Schedule = Literal["cosine", "constant", "step"]
 Precision = Literal["float32", "float64"]
 Units = Literal["ours", "torch"]
 CompilationCache = Literal["user", "off"]
+Color = Literal["own", "gray", "rgb"]
 
 
 class Field(NamedTuple):
@@ -107,6 +108,39 @@ _SEEDS = ("integers in [0, 2**31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
 _MOMENTA = ("numbers in [0, 1)", lambda v: _is_finite(v) and 0 <= v < 1)
 
 
+class ClassProfile(NamedTuple):
+    """Says how many training examples each class has.
+
+    Attributes:
+      kind: of the profile.
+      ratio: R, the size of the largest class over that of the smallest.
+      minority: K, the number of small classes of a step; 0: half of all.
+    """
+
+    kind: Literal["balanced", "natural", "exponential", "step"]
+    ratio: float = 1.0
+    minority: int = 0
+
+
+def parse_classes(text: str) -> ClassProfile | None:
+    """Returns the profile that `data.classes` names, or None where it names none."""
+    kind, *numbers = text.split(":")
+    try:
+        ratio = float(numbers[0]) if numbers else 1.0
+        minority = int(numbers[1]) if len(numbers) > 1 else 0
+    except ValueError:
+        return None
+    is_in_range = 1 <= ratio <= _MOST and (len(numbers) < 2 or 1 <= minority <= _MOST)
+    match kind, len(numbers):
+        case (("balanced" | "natural"), 0):
+            return ClassProfile(kind)
+        case "exponential", 1:
+            return ClassProfile(kind, ratio) if is_in_range else None
+        case "step", (1 | 2):
+            return ClassProfile(kind, ratio, minority) if is_in_range else None
+    return None
+
+
 class _Section:
     """Refuses fields that do not exist; a type checker sees them without being run."""
 
@@ -124,7 +158,8 @@ class _Section:
 class DataConfig(_Section):
     name: str = _described(
         "digits",
-        "digits (embedded), synthetic, identity, or any prepared TFDS image-classification set",
+        "digits (embedded), synthetic, identity, a .npz, a folder of images (train/CLASS/*.png or "
+        "*.jpg), or any prepared TFDS image-classification set",
         "must be the name of a data set",
         lambda v: _is_text(v) and v != "",
     )
@@ -132,13 +167,33 @@ class DataConfig(_Section):
         "where TFDS data sets lie (default: $TFDS_DATA_DIR, then ~/tensorflow_datasets)"
     )
     per_class: int = _integer(
-        0, "training examples per class (0: the most that keeps classes balanced)", 0
+        0, "training examples per class, of the largest one (0: the most that there are)", 0
     )
     num_classes: int = _described(
         0,
         "classes of synthetic and identity (0: 10); of other sets the set decides",
         "must be 0 or an integer >= 2",
         lambda v: _is_integer(v) and (v == 0 or 2 <= v <= _MOST),
+    )
+    classes: str = _described(
+        "balanced",
+        "examples of each training class: balanced; natural, all there are; exponential:R, from "
+        "per_class down to 1/R of it; step:R or step:R:K, the last K classes (by default half) "
+        "have 1/R of it",
+        "must be balanced, natural, exponential:R, step:R or step:R:K, with R >= 1 and K >= 1",
+        lambda v: _is_text(v) and parse_classes(v) is not None,
+    )
+    test_fraction: float = _described(
+        0.0,
+        "share of each class that is held out, of a set without a test split (0: a sixth)",
+        "must be a number in [0, 1)",
+        lambda v: _is_finite(v) and 0 <= v < 1,
+    )
+    size: int = _integer(
+        0, "sides that images are resized to, their largest centred squares (0: as they are)", 0
+    )
+    color: Color = _choice(
+        Color, "channels of images: their own, or gray (luma), or rgb; transparency lies over black"
     )
     input_scale: float = _described(
         2.0, "mean norm of a centred training input", "must be a finite number > 0", _POSITIVE[1]

@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 from ncjax import config as configuration
 from ncjax import environment
-from ncjax.data import dataset as data
+from ncjax.data import preparation
+from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.paths import check_importable, check_name, expanded
 
@@ -35,7 +37,7 @@ class Plan(NamedTuple):
 
     config: configuration.Config
     workdir: Path
-    dataset: data.Dataset
+    dataset: PreparedDataset
     grid: configuration.Grid
 
 
@@ -47,26 +49,35 @@ class Processes(NamedTuple):
     process: int | None
 
 
-def prepare(config: configuration.Config, workdir: str | Path) -> Plan:
-    """Validates a config, makes its WORKDIR and loads its data, or raises InputError."""
-    plan = examine(config, workdir)
+def prepare(
+    config: configuration.Config, workdir: str | Path, dataset: Dataset | None = None
+) -> Plan:
+    """Validates a config, makes its WORKDIR and loads its data, or raises InputError.
+
+    `dataset`: arrays from Python, in place of those that `config.data.name` names.
+    """
+    plan = examine(config, workdir, dataset)
     _make_folder("--workdir", plan.workdir)
     if plan.config.profile.dir:
         _make_folder("config.profile.dir", Path(plan.config.profile.dir))
     return plan
 
 
-def examine(config: configuration.Config, workdir: str | Path | None) -> Plan:
+def examine(
+    config: configuration.Config, workdir: str | Path | None, given: Dataset | None = None
+) -> Plan:
     """Returns the plan of `prepare` without making a folder; `workdir` may be None."""
     if sys.platform == "win32":
         way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
         raise InputError("platform", sys.platform, way_out)
     config = configuration.validate(config)
+    if given is not None:
+        config.data.name = given.name
     environment.check(os.environ)
     if config.model.network:
         check_importable(config.model.network)
     checked = Path() if workdir is None else _check_workdir(workdir, config)
-    dataset = load_data(config.data)
+    dataset = preparation.load(config.data, given)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
         raise InputError(
@@ -129,20 +140,7 @@ def _check_address(coordinator: str, host: str, port: int, number: int) -> None:
         raise InputError("--coordinator", coordinator, way_out) from error
 
 
-def load_data(settings: configuration.DataConfig) -> data.Dataset:
-    """Returns the data set that a config's `data` section describes."""
-    return data.load(
-        settings.name,
-        directory=settings.dir,
-        per_class=settings.per_class,
-        num_classes=settings.num_classes,
-        input_scale=settings.input_scale,
-        standardize=settings.standardize,
-        pad=settings.pad,
-    )
-
-
-def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
+def _check_images(config: configuration.Config, dataset: PreparedDataset) -> None:
     """Raises InputError if convolutions or random crops are asked for and data are not images."""
     shape = dataset.center.shape
     if len(shape) == 3:
@@ -157,7 +155,7 @@ def _check_images(config: configuration.Config, dataset: data.Dataset) -> None:
         raise InputError("config.train.augment", config.train.augment, way_out)
 
 
-def _check_scale(config: configuration.Config, dataset: data.Dataset) -> None:
+def _check_scale(config: configuration.Config, dataset: PreparedDataset) -> None:
     """Raises InputError if inputs scaled to the norm asked for would be 0 or infinite."""
     if not config.data.standardize:
         factor = float(dataset.scale) / config.data.input_scale

@@ -130,6 +130,27 @@ def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, f
     }
 
 
+def oracle_by_class(features, outputs, labels, head, residuals=None) -> dict[str, list[float]]:
+    """Metrics by class, by loops over classes; arguments are those of `oracle_split`."""
+    h, f, head = (np.asarray(a, np.float64) for a in (features, outputs, head))
+    r = np.eye(len(head))[labels] - f if residuals is None else np.asarray(residuals, np.float64)
+    classes = range(len(head))
+    mu = np.stack([h[labels == c].mean(0) for c in classes])
+    centred = mu - mu.mean(0)
+    return {
+        "class_accuracy": [np.mean(f[labels == c].argmax(1) == c) for c in classes],
+        "class_epsilon": [r[labels == c][:, c].mean() for c in classes],
+        "class_norm_means": [np.sqrt(row @ row) for row in centred],
+        "class_cosine_means": [
+            max(_cosine(centred[c], centred[d]) for d in classes if d != c) for c in classes
+        ],
+        "class_norm_head": [np.sqrt(row @ row) for row in head],
+        "class_cosine_head": [
+            max(_cosine(head[c], head[d]) for d in classes if d != c) for c in classes
+        ],
+    }
+
+
 def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> np.ndarray:
     """Rows of length 1 at equal angles, cos = -1/(C-1), in a random position in R^dim."""
     rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))[0][

@@ -10,6 +10,7 @@ import xarray as xr
 import ncjax
 from docs import reference
 from ncjax import api, config, errors
+from ncjax.data import dataset
 from ncjax.features import measure, result
 from ncjax.metrics import functions
 from ncjax.runs import load
@@ -54,7 +55,7 @@ def test_bad_input_raises_and_leaves_no_folder(config, tmp_path):
 def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("ncjax.runs.loop.record", seen.append)
+    monkeypatch.setattr("ncjax.runs.loop.record", lambda plan, callback: seen.append(plan))
     ncjax.train("digits:smoke", "run")
     assert seen[0].config.train.epochs == 10
     assert seen[0].workdir.is_dir()
@@ -63,7 +64,7 @@ def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "module",
     [
-        *(config, errors, functions, measure, result),
+        *(config, dataset, errors, functions, measure, result),
         *(pytest.param(module, marks=pytest.mark.slow) for module in (api, load)),  # these train
     ],
     ids=lambda module: module.__name__,

@@ -65,6 +65,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="measure the checkpoint again; compare with history.nc",
     )
+    parser.add_argument(
+        "--data",
+        metavar="NAME",
+        default="",
+        help="data of --verify, where they lie elsewhere than config.data.name says: a .npz, a "
+        "folder, a TFDS name",
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument(
         "--export",
@@ -187,11 +194,13 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
                 "--export", str(arguments.export), _no_checkpoint(holdings, arguments.epoch)
             )
         with warnings.catch_warnings(action="ignore"):  # a note says what they say
-            run = runs.load_run(holdings.workdir, epoch=saved, **holdings.place.coordinates)
+            run = runs.load_run(
+                holdings.workdir, epoch=saved, dataset=None, **holdings.place.coordinates
+            )
         inspect.export(run, arguments.export)
         found["export"] = str(arguments.export)
     if arguments.verify:
-        found["verification"] = _verify(holdings, arguments.epoch)
+        found["verification"] = _verify(holdings, arguments.epoch, arguments.data)
     if arguments.json:
         print(json.dumps(journal.strict(found)))
     else:
@@ -224,7 +233,7 @@ def _no_checkpoint(holdings: "WorkdirContents", epoch: int | None) -> str:
     )
 
 
-def _verify(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any]:
+def _verify(holdings: "WorkdirContents", epoch: int | None, data: str) -> dict[str, Any]:
     """Returns what `inspect.verify` finds, and all that was found damaged before it."""
     from ncjax.runs import inspect
 
@@ -245,7 +254,7 @@ def _verify(holdings: "WorkdirContents", epoch: int | None) -> dict[str, Any]:
     if chosen is None:
         problems.append("no sound checkpoint is of a measured epoch")
         return {"passed": False, "problems": problems}
-    result = inspect.verify(holdings, chosen)
+    result = inspect.verify(holdings, chosen, data)
     if not result.passed:
         problems.append(f"{result.variable} deviates by {result.deviation:.2g}")
     return {"passed": not problems, "problems": problems, **result._asdict()}
@@ -371,6 +380,7 @@ def _summary(found: dict[str, Any]) -> dict[str, str]:
         "software": software,
         "device": f"{found['device'] or 'unknown'}; git revision "
         f"{found['git_revision'] or 'unknown'}",
+        "arrays": ", ".join(f"{part} {crc:08x}" for part, crc in found["data_checksums"].items()),
         "history.nc": history["problem"] or (state if history["sound"] else "not there yet"),
     }
     return {name: line for name, line in seen.items() if line}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ncjax.data.images import fitted
 from ncjax.errors import InputError, last_line, warn
 
 _FORMAT = "array_record"
@@ -58,7 +59,8 @@ def find(name: str, root: Path) -> Path:
         raise InputError(
             "config.data.name",
             name,
-            "it is none of digits, synthetic, identity, and no prepared TFDS set is at "
+            "it is none of digits, synthetic, identity, no .npz, no folder that holds train/CLASS, "
+            "and no prepared TFDS set is at "
             f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where "
             "there is a network, "
             f"prepare it with: {_preparation(name, root)}",
@@ -66,14 +68,14 @@ def find(name: str, root: Path) -> Path:
     return max(homes, key=by_version.__getitem__)
 
 
-def read(name: str, root: Path, home: Path) -> Contents:
-    """Decodes a prepared set.
+def read(name: str, root: Path, home: Path, size: int = 0) -> Contents:
+    """Decodes a prepared set; images are resized to `size`, unless it is 0.
 
     Raises:
       InputError: it is damaged, or no image-classification set.
     """
     try:
-        return _read(name, home)
+        return _read(name, home, size)
     except (InputError, ImportError):
         raise
     except MemoryError as error:
@@ -100,7 +102,7 @@ def _preparation(name: str, root: Path) -> str:
     return f'pip install -e ".[prepare]" && python -c "{python}"'
 
 
-def _read(name: str, home: Path) -> Contents:
+def _read(name: str, home: Path, size: int) -> Contents:
     from google.protobuf import json_format
     from tensorflow_datasets.core import proto
 
@@ -129,7 +131,7 @@ def _read(name: str, home: Path) -> Contents:
     if "train" not in shards:
         raise ValueError("dataset_info.json has no split train")
     held_out = next((shards[split] for split in ("test", "validation") if split in shards), None)
-    train = _examples(name, shards["train"], features)
+    train = _examples(name, shards["train"], features, size)
     if train.images.shape[-1] > 1 and all(
         (image == image[..., :1]).all() for image in train.images
     ):
@@ -137,7 +139,8 @@ def _read(name: str, home: Path) -> Contents:
             f"all images of {home} are gray, and features.json has them in "
             f"{train.images.shape[-1]} equal channels"
         )
-    return Contents(train, _examples(name, held_out, features) if held_out else None, label.int2str)
+    tested = _examples(name, held_out, features, size) if held_out else None
+    return Contents(train, tested, label.int2str)
 
 
 def _pair(name: str, declared: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def _shards(dataset: str, split: Any, home: Path) -> dict[Path, int]:
     return {home / shard: count for shard, count in zip(names, counts, strict=True)}
 
 
-def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any]) -> Examples:
+def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any], size: int) -> Examples:
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict(pair)
@@ -202,18 +205,16 @@ def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any]) -> Examp
     images, labels = np.empty((0, 0)), np.empty(total, np.int32)
     for i, record in enumerate(record for path in shards for record in _records(path)):
         example: Any = features.deserialize_example_np(record)
-        one = example[image_key]
+        one = fitted(example[image_key], size) if size else example[image_key]
         if i == 0:
             images = np.empty((total, *one.shape), one.dtype)
         if one.shape != images.shape[1:]:
-            raise InputError(
-                "config.data.name",
-                name,
-                f"its images differ in shape ({images.shape[1:]}, {one.shape})",
-            )
+            way_out = f"images of {name} differ in shape ({images.shape[1:]}, {one.shape})"
+            raise InputError("config.data.size", size, f"{way_out}; set the size that all get")
         images[i], labels[i] = one, example[label_key]
     shape = images.shape[1:]
-    if shape != tuple(size or found for size, found in zip(image.shape, shape, strict=False)):
+    declared = (size or image.shape[0], size or image.shape[1], image.shape[2])
+    if shape != tuple(side or found for side, found in zip(declared, shape, strict=False)):
         raise ValueError(
             f"{total} images are of shape {shape}, and features.json has {image.shape}"
         )

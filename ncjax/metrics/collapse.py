@@ -242,6 +242,12 @@ def cosines(rows: Float[Array, "C p"]) -> Float[Array, "C C"]:
     return _gram(rows) / (norms[:, None] * norms[None, :])
 
 
+def largest_cosines(rows: Float[Array, "C p"]) -> Float[Array, " C"]:
+    """Returns the largest cosine of each row with another: -1/(C-1) for a simplex ETF."""
+    others = jnp.where(jnp.eye(len(rows), dtype=bool), -jnp.inf, cosines(rows))
+    return jnp.max(others, axis=1)
+
+
 def equinorm(rows: Float[Array, "C p"]) -> Float[Array, ""]:
     """Returns the population standard deviation of the rows' norms over their mean (NC2).
 

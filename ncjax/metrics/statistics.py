@@ -49,6 +49,7 @@ class Statistics:
       head: W_L.
       in_row_space: the sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
       correct: the number of examples whose largest output is their class's.
+      class_correct: the number of these examples of each class.
       disagreements: the number of examples whose largest output is not the nearest class mean's.
       mean_residuals: rbar_c, the mean residual of class c, as rows, or in factors.
       residual_norm: the square root of the sum of ||r - rbar_c||^2 over examples.
@@ -68,6 +69,7 @@ class Statistics:
     head: Num[AnyArray, "C p"] | None = None
     in_row_space: Num[AnyArray, ""] | None = None
     correct: Num[AnyArray, ""] | None = None
+    class_correct: Num[AnyArray, " C"] | None = None
     disagreements: Num[AnyArray, ""] | None = None
     mean_residuals: Num[AnyArray, "C C"] | FactoredResiduals | None = None
     residual_norm: Num[AnyArray, ""] | None = None
@@ -87,7 +89,7 @@ def statistics_of_passes(
     frame: collapse.Frame,
     scatter: collapse.Scatter,
     head: Float[Array, "C p"],
-    correct: Num[Array, ""] | None = None,
+    class_correct: Num[Array, " C"] | None = None,
 ) -> Statistics:
     """Returns the `Statistics` of a split from the sums of two passes over it.
 
@@ -95,7 +97,7 @@ def statistics_of_passes(
       means: the class means of the split.
       frame: the span of its centred class means.
       scatter: the sums of its second pass.
-      correct: the number of examples whose largest output is their class's.
+      class_correct: the number of examples of each class whose largest output is their class's.
     """
     with jax.enable_x64(True):
         mu = means.features.astype(jnp.float64)
@@ -108,7 +110,8 @@ def statistics_of_passes(
             along_means=scatter.along_means,
             head=head,
             in_row_space=scatter.in_row_space,
-            correct=correct,
+            correct=None if class_correct is None else class_correct.sum(),
+            class_correct=class_correct,
             disagreements=scatter.disagreements,
             mean_residuals=means.residuals,
             residual_norm=jnp.sqrt(scatter.residuals),

@@ -129,6 +129,7 @@ class Metric(NamedTuple):
       units: of the numbers; "1" for those without.
       scale: powers of the sizes of features, head and outputs that the metric is proportional to.
       needs: fields of `Statistics` without which there is no such metric.
+      of_equal_classes: whether it has a meaning for classes of one size alone.
       function: computes it from `Quantities`; None: `training.evaluate` and `runs.loop` do.
     """
 
@@ -141,6 +142,7 @@ class Metric(NamedTuple):
     units: str = "1"
     scale: tuple[int, int, int] = (0, 0, 0)
     needs: tuple[str, ...] = ()
+    of_equal_classes: bool = False
     function: Callable[[Quantities], Array] | None = None
 
     @property
@@ -164,13 +166,13 @@ def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Fun
     return enter
 
 
-_SPLIT, _LAYER, _MODE = ("split",), ("layer",), ("mode",)
+_SPLIT, _LAYER, _MODE, _BY_CLASS = ("split",), ("layer",), ("mode",), ("split", "label")
 # Proportional to outputs f; to ||W||^2 of the head, and of a head predicted as f/h; to r h.
 _AS_OUTPUTS, _AS_HEAD_SQ = (0, 0, 1), (0, 2, 0)
 _AS_PREDICTED_HEAD_SQ, _AS_GRADIENT = (-2, 0, 2), (1, 0, 1)
 _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
-# The theorem and the budget are of classes of one size.
+# What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
 
 VOCABULARY |= {
@@ -196,6 +198,61 @@ VOCABULARY |= {
 )
 def accuracy(q: Quantities) -> Array:
     return q.statistics.correct / q.total
+
+
+@_metric(
+    "accuracy by class",
+    "share of a class's examples whose largest output is theirs",
+    dims=_BY_CLASS,
+    most=1,
+    needs=("class_correct",),
+)
+def class_accuracy(q: Quantities) -> Array:
+    return q.statistics.class_correct / q.statistics.examples
+
+
+@_metric(
+    "epsilon by class",
+    "mean residual y - f of the class's own output",
+    dims=_BY_CLASS,
+    least=-math.inf,
+    needs=("mean_residuals",),
+)
+def class_epsilon(q: Quantities) -> Array:
+    return jnp.diagonal(q.statistics.mean_residuals)
+
+
+@_metric("norm of a class mean", "||mu_c - mu_G||", dims=_BY_CLASS)
+def class_norm_means(q: Quantities) -> Array:
+    return jnp.linalg.norm(q.centred, axis=1)
+
+
+@_metric(
+    "nearest other class mean",
+    "largest cos between the centred mean of the class and another: 1 where two have merged",
+    dims=_BY_CLASS,
+    least=-1,
+    most=1,
+)
+def class_cosine_means(q: Quantities) -> Array:
+    return collapse.largest_cosines(q.centred)
+
+
+@_metric("norm of a row of the head", "||W_L^c||", dims=("label",), needs=_HEAD)
+def class_norm_head(q: Quantities) -> Array:
+    return jnp.linalg.norm(q.statistics.head, axis=1)
+
+
+@_metric(
+    "nearest other row of the head",
+    "largest cos between the head's row of the class and another: 1 where two have merged",
+    dims=("label",),
+    least=-1,
+    most=1,
+    needs=_HEAD,
+)
+def class_cosine_head(q: Quantities) -> Array:
+    return collapse.largest_cosines(q.statistics.head)
 
 
 VOCABULARY |= {
@@ -442,6 +499,7 @@ VOCABULARY["lemma2_residual"] = Metric(
     "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds",
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
 )
 def theorem_residual(q: Quantities) -> Array:
     split = q.statistics
@@ -455,6 +513,7 @@ def theorem_residual(q: Quantities) -> Array:
     most=2,
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
 )
 def symmetric_nc3(q: Quantities) -> Array:
     return q.solution.nc3
@@ -465,13 +524,19 @@ def symmetric_nc3(q: Quantities) -> Array:
     "||W_L||_F^2 of a symmetric solution at equilibrium with the same mean outputs",
     needs=_THEORY,
     scale=_AS_PREDICTED_HEAD_SQ,
+    of_equal_classes=True,
 )
 def predicted_head_norm_sq(q: Quantities) -> Array:
     return q.solution.head_norm_sq
 
 
 @_metric(
-    "predicted cosine of the head", "cos between rows of its head", least=-1, most=1, needs=_THEORY
+    "predicted cosine of the head",
+    "cos between rows of its head",
+    least=-1,
+    most=1,
+    needs=_THEORY,
+    of_equal_classes=True,
 )
 def predicted_head_cosine(q: Quantities) -> Array:
     return q.solution.head_cosine
@@ -529,6 +594,7 @@ for _suffix, _words, _least, _scale in (
             least=_least,
             scale=_scale,
             needs=_THEORY,
+            of_equal_classes=True,
             function=_budget_entry(f"budget_{_term}{_suffix}"),
         )
 VOCABULARY["budget_residual"] = Metric(
@@ -536,6 +602,7 @@ VOCABULARY["budget_residual"] = Metric(
     "||lambda W_L - sum of the budget's terms|| over the largest term's norm",
     best=0,
     needs=_THEORY,
+    of_equal_classes=True,
     function=_budget_entry("budget_residual"),
 )
 
@@ -591,13 +658,15 @@ def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict
 
     Args:
       quantities: of the split.
-      names: metrics that are wanted; None: all.
+      names: metrics that are wanted; None: all that are not by class.
 
     Returns:
-      name -> float64 scalar. Metrics whose `needs` are not all there are left out, and so are those
-      that have no function.
+      name -> float64 scalar, by class (C,). Metrics whose `needs` are not all there are left out,
+      and so are those that have no function.
     """
-    entries = VOCABULARY if names is None else {name: VOCABULARY[name] for name in names}
+    if names is None:
+        names = [name for name, metric in VOCABULARY.items() if "label" not in metric.dims]
+    entries = {name: VOCABULARY[name] for name in names}
     return {
         name: metric.function(quantities)
         for name, metric in entries.items()

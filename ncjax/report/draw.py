@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import InputError
-from ncjax.report import figures, monitor_figures, theory_figures
+from ncjax.report import figures, imbalance_figures, monitor_figures, theory_figures
 from ncjax.storage.files import write_atomically
+from ncjax.storage.history import imbalance_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ FIGURES = (
     "collapse_against_clock",
     "modes_against_lambda",
     "compare_against_epoch",
+    "minority_against_ratio",
 )
 
 
@@ -73,12 +75,16 @@ def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Calla
         "class_mean_cosines": lambda: figures.class_mean_cosines(one),
     }
     if (one["weight_decay"] > 0).any():
-        decay = _budget_decay(one, weight_decay)
         drawn |= {
             "equilibrium_against_epoch": lambda: theory_figures.equilibrium_against_epoch(one),
             "theory_against_lambda": lambda: theory_figures.theory_against_lambda({words: one}),
-            "budget_against_epoch": lambda: theory_figures.budget_against_epoch(one, decay),
         }
+        if imbalance_ratio(one) == 1:
+            decay = _budget_decay(one, weight_decay)
+            drawn["budget_against_epoch"] = lambda: theory_figures.budget_against_epoch(one, decay)
+        elif weight_decay is not None:
+            way_out = "classes of different sizes have no budget; leave it out"
+            raise InputError("--weight-decay", weight_decay, way_out)
         if ((one["relaxation_time"] > 0) & np.isfinite(one["relaxation_time"])).any():
             drawn["collapse_against_clock"] = lambda: theory_figures.collapse_against_clock(one)
     return drawn
@@ -111,6 +117,8 @@ def draw_comparison(
     }
     if all((one["weight_decay"] > 0).any() for one in shown.values()):
         drawn["theory_against_lambda"] = lambda: theory_figures.theory_against_lambda(shown)
+    if imbalance_figures.can_compare(shown):
+        drawn["minority_against_ratio"] = lambda: imbalance_figures.minority_against_ratio(shown)
     return write_figures(drawn, folder, style)
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
-from ncjax.storage.history import RELAXED, extinct
+from ncjax.storage.history import RELAXED, class_sizes, extinct
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -364,6 +364,12 @@ def _degenerate(history: xr.Dataset) -> list[str]:
         lines.append(
             f"nc1_rank is below {rank} in {where}: nc1 does not see directions in which class "
             "means are one"
+        )
+    sizes = class_sizes(history)
+    if sizes.min() < sizes.max():
+        lines.append(
+            f"classes have {sizes.min()} to {sizes.max()} training examples: the theorem, the "
+            "budget, predictions and closed forms are of classes of one size, and NaN"
         )
     if history.attrs["per_class"] == "1":
         lines.append(

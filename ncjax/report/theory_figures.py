@@ -17,7 +17,7 @@ from ncjax.metrics.vocabulary import BUDGET_TERMS
 from ncjax.report import panels
 from ncjax.report.figures import setting_words
 from ncjax.report.panels import Panel, number
-from ncjax.storage.history import RELAXED
+from ncjax.storage.history import RELAXED, imbalance_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
 
     gamma is in closed form for the unconstrained-feature model, else measured at the least lambda
     whose runs have relaxed. There is no law with cross-entropy, with layers of another degree or
-    another decay, or if no run has relaxed, as with Adam, which has no clock.
+    another decay, for classes of different sizes, or if no run has relaxed, as with Adam, which has
+    no clock.
     """
     config = json.loads(history.attrs["config"])
     final = history.isel(epoch=-1).sortby("weight_decay")
@@ -174,6 +175,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
     degrees = np.atleast_1d(history["layer"].attrs.get("degree", 1.0))
     factors = [tuple(given) != (1.0,) for given in config.get("decay", {}).values()]
     if config["loss"] != "square" or (degrees != 1).any() or any(factors):
+        return None
+    if imbalance_ratio(history) > 1:
         return None
     if final["closed_form_epsilon"].notnull().any():
         gamma = closed_forms.unconstrained_gamma(depth, int(history.attrs["per_class"]), setting)

@@ -29,7 +29,7 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     gamma: Any = closed_forms.unconstrained_gamma(depth, per_class, setting)
     has_decay = weight_decay * hidden * head > 0
     factors = np.where(has_decay, hidden ** (depth - 1) * head, 1)
-    known = has_decay & _is_unconstrained(config)
+    known = has_decay & (_is_unconstrained(config) and recipe.is_balanced)
     if recipe.head_bias == "decayed":  # by as much as the layers
         known &= (hidden == 1) & (head == 1) & (bias == 1)
     if (factors != 1).any():

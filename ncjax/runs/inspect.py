@@ -77,7 +77,8 @@ class WorkdirContents(NamedTuple):
       history_problem: why they cannot be trusted; None: they can, or there are none.
       history_is_sealed: whether there is a checksum of history.nc.
       checkpoints: all checkpoints, checked, oldest first; only one run's part if one was asked for.
-      provenance: `versions`, `device` and `git_revision`, as far as they are known.
+      provenance: `versions`, `device`, `git_revision` and `data_checksums`, as far as they are
+        known.
       notes: a line for each thing that is not as it should be.
     """
 
@@ -236,6 +237,7 @@ def _provenance(metadata: CheckpointMetadata | None, history: xr.Dataset | None)
         "versions": versions,
         "device": attrs.get("device"),
         "git_revision": attrs.get("git_revision"),
+        "data_checksums": metadata.data if metadata else {},
     }
 
 
@@ -268,10 +270,12 @@ def _size(folder: Path) -> int:
     return total
 
 
-def verify(contents: WorkdirContents, epoch: int) -> Verification:
+def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verification:
     """Measures the checkpoint of an epoch again, run by run, and compares it with the history.
 
     All variables that depend on weights are compared.
+
+    `data`: where the data are now; empty: where the config says.
 
     Raises:
       Removed: a training run has removed the checkpoint.
@@ -281,7 +285,7 @@ def verify(contents: WorkdirContents, epoch: int) -> Verification:
     deviations = {}
     try:
         metadata = checkpoint.read_metadata(contents.folder, epoch)
-        measure = _make_measure(metadata)
+        measure = _make_measure(metadata, data)
         for place in contents.places:
             values = measure(
                 checkpoint.read_run(contents.folder, epoch, place.index), place.coordinates
@@ -321,16 +325,16 @@ def deviation(found: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def _make_measure(
-    metadata: CheckpointMetadata,
+    metadata: CheckpointMetadata, data_name: str
 ) -> Callable[[dict, Mapping[str, Any]], dict[str, np.ndarray]]:
     """Returns measure(variables, coordinates), which computes the metrics of a run's network.
 
     It is compiled once for all runs.
     """
-    settings, dataset = (
-        configuration.from_stored(metadata.config),
-        runs.load_data(metadata.config, metadata.data),
-    )
+    settings = configuration.from_stored(metadata.config)
+    if data_name:
+        settings.data.name = data_name
+    dataset = runs.load_data(settings.data, metadata.data)
     recipe = sweep.make_recipe(settings, dataset)
     data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)
 

@@ -116,6 +116,27 @@ class HistoryWriter:
         return newest
 
 
+class Callback:
+    """Calls a function of the user's at every measurement.
+
+    Attributes:
+      error: what the function raised; None: nothing.
+    """
+
+    def __init__(self, function: Callable[[xr.Dataset], object] | None):
+        self.error: BaseException | None = None
+        self._function = function
+
+    def on_measured(self, recorded: xr.Dataset) -> None:
+        """Calls it, in the first process alone, with the newest epoch of a history."""
+        if self._function is None or not processes.is_leader():
+            return
+        try:
+            self._function(recorded.isel(epoch=-1))
+        except BaseException as error:
+            self.error = error
+
+
 class CheckpointWriter:
     """Writes checkpoints of a sweep, each with its own metadata."""
 
@@ -176,7 +197,9 @@ def _provenance(sweep: Sweep, versions: dict[str, str]) -> dict[str, str]:
     return {
         "config": configuration.to_json(sweep.plan.config),
         "versions": json.dumps(versions),
-        "per_class": str(len(sweep.plan.dataset.train.labels) // sweep.plan.dataset.num_classes),
+        # Of the largest class; that of every one where they are balanced.
+        "per_class": str(max(sweep.plan.dataset.class_sizes)),
+        "class_sizes": json.dumps(sweep.plan.dataset.class_sizes),
         "device": f"{sweep.mesh.size} x {summary.device()}",
         "git_revision": provenance.git_revision(),
     }

@@ -21,7 +21,9 @@ from jaxtyping import Float, Shaped
 
 from ncjax import config as configuration
 from ncjax import plan
-from ncjax.data import dataset as datasets
+from ncjax.data import preparation, sources
+from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.storage import checkpoint
@@ -50,6 +52,7 @@ class Run:
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
       variables: nested dicts of NumPy arrays: `params`, and `batch_stats` with batch normalization.
       checksums: the checksums of the data that it was trained on; empty if its checkpoint has none.
+      given: the data set that `load_run` was given.
     """
 
     workdir: Path
@@ -59,6 +62,7 @@ class Run:
     model: nn.Module
     variables: dict = field(repr=False)
     checksums: dict[str, int] = field(repr=False)
+    given: Dataset | None = field(repr=False, default=None)
 
     @property
     def params(self) -> dict:
@@ -66,9 +70,10 @@ class Run:
         return self.variables["params"]
 
     @functools.cached_property
-    def dataset(self) -> datasets.Dataset:
+    def dataset(self) -> PreparedDataset:
         """Returns the data it was trained on; raises InputError if they are lost or changed."""
-        return load_data(self.config, self.checksums)
+        settings = configuration.from_stored(self.config).data
+        return load_data(settings, self.checksums, self.given)
 
     @functools.cached_property
     def history(self) -> xr.Dataset:
@@ -128,7 +133,13 @@ def _apply(model: nn.Module, method: str | Callable, variables: dict, x: jax.Arr
     return jnp.asarray(model.apply(variables, x, False, method=method))
 
 
-def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: Any) -> Run:
+def load_run(
+    workdir: str | Path,
+    *,
+    epoch: int | None = None,
+    dataset: Dataset | None = None,
+    **coordinates: Any,
+) -> Run:
     """Returns one run of a sweep, as in `load_run("runs/digits", weight_decay=1e-3, seed=0)`.
 
     Only the run's part of a checkpoint is read, and compared with its checksums.
@@ -137,6 +148,8 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
       workdir: the folder that `ncjax.train` or `ncjax train` has written.
       epoch: the epoch of a checkpoint; None: the newest undamaged one (a warning names damaged
         ones).
+      dataset: the data of a run that was trained on arrays; they are compared with the run's
+        checksums when they are first used.
       coordinates: the run's numbers on the axes of the grid, in the project's units, as in
         history.nc. An axis of one value may be left out.
 
@@ -167,14 +180,16 @@ def load_run(workdir: str | Path, *, epoch: int | None = None, **coordinates: An
     plan.check_path("workdir", workdir)
     for _ in range(ATTEMPTS - 1):
         try:
-            return _load_run(workdir, epoch, coordinates)
+            return _load_run(workdir, epoch, dataset, coordinates)
         except Removed:
             if epoch is not None:
                 raise
-    return _load_run(workdir, epoch, coordinates)
+    return _load_run(workdir, epoch, dataset, coordinates)
 
 
-def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) -> Run:
+def _load_run(
+    workdir: Path, epoch: int | None, given: Dataset | None, coordinates: Mapping[str, Any]
+) -> Run:
     folder = workdir / "checkpoints"
     found = checkpoint.epochs_in(folder)
     if not found:
@@ -211,7 +226,9 @@ def _load_run(workdir: Path, epoch: int | None, coordinates: Mapping[str, Any]) 
             warnings.warn(line, stacklevel=3)
         model = make_model(metadata.config, variables["params"])
         return Run(
-            workdir, candidate, place.coordinates, metadata.config, model, variables, metadata.data
+            *(workdir, candidate, place.coordinates, metadata.config, model, variables),
+            metadata.data,
+            given,
         )
     raise InputError("workdir", str(workdir), "none of its checkpoints is sound")
 
@@ -292,10 +309,17 @@ def changes(config: dict[str, Any] | None, metadata: checkpoint.CheckpointMetada
     return configuration.differences(config, metadata.config)
 
 
-def load_data(config: Mapping[str, Any], checksums: Mapping[str, int]) -> datasets.Dataset:
-    """Returns the data set of a parsed config.json; raises InputError if its checksums differ."""
-    dataset = plan.load_data(configuration.from_stored(config).data)
-    check_data(config["data"]["name"], datasets.checksums(dataset), checksums)
+def load_data(
+    settings: configuration.DataConfig,
+    checksums: Mapping[str, int],
+    given: Dataset | None = None,
+) -> PreparedDataset:
+    """Returns the data set that settings name; raises InputError if its checksums differ.
+
+    `given`: arrays from Python, in place of those that the settings name.
+    """
+    dataset = preparation.load(settings, given)
+    check_data(settings.name, preparation.checksums(dataset), checksums)
     return dataset
 
 
@@ -307,9 +331,8 @@ def check_data(name: str, found: Mapping[str, int], expected: Mapping[str, int])
     changed = [part for part, crc in expected.items() if found.get(part) != crc]
     if changed:
         way_out = (
-            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; restore "
-            "the data set "
-            "(config.data.dir, TFDS_DATA_DIR and its version decide which it is)"
+            f"it is not what the checkpoint was trained on: {', '.join(changed)} differ; "
+            f"{sources.find(name).restore}"
         )
         raise InputError("config.data.name", name, way_out)
 

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import signal
 from collections.abc import Callable
 
 import jax
@@ -42,8 +43,11 @@ def preview(plan: Plan) -> None:
     summary.show(plan, make_program(plan), tables.make_console(quiet=not processes.is_leader()))
 
 
-def record(plan: Plan) -> xr.Dataset:
+def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = None) -> xr.Dataset:
     """Trains and measures what is left of a plan and returns the history.
+
+    `on_measurement` is called after every measurement with its epoch of the history; what it
+    raises ends the run once the epoch is saved.
 
     WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement,
     checkpoints/ at `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A
@@ -75,7 +79,8 @@ def record(plan: Plan) -> xr.Dataset:
             if recorded is not None and sweep.epoch == config.train.epochs:
                 _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
-                recorded = _train(sweep, recorded, saved, metadata, check_owner, requests)
+                callback = listeners.Callback(on_measurement)
+                recorded = _train(sweep, recorded, saved, metadata, callback, check_owner, requests)
         except signals.Interrupted:
             # It promises that all is on disk; where that is not so, this is the error to report.
             saved.close()
@@ -106,6 +111,7 @@ def _train(
     recorded: xr.Dataset | None,
     saved: checkpoint.Checkpoints,
     metadata: checkpoint.CheckpointMetadata,
+    callback: listeners.Callback,
     check_owner: Callable[[], None],
     requests: signals.Requests,
 ) -> xr.Dataset:
@@ -121,7 +127,9 @@ def _train(
         progress.say(summary.headline(sweep.plan, sweep.program))
         sweep.compile()
         reporter.on_compiled(continues=recorded is not None)
-        _follow(make_schedule(config), sweep, recorder, keeper, reporter, profile, requests)
+        _follow(
+            *(make_schedule(config), sweep, recorder, keeper, reporter, callback), profile, requests
+        )
     assert recorder.recorded is not None  # some epoch up to the last is always measured
     return recorder.recorded
 
@@ -132,6 +140,7 @@ def _follow(
     recorder: listeners.HistoryWriter,
     keeper: listeners.CheckpointWriter,
     reporter: listeners.Reporter,
+    callback: listeners.Callback,
     profile: compilation.Profile,
     requests: signals.Requests,
 ) -> None:
@@ -139,6 +148,7 @@ def _follow(
 
     Raises:
       Interrupted: by SIGINT or SIGTERM, once the epoch it stopped at is saved.
+      BaseException: the callback's own, then too.
     """
     timing = listeners.Timing()
     chunk_seconds = _CHUNK_SECONDS * len(sweep.program.slices)
@@ -148,16 +158,21 @@ def _follow(
             metrics, seconds = sweep.advance(0, measured=True)
             timing.on_measured(seconds)
             recorder.on_measured(metrics, timing)
+            assert recorder.recorded is not None
+            callback.on_measured(recorder.recorded)
             reporter.on_measured(metrics["nc1"][:, 0])
         is_warm = timing.epochs > 0 or epoch + 1 == schedule.last
         tracing = profile.is_wanted and is_warm
         wanted = schedule.chunk(epoch, 0.0 if tracing else chunk_seconds, timing.seconds_per_epoch)
         # All processes stop, and go on, alike. The signal is read once: what stops here is also
         # saved here.
-        signum, chunk = processes.agree(requests.signum, wanted)
+        stop = signal.SIGINT if callback.error else requests.signum
+        signum, chunk = processes.agree(stop, wanted)
         is_new = timing.epochs > 0 or epoch == 0  # no checkpoint of a resumed epoch is written anew
         if is_new and (epoch in schedule.saved or signum):
             keeper.on_save(recorder.epochs)
+        if callback.error:
+            raise callback.error
         if epoch == schedule.last:
             break
         if signum:

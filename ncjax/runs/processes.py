@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ncjax import config as configuration
-from ncjax.data import dataset
+from ncjax.data import preparation
 from ncjax.errors import InputError, last_line
 from ncjax.plan import Plan, Processes
 from ncjax.runs import provenance
@@ -59,7 +59,7 @@ def check_same(plan: Plan) -> None:
         return
     content = {
         "config": configuration.to_json(plan.config),
-        "data": dataset.checksums(plan.dataset),
+        "data": preparation.checksums(plan.dataset),
         "PRNG": provenance.random_bits(),
         "version of a package, setting of JAX or XLA_FLAGS": provenance.software(),
     }

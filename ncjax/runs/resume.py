@@ -10,7 +10,7 @@ import jax
 import xarray as xr
 
 from ncjax import config as configuration
-from ncjax.data import dataset
+from ncjax.data import preparation
 from ncjax.errors import InputError, listed, printable
 from ncjax.plan import Plan
 from ncjax.runs import load, processes, provenance
@@ -148,7 +148,7 @@ def make_metadata(sweep: Sweep) -> checkpoint.CheckpointMetadata:
         measured=[],
         versions=provenance.versions(),
         crc32={},
-        data=dataset.checksums(sweep.plan.dataset),
+        data=preparation.checksums(sweep.plan.dataset),
         random_bits=provenance.random_bits(),
         arithmetic=provenance.arithmetic(sweep.mesh, sweep.program.runs)
         | own.source(sweep.plan.config.model.network),

@@ -47,7 +47,7 @@ class CheckpointMetadata(NamedTuple):
       measured: the epochs measured up to `epoch`.
       versions: the versions of Python and of the packages that matter.
       crc32: one checksum per run, by leaf.
-      data: the checksums of the training data, see `dataset.checksums`.
+      data: the checksums of the training data, see `preparation.checksums`.
       random_bits: the settings that decide random numbers, see `provenance`.
       arithmetic: the settings that decide rounding, see `provenance`.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,18 @@ def extinct(history: xr.Dataset) -> xr.DataArray:
     """
     train = history[["epsilon", "delta"]].sel(split="train", drop=True)
     return abs(1 - train["epsilon"] - train["delta"]) < 1e-3
+
+
+def class_sizes(history: xr.Dataset) -> np.ndarray:
+    """Returns the number of training examples of every class; older histories are balanced."""
+    sizes = json.loads(history.attrs.get("class_sizes", "null"))
+    return np.array(sizes or [int(history.attrs["per_class"])] * history.sizes["label"])
+
+
+def imbalance_ratio(history: xr.Dataset) -> float:
+    """Returns the size of the largest class over that of the smallest."""
+    sizes = class_sizes(history)
+    return float(sizes.max() / sizes.min())
 
 
 def save(history: xr.Dataset, path: Path) -> None:

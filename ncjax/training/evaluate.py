@@ -59,7 +59,7 @@ class _FirstPass(NamedTuple):
     classes: collapse.ClassSums
     fit: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
-    correct: Float[Array, ""]
+    correct: Float[Array, " C"]
 
 
 def evaluate(
@@ -71,6 +71,7 @@ def evaluate(
     structure: Structure,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
+    is_balanced: bool = True,
     share: Share = Share(),  # noqa: B008
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
@@ -84,16 +85,18 @@ def evaluate(
       structure: the layers of the network.
       decayed: the factor on lambda of every leaf, see `layers.decay_factors`.
       objective: the loss and its targets.
+      is_balanced: whether all classes have the same number of training examples.
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
 
     Returns:
       The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
-      test, (L,) over layers in forward order, or (C, C): `class_mean_cosine` and
-      `class_mean_logits` (W mu_c in row c) of the training split. If parameters or training loss
-      are not finite, all but `finite` are NaN. With batch normalization, three have no meaning and
-      are NaN: `equilibrium_residual` of all layers but the head, `lemma2_residual` and
-      `normalized_margin`.
+      test, (L,) over layers in forward order, (C,) or (2, C) by class, or (C, C):
+      `class_mean_cosine` and `class_mean_logits` (W mu_c in row c) of the training split. If
+      parameters or training loss are not finite, all but `finite` are NaN. With batch
+      normalization, three have no meaning and are NaN: `equilibrium_residual` of all layers but the
+      head, `lemma2_residual` and `normalized_margin`. If classes are of different sizes, metrics
+      that need equal ones are NaN.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -153,6 +156,12 @@ def evaluate(
             )
         if objective.loss != "square":  # the identity holds only for the square loss
             metrics["lemma2_residual"] = jnp.full((), jnp.nan)
+        if not is_balanced:
+            metrics |= {
+                name: jnp.full((), jnp.nan)
+                for name, metric in VOCABULARY.items()
+                if metric.of_equal_classes
+            }
         return _masked(metrics, params, loss[0], head.dtype)
 
 
@@ -162,7 +171,7 @@ def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
     Metrics with a number for every layer are computed by `_of_network`.
     """
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
-    of_training = [name for name, metric in VOCABULARY.items() if not metric.dims]
+    of_training = [name for name, metric in VOCABULARY.items() if metric.dims in ((), ("label",))]
     pairs = assemble(train, of_splits), assemble(test, of_splits)
     return jax.tree.map(lambda *values: jnp.stack(values), *pairs) | assemble(train, of_training)
 
@@ -234,13 +243,14 @@ def _first_pass(
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
     fit = jnp.sum(valid * objective.fit(outputs, y))
+    correct = (valid & (jnp.argmax(outputs, axis=1) == labels)).astype(outputs.dtype)
     bias = variables["params"]["head"].get("bias")
     logits = outputs if bias is None else outputs - bias[None]
     sums = _FirstPass(
         collapse.class_sums(features, residuals, labels),
         fit,
         jnp.sum(valid * jnp.sum(residuals * logits, axis=1)),
-        jnp.sum(valid * (jnp.argmax(outputs, axis=1) == labels)),
+        correct @ jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype),
     )
     return fit, (sums, (features, outputs))
 

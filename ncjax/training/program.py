@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
-from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.training import layers, models, optim
 from ncjax.training import mesh as parallel
 from ncjax.training.augment import augment
@@ -62,8 +62,9 @@ class Recipe(NamedTuple):
       schedule: the schedule of the learning rate, see `optim.schedule_shape`.
       batch_size: the number of examples per step, 0 for all; a partial last batch is dropped.
       epochs: the length of the schedule in epochs.
-      train_size: the number of training examples, N examples per class times C classes.
+      train_size: the number of training examples.
       augment: `none`, `crop` or `crop_flip`.
+      is_balanced: whether all classes have the same number of training examples.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Recipe(NamedTuple):
     adam_eps: float = 1e-8
     norms: NormDecay = "decayed"
     augment: Augmentation = "none"
+    is_balanced: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -216,6 +218,7 @@ def measure(
         structure=recipe.structure,
         decayed=recipe.decayed(variables["params"], hyper),
         objective=recipe.objective,
+        is_balanced=recipe.is_balanced,
         share=share,
     )
 
@@ -303,7 +306,7 @@ def _in_groups(f: Callable, group: int, *runs):
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
 
 
-def host_data(dataset: Dataset, precision: str) -> Data:
+def host_data(dataset: PreparedDataset, precision: str) -> Data:
     """Returns a data set in NumPy arrays for the program, which normalizes it in `precision`."""
     splits: Any = (dataset.train, dataset.test)
     statistics = [np.asarray(a, precision) for a in (dataset.center, dataset.scale)]
@@ -311,7 +314,7 @@ def host_data(dataset: Dataset, precision: str) -> Data:
     return Data(*fields)
 
 
-def place_data(dataset: Dataset, mesh: Mesh, precision: str) -> Data:
+def place_data(dataset: PreparedDataset, mesh: Mesh, precision: str) -> Data:
     """Places `host_data` on every device of the mesh."""
     with jax.enable_x64(True):
         return parallel.place(host_data(dataset, precision), parallel.replicated(mesh))

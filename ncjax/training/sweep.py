@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ncjax import config as configuration
 from ncjax import environment
-from ncjax.data.dataset import Dataset
+from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
 from ncjax.training import layers, models
@@ -25,7 +25,7 @@ from ncjax.training.objective import Objective
 _USABLE = 0.9
 
 
-def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
+def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> train.Recipe:
     """Returns the static part of the compiled program that a config asks for."""
     model = models.make(config.model, dataset.num_classes, config.train.precision)
     shape = dataset.center.shape
@@ -42,6 +42,7 @@ def make_recipe(config: configuration.Config, dataset: Dataset) -> train.Recipe:
         decay=config.train.decay,
         norms=config.model.norms,
         augment=config.train.augment,
+        is_balanced=dataset.is_balanced,
         adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
     )
 

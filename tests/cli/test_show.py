@@ -12,9 +12,10 @@ import safetensors
 import safetensors.numpy
 import xarray as xr
 
-from ncjax import load_run, plan
+from ncjax import load_run
 from ncjax.cli import show
 from ncjax.config import SWEPT
+from ncjax.data import preparation
 from ncjax.errors import InputError
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report.tables import mean_and_sd
@@ -355,14 +356,14 @@ def test_a_run_whose_checkpoint_is_removed_is_loaded_from_the_newest(removing):
 
 
 def test_other_data_are_not_verified_against(copied, shown, monkeypatch):
-    load = plan.load_data
+    load = preparation.load
 
-    def flipped(settings):
-        dataset = load(settings)
+    def flipped(settings, given=None):
+        dataset = load(settings, given)
         dataset.train.labels[0] ^= 1
         return dataset
 
-    monkeypatch.setattr(plan, "load_data", flipped)
+    monkeypatch.setattr(preparation, "load", flipped)
     code, _, err = shown(copied, "--verify")
     assert code == 2
     assert err.startswith("error: config.data.name: got 'synthetic'; ")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ncjax.cli import train
-from ncjax.data import dataset as data
-from ncjax.data import tfds
+from ncjax.config import DataConfig
+from ncjax.data import preparation, tfds
 from ncjax.errors import InputError
 
 NAME = "toy"
@@ -184,7 +184,7 @@ def test_a_validation_split_stands_in_for_a_missing_test_split(folder, stored):
 )
 def test_a_set_that_is_not_prepared_names_field_place_and_command(name, tmp_path):
     with pytest.raises(InputError) as caught:
-        data.load(name, directory=str(tmp_path))
+        preparation.load(DataConfig(name=name, dir=str(tmp_path)))
     message = str(caught.value)
     assert message.startswith(f"config.data.name: got {name!r}; ")
     assert str(tmp_path) in message
@@ -378,10 +378,14 @@ def test_gray_images_in_three_channels_are_said(folder, capsys):
     assert capsys.readouterr().err.count("warning: all images of") == 1
 
 
-def test_images_of_several_shapes_are_refused(folder):
+def test_images_of_several_shapes_ask_for_a_size_and_are_resized(folder):
     images = [encoded(np.zeros((5, 4 + i // 7, 1), np.uint8)) for i in range(8)]
     write_shard(shard(folder, "test", 0), [record(image, 0) for image in images])
-    assert "differ in shape" in refusal(folder)
+    with pytest.raises(InputError, match=r"^config\.data\.size: got 0; .*differ in shape"):
+        read(folder)
+    resized = tfds.read(NAME, folder.parents[1], folder, 4).held_out
+    assert resized is not None
+    np.testing.assert_array_equal(resized.images, np.zeros((8, 4, 4, 1)))
 
 
 @pytest.mark.parametrize(
@@ -488,7 +492,7 @@ def test_a_set_is_balanced_and_loses_unlabelled_examples(folder, tmp_path, monke
         shard(folder, "test", 0),
         [record(encoded(image), label) for image, label in zip(images, labels, strict=True)],
     )
-    dataset = data.load(NAME, directory=str(folder.parents[1]))
+    dataset = preparation.load(DataConfig(name=NAME, dir=str(folder.parents[1])))
     assert np.bincount(dataset.train.labels).tolist() == [4, 4, 4]
     assert np.bincount(dataset.test.labels).tolist() == [2, 2, 2]
     np.testing.assert_array_equal(dataset.test.images[0], images[3])
@@ -497,14 +501,14 @@ def test_a_set_is_balanced_and_loses_unlabelled_examples(folder, tmp_path, monke
 
 def test_a_set_that_was_prepared_again_is_decoded_again(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = data.load(NAME, directory=str(folder.parents[1]))
+    before = preparation.load(DataConfig(name=NAME, dir=str(folder.parents[1])))
     images, labels = examples(1, 8)
     others = [
         record(encoded(image), 2 - label) for image, label in zip(images, labels, strict=True)
     ]
     write_shard(shard(folder, "test", 0), others)  # other labels: neither a count nor a size tells
     capsys.readouterr()
-    after = data.load(NAME, directory=str(folder.parents[1]))
+    after = preparation.load(DataConfig(name=NAME, dir=str(folder.parents[1])))
     np.testing.assert_array_equal(after.test.images[-2:], before.test.images[:2])
     assert shard(folder, "test", 0).name in capsys.readouterr().err
-    assert len(list((tmp_path / "cache" / "ncjax" / "data").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "ncjax" / "datasets").iterdir())) == 1

@@ -668,7 +668,7 @@ _CACHED: dict[str, tuple[str, Callable[[Path], object]]] = {
 def _damage_cache(name: str, change: Callable[[Path], object], folder: Path) -> None:
     sound = engine.shared("digits", _digits)
     cache = shutil.copytree(sound / "cache", folder / "cache")
-    decoded = next((cache / "ncjax" / "data").iterdir())
+    decoded = next((cache / "ncjax" / "datasets").iterdir())
     change(decoded / name if name != "." else decoded)
     ran = engine.run_here(
         "train", *_DIGITS, f"--workdir={folder / 'run'}", XDG_CACHE_HOME=str(cache)

@@ -15,6 +15,7 @@ import xarray as xr
 
 from ncjax import plan
 from ncjax.cli import show, train
+from ncjax.data import preparation
 from ncjax.errors import InputError
 from ncjax.report import draw, tables
 from ncjax.runs import inspect as holdings
@@ -495,15 +496,15 @@ def everything(workdir):
 
 
 def test_other_data_are_refused_and_named(workdir, monkeypatch):
-    load = plan.load_data
+    load = preparation.load
 
-    def flipped(settings):
-        dataset = load(settings)
+    def flipped(settings, given=None):
+        dataset = load(settings, given)
         dataset.test.images[0, 0] += 1e-6
         return dataset
 
     before = everything(workdir)
-    monkeypatch.setattr(plan, "load_data", flipped)
+    monkeypatch.setattr(preparation, "load", flipped)
     with pytest.raises(
         InputError, match=r"^config\.data\.name: got 'synthetic'; .*: test_images differ"
     ):

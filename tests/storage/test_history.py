@@ -10,7 +10,7 @@ from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.storage import history
 
 LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
-SIZES = {"split": 2, "layer": len(LAYERS), "mode": len(LABELS)}
+SIZES = {"split": 2, "layer": len(LAYERS), "mode": len(LABELS), "label": len(LABELS)}
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ import pytest
 
 from ncjax.training import evaluate, layers, models
 from ncjax.training.objective import Objective
-from tests.helpers import oracle_geometry, oracle_nc3_floor, oracle_split, oracle_symmetric_part
+from tests.helpers import (
+    oracle_by_class,
+    oracle_geometry,
+    oracle_nc3_floor,
+    oracle_split,
+    oracle_symmetric_part,
+)
 
 SIZES = {"train": 30, "test": 11}
 NAMES = ("layer_1", "layer_2", "head")
@@ -69,6 +75,7 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             residual = y - share
             fit = -np.mean(np.log(share[np.arange(len(x)), labels]))
         metrics = oracle_split(h, f, labels, w[2].T, residual)
+        metrics |= oracle_by_class(h, f, labels, w[2].T, residual)
         metrics |= {
             "fit_loss": fit,
             "loss": fit + penalty,
@@ -90,7 +97,8 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             ]
             predictions = oracle_predictions(h, residual, labels, w, gradients[2].T, weight_decay)
     expected = {name: [metrics[name] for metrics in by_split] for name in by_split[0]}
-    expected["class_mean_cosine"] = by_split[0]["class_mean_cosine"]
+    for name in ("class_mean_cosine", "class_norm_head", "class_cosine_head"):
+        expected[name] = by_split[0][name]
     return (
         expected
         | predictions

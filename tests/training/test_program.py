@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax.data import dataset
+from ncjax.config import DataConfig
+from ncjax.data import preparation
 from ncjax.training import layers, models, program
 from ncjax.training import mesh as parallel
 from ncjax.training.objective import Objective
@@ -34,7 +35,7 @@ def setup(
     **choices,
 ):
     """`choices`: fields of the recipe that have a default."""
-    raw = dataset.load("synthetic", num_classes=3, per_class=20)
+    raw = preparation.load(DataConfig(name="synthetic", num_classes=3, per_class=20))
     mesh = parallel.make_mesh(4, run=devices)
     model = models.MLP((8, 8), 3, use_head_bias=head_bias != "none", dtype=dtype)
     structure = layers.find(model, raw.center.shape, head_bias, np.dtype(dtype).name)

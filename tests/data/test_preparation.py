@@ -8,16 +8,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ncjax.data import dataset as data
+from ncjax.config import DataConfig
+from ncjax.data import cache, preparation, sources
+from ncjax.data.dataset import Dataset, Split
 from ncjax.errors import InputError
 from ncjax.training import compilation
+
+
+def load(name, **fields):
+    return preparation.load(DataConfig(name=name, **fields))
+
+
+def raw_of(train, test, names):
+    return Dataset(train, test, names, "toy")
 
 
 def split_of(counts, start=0):
     """counts[c] examples of class c, classes interleaved; each image holds its own number."""
     labels = np.concatenate([np.full(n, c) for c, n in enumerate(counts)]).astype(np.int32)
     labels = np.random.default_rng(0).permutation(labels)
-    return data.Split(np.arange(start, start + len(labels), dtype=np.float32)[:, None], labels)
+    return Split(np.arange(start, start + len(labels), dtype=np.float32)[:, None], labels)
 
 
 def rows(split):
@@ -25,7 +35,7 @@ def rows(split):
 
 
 def test_digits_has_145_training_and_29_test_scans_of_each_class():
-    digits = data.load("digits")
+    digits = load("digits")
     assert digits.train.images.shape == (1450, 8, 8, 1)
     assert digits.test.images.shape == (290, 8, 8, 1)
     assert digits.train.images.dtype == np.uint8
@@ -44,7 +54,7 @@ def test_digits_splits_are_disjoint_and_hold_the_scans_of_scikit_learn():
         (image.astype(np.uint8).tobytes(), label)
         for image, label in zip(bunch.images, bunch.target, strict=True)
     }
-    digits = data.load("digits")
+    digits = load("digits")
     train, test = (
         {(image.tobytes(), label) for image, label in zip(s.images, s.labels, strict=True)}
         for s in (digits.train, digits.test)
@@ -56,7 +66,7 @@ def test_digits_splits_are_disjoint_and_hold_the_scans_of_scikit_learn():
 
 
 def test_checksums_are_those_of_the_bytes_behind_a_header_of_dtype_and_shape():
-    drawn = data.load("digits", per_class=20, pad=10)
+    drawn = load("digits", per_class=20, pad=10)
     arrays = {
         "train_images": drawn.train.images,
         "train_labels": drawn.train.labels,
@@ -66,21 +76,21 @@ def test_checksums_are_those_of_the_bytes_behind_a_header_of_dtype_and_shape():
     expected = {
         k: zlib.crc32(f"{a.dtype.str}{a.shape}".encode() + a.tobytes()) for k, a in arrays.items()
     }
-    assert data.checksums(drawn) == expected
+    assert preparation.checksums(drawn) == expected
     assert (
         expected["train_images"]
-        == data.checksums(data.load("digits", per_class=20, pad=10))["train_images"]
+        == preparation.checksums(load("digits", per_class=20, pad=10))["train_images"]
     )
 
 
 def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
-    drawn = data.load("synthetic", num_classes=3, per_class=4)
-    before, images = data.checksums(drawn), drawn.test.images.copy()
+    drawn = load("synthetic", num_classes=3, per_class=4)
+    before, images = preparation.checksums(drawn), drawn.test.images.copy()
     images.view(np.uint8)[5, 3] ^= 1
     changed = {"test_images": images, "test_labels": drawn.test.labels.astype(np.int64)}
     changed_shape = drawn.test.images.reshape(-1, 2, 16)
     for part, array in (*changed.items(), ("test_images", changed_shape)):
-        after = data.checksums(
+        after = preparation.checksums(
             drawn._replace(test=drawn.test._replace(**{part.removeprefix("test_"): array}))
         )
         assert {name for name in before if after[name] != before[name]} == {part}
@@ -88,7 +98,7 @@ def test_one_flipped_bit_another_dtype_or_shape_change_one_checksum():
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "identity"])
 def test_loading_twice_gives_the_same_bits(name):
-    first, second = data.load(name), data.load(name)
+    first, second = load(name), load(name)
     for a, b in zip(
         (*first.train, *first.test, first.center),
         (*second.train, *second.test, second.center),
@@ -98,7 +108,7 @@ def test_loading_twice_gives_the_same_bits(name):
 
 
 def test_a_smaller_per_class_is_a_subset_and_shrinks_the_test_split_alike():
-    whole, part = data.load("digits"), data.load("digits", per_class=50)
+    whole, part = load("digits"), load("digits", per_class=50)
     assert np.bincount(part.train.labels).tolist() == [50] * 10
     assert np.bincount(part.test.labels).tolist() == [10] * 10  # 29 * 50/145
     first_50 = whole.train.images.reshape(10, 145, 8, 8, 1)[:, :50].reshape(500, 8, 8, 1)
@@ -107,7 +117,9 @@ def test_a_smaller_per_class_is_a_subset_and_shrinks_the_test_split_alike():
 
 def test_every_class_shrinks_to_the_smallest_keeping_the_order_of_the_set():
     train, test = split_of([7, 4, 9]), split_of([6, 3, 5], start=100)
-    balanced, balanced_test = data._balance(data._Raw(train, test, ("a", "b", "c")), 0)
+    balanced, balanced_test = preparation._choose(
+        raw_of(train, test, ("a", "b", "c")), DataConfig()
+    )
     np.testing.assert_array_equal(balanced.labels, np.repeat([0, 1, 2], 4))
     np.testing.assert_array_equal(balanced_test.labels, np.repeat([0, 1, 2], 3))
     for c in range(3):
@@ -119,17 +131,17 @@ def test_every_class_shrinks_to_the_smallest_keeping_the_order_of_the_set():
 @pytest.mark.parametrize("per_class", [146, 10**6])
 def test_too_large_per_class_names_field_value_and_most(per_class):
     with pytest.raises(InputError, match=rf"^config\.data\.per_class: got {per_class};.* 145 "):
-        data.load("digits", per_class=per_class)
+        load("digits", per_class=per_class)
 
 
 def test_a_test_split_without_some_class_is_refused():
     with pytest.raises(InputError, match=r"^config\.data\.name: "):
-        data._balance(data._Raw(split_of([3, 3]), split_of([3]), ("a", "b")), 0)
+        preparation._choose(raw_of(split_of([3, 3]), split_of([3]), ("a", "b")), DataConfig())
 
 
 def test_num_classes_of_a_set_that_decides_itself_is_refused():
     with pytest.raises(InputError, match=r"^config\.data\.num_classes: got 3; .*digits"):
-        data.load("digits", num_classes=3)
+        load("digits", num_classes=3)
 
 
 def normalized(dataset):
@@ -138,7 +150,7 @@ def normalized(dataset):
 
 @pytest.mark.parametrize("input_scale", [2.0, 0.5])
 def test_centred_training_inputs_have_the_mean_norm_asked_for(input_scale):
-    x = normalized(data.load("digits", input_scale=input_scale)).reshape(1450, 64)
+    x = normalized(load("digits", input_scale=input_scale)).reshape(1450, 64)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-13)
     assert np.mean([np.sqrt(row @ row) for row in x]) == pytest.approx(input_scale, rel=1e-12)
 
@@ -148,7 +160,7 @@ def test_standardized_channels_have_mean_0_and_variance_1_over_images_and_pixels
     # More than one chunk of the statistics.
     images = rng.integers(0, 256, (5000, 3, 4, 2)).astype(np.uint8)
     images[..., 1] //= 3
-    center, scale = data._statistics(images, 2.0, True)
+    center, scale = preparation._statistics(images, 2.0, True)
     x = (images - center) * scale
     np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose((x**2).mean((0, 1, 2)), 1, rtol=1e-12)
@@ -156,13 +168,13 @@ def test_standardized_channels_have_mean_0_and_variance_1_over_images_and_pixels
 
 
 def test_standardized_vectors_have_mean_0_and_variance_1_per_coordinate():
-    x = normalized(data.load("synthetic", num_classes=3, per_class=20, standardize=True))
+    x = normalized(load("synthetic", num_classes=3, per_class=20, standardize=True))
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(x.var(0), 1, rtol=1e-12)
 
 
 def test_a_constant_channel_is_centred_and_left():
-    center, scale = data._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, True)
+    center, scale = preparation._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, True)
     np.testing.assert_array_equal((np.full((2, 2, 1), 7) - center) * scale, np.zeros((2, 2, 1)))
 
 
@@ -171,21 +183,21 @@ def test_undefined_pixels_are_refused(standardize):
     images = np.zeros((4, 2, 2, 1), np.float32)
     images[2, 1] = np.nan
     with pytest.raises(InputError, match=r"^config\.data\.name: .*undefined"):
-        data._statistics(images, 2.0, standardize)
+        preparation._statistics(images, 2.0, standardize)
 
 
 def test_equal_images_have_no_mean_norm_and_are_refused():
     with pytest.raises(InputError, match=r"^config\.data\.name: .*equal images"):
-        data._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, False)
+        preparation._statistics(np.full((4, 2, 2, 1), 7, np.uint8), 2.0, False)
 
 
 def test_a_set_of_one_class_is_refused():
     with pytest.raises(InputError, match=r"^config\.data\.name: .*one class"):
-        data._balance(data._Raw(split_of([3]), split_of([3]), ("a",)), 0)
+        preparation._choose(raw_of(split_of([3]), split_of([3]), ("a",)), DataConfig())
 
 
 def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_splits():
-    drawn = data.load("synthetic", num_classes=4, per_class=500)
+    drawn = load("synthetic", num_classes=4, per_class=500)
     assert (
         np.bincount(drawn.train.labels).tolist()
         == np.bincount(drawn.test.labels).tolist()
@@ -208,7 +220,7 @@ def test_synthetic_classes_scatter_with_variance_1_about_means_common_to_both_sp
 
 
 def test_identity_gives_one_coordinate_to_each_example_and_does_not_center_it():
-    unit = data.load("identity", num_classes=3, per_class=2)
+    unit = load("identity", num_classes=3, per_class=2)
     np.testing.assert_array_equal(normalized(unit), np.eye(6))
     np.testing.assert_array_equal(unit.train.labels, [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(unit.test.images, unit.train.images)
@@ -216,7 +228,7 @@ def test_identity_gives_one_coordinate_to_each_example_and_does_not_center_it():
 
 def test_every_sixth_example_of_each_class_is_held_out():
     whole = split_of([13, 6, 5])
-    train, test = data._hold_out(whole)
+    train, test = preparation._hold_out(whole, 1 / 6)
     assert np.bincount(test.labels, minlength=3).tolist() == [2, 1, 0]
     assert len(train.labels) + len(test.labels) == 24
     assert not rows(train) & rows(test)
@@ -226,16 +238,16 @@ def test_every_sixth_example_of_each_class_is_held_out():
 
 
 def test_examples_without_a_label_are_dropped():
-    unlabelled = data.Split(np.arange(4.0)[:, None], np.array([-1, 1, -1, 0], np.int32))
-    raw = data._only_present_classes(unlabelled, unlabelled, "ab".__getitem__)
+    unlabelled = Split(np.arange(4.0)[:, None], np.array([-1, 1, -1, 0], np.int32))
+    raw = sources._only_present_classes(unlabelled, unlabelled, "ab".__getitem__, "toy")
     assert raw.label_names == ("a", "b")
     assert (raw.train.labels.tolist(), raw.train.images.ravel().tolist()) == ([1, 0], [1.0, 3.0])
 
 
 def test_declared_classes_without_a_training_example_are_dropped_and_the_others_renumbered():
-    train = data.Split(np.arange(4.0)[:, None], np.array([3, 1, 3, 1], np.int32))
-    test = data.Split(np.arange(3.0)[:, None], np.array([0, 1, 3], np.int32))
-    raw = data._only_present_classes(train, test, "abcd".__getitem__)
+    train = Split(np.arange(4.0)[:, None], np.array([3, 1, 3, 1], np.int32))
+    test = Split(np.arange(3.0)[:, None], np.array([0, 1, 3], np.int32))
+    raw = sources._only_present_classes(train, test, "abcd".__getitem__, "toy")
     assert raw.label_names == ("b", "d")
     assert raw.train.labels.tolist() == [1, 0, 1, 0]
     assert (raw.test.labels.tolist(), raw.test.images.ravel().tolist()) == ([0, 1], [1.0, 2.0])
@@ -248,7 +260,7 @@ class Maker:
 
     def __call__(self):
         self.calls += 1
-        return data._Raw(split_of([4, 3]), split_of([2, 2]), ("a", "b"))
+        return raw_of(split_of([4, 3]), split_of([2, 2]), ("a", "b"))
 
 
 def assert_is_made(raw):
@@ -263,11 +275,11 @@ def assert_is_made(raw):
 def folder(tmp_path, monkeypatch) -> Path:
     """Where the decoded set `toy` is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "ncjax" / "data" / "toy"
+    return tmp_path / "ncjax" / "datasets" / "toy"
 
 
 def cached(make, sources=None):
-    return data._cached("toy", make, sources)
+    return cache.cached("toy", make, sources)
 
 
 def replace(path, content):
@@ -342,24 +354,24 @@ def test_labels_cut_short_are_not_trained_on(folder):
 
 def test_one_flipped_bit_in_the_cached_digits_gives_the_same_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = data.checksums(data.load("digits"))
-    (path,) = tmp_path.glob("ncjax/data/digits-*/train_images.npy")
+    before = preparation.checksums(load("digits"))
+    (path,) = tmp_path.glob("ncjax/datasets/digits-*/train_images.npy")
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
-    assert data.checksums(data.load("digits")) == before
+    assert preparation.checksums(load("digits")) == before
     assert "train_images.npy" in capsys.readouterr().err
 
 
 def test_a_set_whose_source_has_changed_is_decoded_again_and_that_is_said(folder, capsys):
     make = Maker()
-    for sources, calls in (
+    for states, calls in (
         ({"a": [1, 2]}, 1),
         ({"a": [1, 2]}, 1),
         ({"a": [1, 3]}, 2),
         ({"b": [1, 3]}, 3),
     ):
-        assert_is_made(cached(make, sources))
+        assert_is_made(cached(make, states))
         assert make.calls == calls
     said = capsys.readouterr().err.splitlines()
     assert [line.split("changed: ")[1].split(")")[0] for line in said] == ["a", "a, b"]
@@ -428,7 +440,7 @@ def test_a_user_without_a_home_is_asked_for_the_folder_of_data(homeless):
     with pytest.raises(
         InputError, match=r"^config\.data\.dir: got '~/tensorflow_datasets'; .* HOME"
     ):
-        data.load("mnist")
+        load("mnist")
 
 
 TFDS = {
@@ -452,7 +464,7 @@ TFDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir, cache_home):
-    known, raw = TFDS[name], data._tfds(name, tfds_dir)
+    known, raw = TFDS[name], sources.read(DataConfig(name=name, dir=tfds_dir))
     assert np.bincount(raw.train.labels).tolist() == known["train"]
     assert len(raw.test.labels) == known["test"]
     for split, mean in ((raw.train, known["train_mean"]), (raw.test, known["test_mean"])):
@@ -464,10 +476,11 @@ def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir,
         got = pixels / (split.images.size / known["shape"][-1]) / 255
         np.testing.assert_allclose(got, mean, atol=6e-6)
     assert any(
-        folder.name.startswith(f"{name}-") for folder in (cache_home / "ncjax" / "data").iterdir()
+        folder.name.startswith(f"{name}-")
+        for folder in (cache_home / "ncjax" / "datasets").iterdir()
     )
 
-    part = data.load(name, directory=tfds_dir, per_class=30)
+    part = load(name, dir=tfds_dir, per_class=30)
     assert np.bincount(part.train.labels).tolist() == [30] * 10
     assert len(set(np.bincount(part.test.labels))) == 1
     for c in range(10):
@@ -479,4 +492,4 @@ def test_a_prepared_tfds_set_is_read_in_full_balanced_and_cached(name, tfds_dir,
 @pytest.mark.slow
 def test_mnist_may_have_at_most_the_size_of_its_smallest_class(tfds_dir):
     with pytest.raises(InputError, match=r"^config\.data\.per_class: got 5422;.* 5421 "):
-        data.load("mnist", directory=tfds_dir, per_class=5422)
+        load("mnist", dir=tfds_dir, per_class=5422)
