@@ -124,7 +124,7 @@ def _read_monitored(workdir: Path) -> "xr.Dataset | None":
 
     try:
         found = history.read(workdir / "history.nc")
-    except (InputError, OSError):  # as will be said of it
+    except (ValueError, OSError):  # as will be said of it
         return None
     return found if monitored.is_monitored(found) else None
 

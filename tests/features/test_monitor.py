@@ -233,6 +233,7 @@ def test_callbacks_end_an_epoch_on_one_process(net, library):
         other()
 
 
+@pytest.mark.filterwarnings("ignore")  # what the library warns of is its own
 def test_lightning_itself_calls_it(torch, net):
     lightning = pytest.importorskip("lightning.pytorch")
     model, loader = net
@@ -255,6 +256,7 @@ def test_lightning_itself_calls_it(torch, net):
     assert monitor.history.epoch.values.tolist() == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore")  # what the library warns of is its own
 def test_transformers_itself_calls_it(torch, net, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

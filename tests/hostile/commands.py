@@ -192,6 +192,8 @@ x y
 {run} {run}/. --out /dev/null/x
 {run} --out
 {run} --colour
+{run} --format gif
+{run} --only nothing
 {run} {unfinished} --out {run}/config.json
 """,
     "measure": """
@@ -226,6 +228,16 @@ README.md
 {head} --labels {features}
 {features} {head}
 {features} --head {head} --classes 3
+{features} --features-key nothing
+{features} --labels-key nothing
+{features} --head {head} --head-prefix fc
+{features} --pool max
+{features} --ignore-label x
+{features} --ood nowhere.npz
+{features} --ood {head}
+{features} --csv --json
+{features} --format gif
+{features} --only nothing
 """,
 }
 _PLACES = {"features": "tests/data/features.npz", "head": "tests/data/head.npz"}
