@@ -133,6 +133,9 @@ def _npz(settings: DataConfig) -> Dataset:
 
 def _folder(settings: DataConfig) -> Dataset:
     root = expanded("config.data.name", settings.name)
+    if not folder.is_folder(root):
+        way_out = "no folder here holds train/CLASS/*.png or *.jpg; name one that does"
+        raise InputError("config.data.name", settings.name, way_out)
     try:
         place, state = _place(root.resolve()), folder.state(root)
         key = f"folder-{place}-{settings.size}"
@@ -208,7 +211,7 @@ SOURCES = (
     ),
     Source(lambda name: name.endswith(".npz"), _npz, "restore the file"),
     Source(
-        lambda name: folder.is_folder(expanded("config.data.name", name)),
+        lambda name: name[0] in "./~" or folder.is_folder(Path(name)),
         _folder,
         "restore the files of the folder",
     ),

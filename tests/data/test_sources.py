@@ -400,6 +400,13 @@ def test_a_folder_that_cannot_be_used_is_one_line_that_names_what_is_wrong(folde
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../mnist", "/etc", ".", "~", "./no/such", "/\0", "." * 5000])
+def test_a_path_that_is_no_folder_of_images_is_one_line(name):
+    with pytest.raises(InputError, match=r"^config\.data\.name: .*train/CLASS") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_images_of_several_sizes_are_resized(folder):
     other_size(folder)
     found = load(folder, size=4)

@@ -179,9 +179,7 @@ def test_a_validation_split_stands_in_for_a_missing_test_split(folder, stored):
     assert_is(read(folder), stored)
 
 
-@pytest.mark.parametrize(
-    "name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "../mnist", "/etc"]
-)
+@pytest.mark.parametrize("name", ["no_such_set", "mnist:9.9.9", "emnist/letters", "a/../mnist"])
 def test_a_set_that_is_not_prepared_names_field_place_and_command(name, tmp_path):
     with pytest.raises(InputError) as caught:
         preparation.load(DataConfig(name=name, dir=str(tmp_path)))

@@ -658,8 +658,8 @@ _CACHED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "names nested": ("label_names.json", _write(b"[" * _DEEP)),
     "names a number": ("label_names.json", _write(b"10")),
     "a file cut": ("train_images.npy", lambda path: path.write_bytes(path.read_bytes()[:5000])),
-    "a file empty": ("test_labels.npy", _write(b"")),
-    "a file missing": ("test_images.npy", Path.unlink),
+    "a file empty": ("train_labels.npy", _write(b"")),
+    "a file missing": ("train_images.npy", Path.unlink),
     "a folder for a file": ("train_labels.npy", _WRONG_FILES["a folder"]),
     "the whole cache a file": (".", lambda path: (shutil.rmtree(path), path.write_bytes(b""))),
 }
