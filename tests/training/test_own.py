@@ -266,7 +266,7 @@ def test_it_is_verified_and_exported(swept, tmp_path, capsys):
 
 
 def test_a_module_that_is_not_there_is_found_before_data_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.data, "load", None)
+    monkeypatch.setattr(plan.preparation, "load", None)
     with pytest.raises(InputError, match=r"^config.model.network: got 'absent:Net'"):
         plan.examine(make_config("absent:Net"), tmp_path)
 
