@@ -450,10 +450,12 @@ def test_every_scale_in_the_vocabulary_is_that_of_its_metric():
     h, labels, head, bias = split(sizes=[5, 9, 12, 12, 3])
     h, head = 3000 * h, head / 700
     found = measure.measure(h, labels, head=head, bias=bias)
+
+    def in_memory(h, labels, head, bias):
+        return assemble(Quantities(class_statistics(h, labels, 5, head, bias)))
+
     with jax.enable_x64(True):
-        arrays = map(jnp.asarray, (head, bias))
-        statistics = class_statistics(jnp.asarray(h), jnp.asarray(labels), 5, *arrays)
-        expected = jax.device_get(assemble(Quantities(statistics)))
+        expected = jax.device_get(jax.jit(in_memory)(h, labels, head, bias))
     expected["nc0"] = np.linalg.norm(head.sum(axis=0))
     expected["mean_feature_norm"] = np.sqrt(np.mean(np.sum(h**2, axis=1)))
     rest = {*found.metrics} - {*expected}
@@ -1088,6 +1090,7 @@ def test_the_command_says_what_the_library_finds(said):
     assert ["nc3", f"{expected['nc3']:.4g}", VOCABULARY["nc3"].definition] in rows
 
 
+@pytest.mark.slow
 def test_layers_classes_and_conventions_on_the_command_line(said, tmp_path):
     h, labels, head, bias = split(sizes=[8, 0, 12, 9, 3], dtype=np.float32)
     np.save(tmp_path / "first.npy", h[:, :5])

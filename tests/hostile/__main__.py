@@ -88,6 +88,9 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)"
     )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="K", help="one case of K alone (%(default)s)"
+    )
     arguments = parser.parse_args()
     groups = tuple(arguments.groups or known)
     if not set(groups) <= set(known):
@@ -100,6 +103,7 @@ def main() -> int:
 
         cases = engine.cases(groups, arguments.seed)
         chosen = [i for i, case in enumerate(cases) if arguments.case in (None, case.name)]
+        chosen = chosen[:: arguments.every]
         if arguments.list:
             print(*(f"{cases[i].group}: {cases[i].name!r}" for i in chosen), sep="\n")
             return 0

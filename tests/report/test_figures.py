@@ -304,6 +304,7 @@ def test_every_setting_of_another_axis_has_a_panel_of_the_phase_diagram():
     assert [axes.get_title() for axes in figure.axes] == ["learning_rate=0.1", "learning_rate=0.25"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
     odd, plain, twin = (

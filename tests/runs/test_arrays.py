@@ -86,6 +86,7 @@ def test_load_run_takes_the_arrays(arrays):
             run.normalize(x)
 
 
+@pytest.mark.slow
 def test_verify_takes_them_as_a_npz(arrays, tmp_path, capsys):
     np.savez(tmp_path / "same.npz", **vectors())
     np.savez(tmp_path / "others.npz", **vectors(1))
@@ -99,6 +100,7 @@ def test_verify_takes_them_as_a_npz(arrays, tmp_path, capsys):
     assert found["data_checksums"] == checkpoint.read_metadata(arrays / "checkpoints", 6).data
 
 
+@pytest.mark.slow
 def test_a_npz_trains_to_the_bits_of_its_arrays(arrays, tmp_path):
     np.savez(tmp_path / "insects.npz", **vectors())
     config = small_config(**SETTINGS | {"data.name": str(tmp_path / "insects.npz")})

@@ -126,9 +126,10 @@ def test_adam_has_no_clock_and_cross_entropy_no_lemma_2(tmp_path, capsys):
     assert "short of equilibrium" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "atol"),
-    [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)],
+    [("float32", 1e-5), ("float64", 1e-12)],
 )
 def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precision, atol, tmp_path):
     config = default_config()
@@ -161,7 +162,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(finished, capsys):
 
 @pytest.mark.parametrize(
     "stop_at",
-    [0, pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)],
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        3,
+        pytest.param(6, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_continues_to_the_same_bits(
     finished, tmp_path, monkeypatch, stop_at, capsys
@@ -232,6 +238,7 @@ def test_three_axes_become_three_dimensions_and_padding_is_dropped(tmp_path, cap
     assert "learning_rate" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_counted_in_the_table(tmp_path, capsys):
     history = run(
         tmp_path, sweep__learning_rate=(0.1, 1e8), sweep__weight_decay=(1e-3,), train__epochs=3

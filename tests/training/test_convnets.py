@@ -70,6 +70,7 @@ def test_augmentation_changes_what_is_trained_on_and_not_the_order(tmp_path):
     assert any(not np.array_equal(a, b) for a, b in zip(plain, cropped, strict=True))
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_each_runs_own(tmp_path):
     sweep = start(
         tmp_path,

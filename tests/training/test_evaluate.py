@@ -236,7 +236,7 @@ def assert_metrics(got, expected, rtol, atol):
 @pytest.mark.parametrize(
     ("rows", "held", "head_bias", "objective"),
     [
-        pytest.param(*case, marks=() if name in ("one_batch", "both_recomputed") else SLOW)
+        pytest.param(*case, marks=() if name == "one_batch" else SLOW)
         for name, case in CASES.items()
     ],
     ids=CASES.keys(),

@@ -133,6 +133,7 @@ def test_a_grid_is_cut_into_equal_programs(tmp_path, most, slices, runs):
     assert {len(values) for values in columns.values()} == {runs}
 
 
+@pytest.mark.slow
 def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
     """By the account of the compiled program; too little for one is one line."""
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: {})  # most of a program
@@ -151,6 +152,7 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
         sweep.make_program(big)
 
 
+@pytest.mark.slow
 def test_states_that_wait_lie_in_the_hosts_memory_and_come_back_as_they_were(tmp_path, monkeypatch):
     """Two programs of two runs, in two chunks, to the bit."""
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: {})

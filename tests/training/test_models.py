@@ -142,6 +142,7 @@ def convolved(x, kernel):
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_convolutional_forward_pass_equals_numpy():
     model, variables, x = conv_network()

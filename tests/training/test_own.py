@@ -115,6 +115,7 @@ def test_what_is_no_path_is_one_line(value):
         validate(config)
 
 
+@pytest.mark.slow
 def test_other_collections_are_every_runs_own(tmp_path):
     states = trained_only(tmp_path, sweep__weight_decay=(0.0,), sweep__init_scale=(1.0, 3.0))
     statistics = states.model_state["batch_stats"]["BatchNorm_0"]
