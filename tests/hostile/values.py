@@ -327,7 +327,9 @@ _REFUSED: dict[str, Change] = {
         s | {"labels": np.where(np.arange(_N) == 3, 2**63, s["labels"].astype("u8"))}
     ),
     "labels beyond the head": _put("labels", 3, _C),
-    "labels one-hot": _set("labels", lambda a: np.eye(_C, dtype=int)[a]),
+    "labels of two ones a row": _set(
+        "labels", lambda a: np.eye(_C, dtype=int)[a] + np.eye(_C, dtype=int)[a - 1]
+    ),
     "one class alone": _set("labels", np.zeros_like),
     "features of no row": lambda s: s | {"features": s["features"][:0], "labels": s["labels"][:0]},
     "features of no column": _set("features", lambda a: a[:, :0]),
@@ -530,7 +532,7 @@ _LOADERS: dict[str, tuple[Callable[[Arguments], tuple], bool]] = {
 _NO_BATCHES: dict[str, Callable[[Arguments], Any]] = {
     "a generator": lambda s: (batch for batch in _batches(s)),
     "a dict": lambda s: {"features": s["features"], "labels": s["labels"]},
-    "a list of dicts": lambda s: [{"features": s["features"], "labels": s["labels"]}],
+    "a list of dicts without names": lambda s: [{"x": s["features"], "y": s["labels"]}],
     "an empty list": lambda s: [],
     "features alone": lambda s: [(s["features"],)],
     "an array": lambda s: s["features"],
