@@ -92,10 +92,7 @@ def measure_model(
     """
     if layer is not None and layers is not None:
         raise InputError("layers", list(layers), "give layer, or layers, not both")
-    found = measure_layers(
-        model,
-        loader,
-        [layer] if layers is None else list(layers),
+    options = Options(
         inputs=inputs,
         labels=labels,
         pool=pool,
@@ -108,41 +105,35 @@ def measure_model(
         ignore_label=ignore_label,
         float64=float64,
     )
+    found = measure_layers(model, loader, [layer] if layers is None else list(layers), options)
     for one in found.values():
         for caution in one.cautions:
             warnings.warn(caution, stacklevel=2)
     return next(iter(found.values())) if layers is None else LayerMeasurements(found)
 
 
+class Options(NamedTuple):
+    """Holds the options of a measurement, which are those of `measure_model`."""
+
+    inputs: Key = None
+    labels: Key = None
+    pool: Pool = "mean"
+    keep: bool = True
+    ood: Iterable | None = None
+    num_classes: int | None = None
+    loss: str = "square"
+    weight_decay: float | None = None
+    global_mean: str = "classes"
+    ignore_label: int | None = None
+    float64: bool | None = None
+
+
 def measure_layers(
-    model: Module,
-    loader: Iterable,
-    names: Sequence[str | None],
-    *,
-    inputs: Key = None,
-    labels: Key = None,
-    pool: Pool = "mean",
-    keep: bool = True,
-    ood: Iterable | None = None,
-    num_classes: int | None = None,
-    loss: str = "square",
-    weight_decay: float | None = None,
-    global_mean: str = "classes",
-    ignore_label: int | None = None,
-    float64: bool | None = None,
+    model: Module, loader: Iterable, names: Sequence[str | None], options: Options
 ) -> dict[str, Measurement]:
     """Returns the measurement of each module by name; arguments as in `measure_model`."""
-    check_pool(pool)
-    runner = _Runner(_checked(model), _Keys(inputs, labels), pool, ignore_label)
-    return runner.measure(
-        names,
-        loader,
-        keep=keep,
-        ood=ood,
-        of_all={"loss": loss, "global_mean": global_mean, "float64": float64},
-        of_last={"weight_decay": weight_decay},
-        num_classes=num_classes,
-    )
+    check_pool(options.pool)
+    return _Runner(_checked(model), options).measure(names, loader)
 
 
 def _torch() -> Any:
@@ -368,44 +359,48 @@ def _placed(value: Any, device: Any) -> Any:
 class _Runner:
     """Runs a model over the batches of loaders and measures what its modules give."""
 
-    def __init__(self, model: Module, keys: _Keys, pool: Pool, ignore_label: int | None):
-        self._model, self._keys, self._pool = model, keys, pool
-        self._ignored = ignore_label
+    def __init__(self, model: Module, options: Options):
+        self._model, self._options = model, options
+        self._keys = _Keys(options.inputs, options.labels)
         self._device = _device(model)
 
-    def measure(
-        self,
-        names: Sequence[str | None],
-        loader: Iterable,
-        *,
-        keep: bool,
-        ood: Iterable | None,
-        of_all: dict[str, Any],
-        of_last: dict[str, Any],
-        num_classes: int | None,
-    ) -> dict[str, Measurement]:
-        """Returns the measurement of each module by name; `of_last` are options of the last."""
+    def measure(self, names: Sequence[str | None], loader: Iterable) -> dict[str, Measurement]:
+        """Returns the measurement of each module by name; the last may have a head or logits."""
+        asked = self._options
         if not names or len(set(names)) < len(names):
             raise InputError("layers", names, "name one module or more, each once")
-        if len(names) > 1 and not keep:
-            raise InputError("keep", keep, "several layers take one run whose features are kept")
-        if len(names) > 1 and ood is not None:
+        if len(names) > 1 and not asked.keep:
+            raise InputError(
+                "keep", asked.keep, "several layers take one run whose features are kept"
+            )
+        if len(names) > 1 and asked.ood is not None:
             raise InputError("ood", "several layers", "give one layer")
         with _left_as_it_was(self._model), contextlib.ExitStack() as stack:
-            taps = [_Tap(self._model, name, self._pool) for name in names]
+            taps = [_Tap(self._model, name, asked.pool) for name in names]
             for tap in taps:
                 stack.callback(tap.remove)
-            batches = self._run_once(loader, taps) if keep else [self._run_twice(loader, taps[0])]
-            if ood is not None:
-                of_last = of_last | {"ood": self._features_of(ood, taps[0])}
+            if asked.keep:
+                batches = self._run_once(loader, taps)
+            else:
+                batches = [self._run_twice(loader, taps[0])]
             last = taps[-1]
             head = _head_of(last)
+            of_last: dict[str, Any] = head | {"weight_decay": asked.weight_decay}
+            if asked.ood is not None:
+                of_last["ood"] = self._features_of(asked.ood, taps[0])
+            num_classes = asked.num_classes
             if num_classes is None and head:
                 num_classes = len(head["head"])
             found = {}
             for tap, of_tap in zip(taps, batches, strict=True):
-                options = of_all | (of_last | head if tap is last else {})
-                found[tap.name] = measure_batches(of_tap, num_classes=num_classes, **options)
+                found[tap.name] = measure_batches(
+                    of_tap,
+                    num_classes=num_classes,
+                    loss=asked.loss,
+                    global_mean=asked.global_mean,
+                    float64=asked.float64,
+                    **(of_last if tap is last else {}),
+                )
         if last.is_linear and not head:
             found[last.name].notes.append(_ONE_OUTPUT)
         return found
@@ -473,8 +468,8 @@ class _Runner:
                 raise InputError("pool", array.shape, "features must be (N, p) after it")
             if array.shape[:1] != arrays[0].shape[:1] or (name == "labels" and array.ndim != 1):
                 raise InputError(name, array.shape, f"give one per example, ({len(arrays[0])},)")
-        if self._ignored is not None:
-            arrays = [array[labels != self._ignored] for array in arrays]
+        if self._options.ignore_label is not None:
+            arrays = [array[labels != self._options.ignore_label] for array in arrays]
         return tuple(arrays)
 
 

@@ -1,16 +1,15 @@
 """Measures a model again and again while its owner trains it, and keeps the numbers."""
 
 import importlib
-import inspect
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncjax.errors import InputError, near
-from ncjax.features.model import Module, measure_layers
+from ncjax.features.model import Module, Options, measure_layers
 from ncjax.features.result import LayerMeasurements, Measurement
-from ncjax.paths import expanded
+from ncjax.paths import expanded, make_folder
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -73,18 +72,20 @@ class Monitor:
     ):
         if every < 1:
             raise InputError("every", every, "give a number of epochs from 1 on")
-        parameters = inspect.signature(measure_layers).parameters.values()
-        known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
         for name in options:
-            if name not in known:
-                way_out = f"no such option of measure_model{near(name, known)}"
+            if name not in Options._fields:
+                way_out = f"no such option of measure_model{near(name, Options._fields)}"
                 raise InputError(name, options[name], way_out)
         self._model, self._loader, self._every = model, loader, every
-        self._layers, self._options = layers, options
-        self._path = None if workdir is None else _prepared(workdir) / "history.nc"
+        self._layers, self._options = layers, Options(**options)
+        self._path: Path | None = None
         self.history: xr.Dataset | None = None
-        if self._path is not None and self._path.exists():
-            self.history = _continued(self._path, layers)
+        if workdir is not None:
+            folder = expanded("workdir", workdir)
+            make_folder("workdir", folder)
+            self._path = folder / "history.nc"
+            if self._path.exists():
+                self.history = _continued(self._path, layers)
         self._epoch = 0 if self.history is None else int(self.history["epoch"][-1])
         self._ended = time.perf_counter()
 
@@ -106,7 +107,7 @@ class Monitor:
             return None
         begun = time.perf_counter()
         names = [None] if self._layers is None else list(self._layers)
-        found = measure_layers(self._model, self._loader, names, **self._options)
+        found = measure_layers(self._model, self._loader, names, self._options)
         seconds = time.perf_counter() - begun
         self._record(found, seconds)
         print(self._line(found, seconds, begun - self._ended), flush=True)
@@ -180,16 +181,6 @@ def _first_of(name: str, *modules: str, needed: str) -> Any:
         except ImportError:
             continue
     raise InputError("callback", needed, f"it is not installed; pip install {needed}")
-
-
-def _prepared(workdir: str | Path) -> Path:
-    """Returns a folder that is there, or raises InputError."""
-    folder = expanded("workdir", workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("workdir", str(folder), f"{error.strerror}; name a folder") from error
-    return folder
 
 
 def _continued(path: Path, layers: Sequence[str] | None) -> "xr.Dataset":
