@@ -219,7 +219,7 @@ def _padded(split: Split, side: int) -> Split:
 def _statistics(
     images: np.ndarray, input_scale: float, standardize: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns center and scale of `Dataset`, in float64.
+    """Returns center and scale of a `PreparedDataset`, in float64.
 
     They are computed in chunks: CIFAR-10 in float64 is 1.2 GB.
     """

@@ -25,7 +25,7 @@ def of(reference: "Reference", deviations: "Deviations", metrics: dict[str, floa
 
 
 def _of_scatter(reference: "Reference", deviations: "Deviations") -> Iterator[str]:
-    counts, within = reference.examples[reference.present], np.asarray(deviations.within)
+    counts, within = reference.counts, np.asarray(deviations.within)
     single, names = int(np.sum(counts == 1)), "nc1, nc1_trace_ratio and cdnv"
     # The relative spacing of numbers in the precision of the pass.
     spacing = np.finfo(reference.frames.high.dtype).eps
@@ -47,7 +47,7 @@ def _of_scatter(reference: "Reference", deviations: "Deviations") -> Iterator[st
 
 def _of_means(reference: "Reference", deviations: "Deviations") -> Iterator[str]:
     centred, present = reference.centred, reference.present
-    spread = np.sqrt(np.asarray(deviations.within) / reference.examples[present])
+    spread = np.sqrt(np.asarray(deviations.within) / reference.counts)
     rounding = _ROUNDING[str(reference.frames.high.dtype)] * spread
     rounding += 4 * np.finfo(np.float64).eps * np.linalg.norm(reference.means, axis=1)
     central = np.linalg.norm(centred, axis=1) <= rounding + rounding.mean()

@@ -63,9 +63,15 @@ def read(path: Path, sole: str) -> dict[str, np.ndarray]:
       InputError: there is no such file, its format is unknown, or it is damaged.
     """
     readers = {
-        **{".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors},
-        **{".pt": _read_torch, ".pth": _read_torch, ".h5": _read_hdf5, ".hdf5": _read_hdf5},
-        **{".parquet": _read_parquet, ".csv": _read_csv},
+        ".npz": _read_npz,
+        ".npy": _read_npy,
+        ".safetensors": _read_safetensors,
+        ".pt": _read_torch,
+        ".pth": _read_torch,
+        ".h5": _read_hdf5,
+        ".hdf5": _read_hdf5,
+        ".parquet": _read_parquet,
+        ".csv": _read_csv,
     }
     if path.suffix not in readers:
         raise InputError("file", str(path), f"its name must end in {', '.join(readers)}")

@@ -1,4 +1,4 @@
-"""Keeps what a model made of its batches, for the second pass over them: in memory, or in a
+"""Keeps what a model made of its batches, for the second pass over them: in memory, or in
 temporary files where that is too small.
 """
 

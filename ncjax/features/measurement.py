@@ -134,7 +134,6 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
     With a weight decay, the head is in the unit that takes features to outputs.
     """
     counts = reference.counts
-    weights = reference.class_weights
     fields: dict[str, Any] = {}
     if reference.head is not None:
         along_head = np.asarray(deviations.along_head)
@@ -154,11 +153,11 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
     return Statistics(
         examples=counts,
         means=reference.means,
-        center=(weights / weights.sum()) @ reference.means,
+        center=reference.center,
         spectrum=reference.spectrum,
         within=deviations.within,
         along_means=deviations.along_means,
-        class_weights=weights,
+        class_weights=reference.class_weights,
         **fields,
     )
 

@@ -11,7 +11,7 @@ from ncjax.features.pooling import Pool, pooled
 from ncjax.metrics import geometry
 
 if TYPE_CHECKING:
-    from ncjax.features.measurement import Reference
+    from ncjax.features.reference import Reference
 
 # Rows that are scored at once.
 _ROWS = 2**14
@@ -36,9 +36,7 @@ def measure_outliers(
       Ammar et al., "NECO: neural collapse based out-of-distribution detection", ICLR 2024.
     """
     unit = 2.0**-reference.units.features
-    examples = reference.examples[reference.present]
-    weights = examples if reference.asked.global_mean == "examples" else np.ones(len(examples))
-    center = weights / weights.sum() @ reference.means
+    center = reference.center
     basis = np.asarray(reference.frames.basis, np.float64)[reference.spectrum > 0]
 
     def scores(features: Any) -> np.ndarray:

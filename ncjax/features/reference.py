@@ -111,6 +111,11 @@ class Reference(NamedTuple):
         """The weights of the class means in mu_G."""
         return _class_weights(self.counts, self.asked.global_mean)
 
+    @property
+    def center(self) -> Float[np.ndarray, " p"]:
+        """The global mean mu_G."""
+        return (self.class_weights / self.class_weights.sum()) @ self.means
+
 
 @functools.cache
 def _blas() -> threadpoolctl.ThreadpoolController:

@@ -216,13 +216,14 @@ def class_accuracy(q: Quantities) -> Array:
     "mean residual y - f of the class's own output",
     dims=_BY_CLASS,
     least=-math.inf,
+    scale=_AS_OUTPUTS,
     needs=("mean_residuals",),
 )
 def class_epsilon(q: Quantities) -> Array:
     return jnp.diagonal(q.statistics.mean_residuals)
 
 
-@_metric("norm of a class mean", "||mu_c - mu_G||", dims=_BY_CLASS)
+@_metric("norm of a class mean", "||mu_c - mu_G||", dims=_BY_CLASS, scale=(1, 0, 0))
 def class_norm_means(q: Quantities) -> Array:
     return jnp.linalg.norm(q.centred, axis=1)
 
@@ -238,7 +239,7 @@ def class_cosine_means(q: Quantities) -> Array:
     return collapse.largest_cosines(q.centred)
 
 
-@_metric("norm of a row of the head", "||W_L^c||", dims=("label",), needs=_HEAD)
+@_metric("norm of a row of the head", "||W_L^c||", dims=("label",), needs=_HEAD, scale=(0, 1, 0))
 def class_norm_head(q: Quantities) -> Array:
     return jnp.linalg.norm(q.statistics.head, axis=1)
 

@@ -57,12 +57,12 @@ def _is_unconstrained(config: Config) -> bool:
     trained by an optimizer which seeks critical points of the regularized loss.
     """
     model = config.model
-    if (model.network, model.kind, model.normalization, model.feature_normalization) != (
-        *("", "mlp", "none", "none"),
-    ):
-        return False
     return (
-        (config.data.name, config.model.activation, config.loss) == ("identity", "linear", "square")
+        not model.network
+        and (model.kind, model.normalization, model.feature_normalization)
+        == ("mlp", "none", "none")
+        and (config.data.name, config.model.activation, config.loss)
+        == ("identity", "linear", "square")
         and config.train.optimizer != "adamw"
         and min(config.model.widths) >= (config.data.num_classes or 10)
     )

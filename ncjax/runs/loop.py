@@ -127,9 +127,8 @@ def _train(
         progress.say(summary.headline(sweep.plan, sweep.program))
         sweep.compile()
         reporter.on_compiled(continues=recorded is not None)
-        _follow(
-            *(make_schedule(config), sweep, recorder, keeper, reporter, callback), profile, requests
-        )
+        schedule = make_schedule(config)
+        _follow(schedule, sweep, recorder, keeper, reporter, callback, profile, requests)
     assert recorder.recorded is not None  # some epoch up to the last is always measured
     return recorder.recorded
 

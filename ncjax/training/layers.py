@@ -1,5 +1,5 @@
-"""What any network is made of: its layers of weights in forward order, what scaling each of them
-does to the logits, and what weight decay acts on.
+"""Finds what a network is made of: its layers of weights in forward order, what scaling each of
+them does to the logits, and what weight decay acts on.
 """
 
 import contextlib
