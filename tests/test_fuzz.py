@@ -118,6 +118,7 @@ def message_of(error):
     return message
 
 
+@pytest.mark.slow
 @settings(COMMON, max_examples=250)
 @given(st.lists(st.one_of(known, known, known, sections, unknown), min_size=1, max_size=3))
 @example([("data.dir", "a\0b"), ("data.name", "mnist")])

@@ -863,7 +863,8 @@ def test_chunks_hold_every_row_once(size, dim, rows, devices, skipped, with_logi
     assert len({length for _, length in chunks}) <= 2
 
 
-@pytest.mark.parametrize("offset", [pytest.param(0, marks=SLOW), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0, 4])
 def test_a_large_array_is_measured_as_a_small_one_is(offset, monkeypatch):
     h, labels, head, bias = split(per_class=1000, dtype=np.float32)
     expected = measure.measure(h, labels, head=head, bias=bias)

@@ -343,7 +343,8 @@ def test_residuals_keep_the_digits_that_outputs_near_their_targets_lose():
     assert np.float32(1) - np.float32(1 - 1e-9) == 0  # the premise: outputs could not tell
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_covariance_within_classes_equals_its_definition_and_is_minus_w_sigma_w_at_square_loss(
     seed,
 ):

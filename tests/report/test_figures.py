@@ -215,7 +215,9 @@ def test_most_collapsed_weight_decay_has_the_least_mean_nc3_of_the_last_epoch():
             id="one run, two classes",
             marks=pytest.mark.slow,
         ),
-        pytest.param(diverge(make_history(epochs=(0, 1))), id="all diverged"),
+        pytest.param(
+            diverge(make_history(epochs=(0, 1))), id="all diverged", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_unusual_histories_are_drawn(history, tmp_path):

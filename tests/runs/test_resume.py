@@ -236,7 +236,7 @@ def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
     "fixed",
     [
         pytest.param({"train__schedule": "constant"}, marks=pytest.mark.slow),
-        {"train__schedule_epochs": 6},
+        pytest.param({"train__schedule_epochs": 6}, marks=pytest.mark.slow),
     ],
     ids=["constant", "set"],
 )

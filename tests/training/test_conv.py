@@ -78,6 +78,7 @@ def test_under_vmap_every_run_has_its_own_kernel():
         np.testing.assert_allclose(found[run], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_nn_conv_takes_it_in_place_of_its_own():
     settings = {

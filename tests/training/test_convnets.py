@@ -156,6 +156,7 @@ def test_five_steps_equal_pytorch(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_measurements_are_of_eval_mode_and_nan_where_normalization_leaves_no_meaning(normalized):
     recorded = history.load(normalized / "history.nc")
     run = ncjax.load_run(normalized, weight_decay=1e-2, seed=0)

@@ -158,6 +158,7 @@ def test_convolutional_forward_pass_equals_numpy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("scaled", ["layer_1", "layer_2", "head"])
 def test_convolutions_are_of_degree_1_in_every_layer(scaled):
@@ -178,6 +179,7 @@ def test_convolution_kernels_are_drawn_with_variance_2_over_9_channels():
     assert kernel.var() == pytest.approx(2 / (9 * 64), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_batch_normalization_is_of_the_batch_in_training_and_of_running_statistics_otherwise():
     model, variables, x = conv_network(normalization="batch")

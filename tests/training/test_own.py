@@ -169,6 +169,7 @@ def lowered(platforms, config, folder):
         return traced.lower(lowering_platforms=platforms).as_text(), made.recipe.structure.layers
 
 
+@pytest.mark.slow
 def test_its_program_is_that_of_the_same_network_built_in(tmp_path):
     """To the letter, and so as fast."""
     paths = ("tests.networks:Plain", "")

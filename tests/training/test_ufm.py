@@ -49,6 +49,7 @@ def ufm_config():
     return module.get_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "classes", "head_bias", "targets"), CASES)
 def test_a_trained_unconstrained_model_meets_its_closed_form(
     depth, classes, head_bias, targets, ufm_config, tmp_path

@@ -107,7 +107,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("units")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case == "sgd" else pytest.mark.slow) for case in CASES],
+)
 def test_ten_steps_in_torch_units_equal_pytorchs_update_rules(case, folder):
     start, inputs, labels, end = trained_by_us(case, folder)
     for ours, first, expected in zip(
