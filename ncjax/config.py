@@ -701,15 +701,63 @@ def differences(config: Config | Mapping[str, Any], stored: Mapping[str, Any]) -
     """
     mine = _stored_fields(to_mapping(config) if isinstance(config, Config) else config)
     theirs = _stored_fields(stored)
+    return [_difference(name, mine, theirs) for name in _different(mine, theirs)]
+
+
+def differences_beside_axes(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns `differences` of two parsed config.json but for values of the axes of their grids."""
+    mine, theirs = _stored_fields(stored), _stored_fields(other)
+    names = [name for name in _different(mine, theirs) if name not in axis_fields()]
+    return [_difference(name, mine, theirs) for name in names]
+
+
+def _difference(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
+
+
+def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the names of fields that differ and decide what is trained."""
     names = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
-    is_fixed = mine["train.schedule"] == "constant" or mine["train.schedule_epochs"]
-    if is_fixed and theirs["train.epochs"] < mine["train.epochs"]:
-        names.remove("train.epochs")
-    return [
-        f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
-        for name in names
-        if mine.get(name) != theirs.get(name)
-    ]
+    is_constant = mine["train.schedule"] == "constant"
+    lengths = [one["train.schedule_epochs"] or one["train.epochs"] for one in (mine, theirs)]
+    if is_constant or lengths[0] == lengths[1]:  # the schedule is the same function
+        names.remove("train.schedule_epochs")
+        if theirs["train.epochs"] < mine["train.epochs"]:
+            names.remove("train.epochs")
+    return [name for name in names if mine.get(name) != theirs.get(name)]
+
+
+def axis_fields() -> list[str]:
+    """Returns the names of the fields whose values are axes of the grid, in its order."""
+    factors = [f"decay.{one.name}" for one in fields(DecayConfig)]
+    return [*(f"sweep.{name}" for name in SWEPT[:-1]), *factors, f"sweep.{SWEPT[-1]}"]
+
+
+def grows(config: Config, stored: Mapping[str, Any]) -> bool:
+    """Returns whether a config is that of a stored run but for more values on axes of its grid."""
+    mine, theirs = _stored_fields(to_mapping(config)), _stored_fields(stored)
+    different = _different(mine, theirs)
+    return bool(different) and all(
+        name in axis_fields() and set(mine[name]) >= set(theirs[name]) for name in different
+    )
+
+
+def missing_blocks(config: Config, old: Config) -> list[Config]:
+    """Returns configs whose grids together are the runs of a config that an older one lacks.
+
+    The block of an axis has its new values, the old values of the axes before it, and all values of
+    those after it.
+    """
+    mine, theirs = (_stored_fields(to_mapping(one)) for one in (config, old))
+    blocks, before = [], {}
+    for name in axis_fields():
+        fresh = tuple(value for value in mine[name] if value not in theirs[name])
+        if fresh:
+            block = from_stored(to_mapping(config))
+            block.update(before | {name: fresh})
+            blocks.append(block)
+        before[name] = theirs[name]
+    return blocks
 
 
 def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:
