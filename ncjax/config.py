@@ -37,6 +37,29 @@ CompilationCache = Literal["user", "off"]
 Color = Literal["own", "gray", "rgb"]
 
 
+class OptimizerTraits(NamedTuple):
+    """Says what theory, units and checks need to know of an optimizer.
+
+    Attributes:
+      decays: the ways in which it may decay weights.
+      follows_flow: whether small steps follow gradient flow, so that it has a clock.
+      scales_with_loss: whether its step grows with the loss; Adam's does not.
+      seeks_critical_points: whether it stands still at critical points of the regularized loss.
+    """
+
+    decays: tuple[Decay, ...]
+    follows_flow: bool
+    scales_with_loss: bool
+    seeks_critical_points: bool
+
+
+OPTIMIZERS: dict[str, OptimizerTraits] = {
+    "sgd": OptimizerTraits(("coupled", "decoupled"), True, True, True),
+    "adam": OptimizerTraits(("coupled",), False, False, True),
+    "adamw": OptimizerTraits(("decoupled",), False, False, False),
+}
+
+
 class Field(NamedTuple):
     """Describes one field; `must` is its constraint in words, `holds` the same as a predicate."""
 
@@ -487,7 +510,8 @@ def validate(config: Config) -> Config:
     _check_sweep(valid)
     check_held("config.data.input_scale", (valid.data.input_scale,), valid.train.precision)
     _check_combinations(valid)
-    if valid.train.optimizer == "adamw":  # decoupled by definition
+    decays = OPTIMIZERS[valid.train.optimizer].decays
+    if decays == ("decoupled",):  # the default is coupled
         valid.train.decay = "decoupled"
     valid.log.epochs = _checked_epochs("log.epochs", valid.log.epochs, valid.train.epochs)
     valid.checkpoint.marked = _checked_epochs(
@@ -586,7 +610,8 @@ def check_held(
 
 def _check_combinations(config: Config) -> None:
     """Raises InputError for choices that exclude each other."""
-    if config.train.optimizer == "adam" and config.train.decay == "decoupled":
+    decays = OPTIMIZERS[config.train.optimizer].decays
+    if config.train.decay not in decays and decays == ("coupled",):
         raise InputError(
             "config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw"
         )
@@ -914,12 +939,10 @@ def unit_factors(config: Config, num_classes: int) -> UnitFactors:
     if config.units == "ours" or config.loss == "cross_entropy":
         return UnitFactors(1.0, 1.0, 1.0)
     half = num_classes / 2
-    match config.train.optimizer:
-        case "sgd":
-            return UnitFactors(half, 1 / half, 1.0)
-        case "adam":
-            return UnitFactors(half, 1.0, half)
-        case "adamw":
-            return UnitFactors(1.0, 1.0, half)
-        case unknown:
-            raise unknown_choice("optimizer", unknown, Optimizer)
+    if config.train.optimizer not in OPTIMIZERS:
+        raise unknown_choice("optimizer", config.train.optimizer, Optimizer)
+    optimizer = OPTIMIZERS[config.train.optimizer]
+    if optimizer.scales_with_loss:
+        return UnitFactors(half, 1 / half, 1.0)
+    joins_gradient = "coupled" in optimizer.decays
+    return UnitFactors(half if joins_gradient else 1.0, 1.0, half)
