@@ -37,6 +37,29 @@ CompilationCache = Literal["user", "off"]
 Color = Literal["own", "gray", "rgb"]
 
 
+class OptimizerTraits(NamedTuple):
+    """Says what theory, units and checks need to know of an optimizer.
+
+    Attributes:
+      decays: the ways in which it may decay weights.
+      follows_flow: whether small steps follow gradient flow, so that it has a clock.
+      scales_with_loss: whether its step grows with the loss; Adam's does not.
+      seeks_critical_points: whether it stands still at critical points of the regularized loss.
+    """
+
+    decays: tuple[Decay, ...]
+    follows_flow: bool
+    scales_with_loss: bool
+    seeks_critical_points: bool
+
+
+OPTIMIZERS: dict[str, OptimizerTraits] = {
+    "sgd": OptimizerTraits(("coupled", "decoupled"), True, True, True),
+    "adam": OptimizerTraits(("coupled",), False, False, True),
+    "adamw": OptimizerTraits(("decoupled",), False, False, False),
+}
+
+
 class Field(NamedTuple):
     """Describes one field; `must` is its constraint in words, `holds` the same as a predicate."""
 
@@ -487,7 +510,8 @@ def validate(config: Config) -> Config:
     _check_sweep(valid)
     check_held("config.data.input_scale", (valid.data.input_scale,), valid.train.precision)
     _check_combinations(valid)
-    if valid.train.optimizer == "adamw":  # decoupled by definition
+    decays = OPTIMIZERS[valid.train.optimizer].decays
+    if decays == ("decoupled",):  # the default is coupled
         valid.train.decay = "decoupled"
     valid.log.epochs = _checked_epochs("log.epochs", valid.log.epochs, valid.train.epochs)
     valid.checkpoint.marked = _checked_epochs(
@@ -586,7 +610,8 @@ def check_held(
 
 def _check_combinations(config: Config) -> None:
     """Raises InputError for choices that exclude each other."""
-    if config.train.optimizer == "adam" and config.train.decay == "decoupled":
+    decays = OPTIMIZERS[config.train.optimizer].decays
+    if config.train.decay not in decays and decays == ("coupled",):
         raise InputError(
             "config.train.decay", "decoupled", "Adam so decayed is config.train.optimizer=adamw"
         )
@@ -701,15 +726,63 @@ def differences(config: Config | Mapping[str, Any], stored: Mapping[str, Any]) -
     """
     mine = _stored_fields(to_mapping(config) if isinstance(config, Config) else config)
     theirs = _stored_fields(stored)
+    return [_difference(name, mine, theirs) for name in _different(mine, theirs)]
+
+
+def differences_beside_axes(stored: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns `differences` of two parsed config.json but for values of the axes of their grids."""
+    mine, theirs = _stored_fields(stored), _stored_fields(other)
+    names = [name for name in _different(mine, theirs) if name not in axis_fields()]
+    return [_difference(name, mine, theirs) for name in names]
+
+
+def _difference(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
+
+
+def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the names of fields that differ and decide what is trained."""
     names = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
-    is_fixed = mine["train.schedule"] == "constant" or mine["train.schedule_epochs"]
-    if is_fixed and theirs["train.epochs"] < mine["train.epochs"]:
-        names.remove("train.epochs")
-    return [
-        f"config.{name} is {mine.get(name)!r} here and {theirs.get(name)!r} there"
-        for name in names
-        if mine.get(name) != theirs.get(name)
-    ]
+    is_constant = mine["train.schedule"] == "constant"
+    lengths = [one["train.schedule_epochs"] or one["train.epochs"] for one in (mine, theirs)]
+    if is_constant or lengths[0] == lengths[1]:  # the schedule is the same function
+        names.remove("train.schedule_epochs")
+        if theirs["train.epochs"] < mine["train.epochs"]:
+            names.remove("train.epochs")
+    return [name for name in names if mine.get(name) != theirs.get(name)]
+
+
+def axis_fields() -> list[str]:
+    """Returns the names of the fields whose values are axes of the grid, in its order."""
+    factors = [f"decay.{one.name}" for one in fields(DecayConfig)]
+    return [*(f"sweep.{name}" for name in SWEPT[:-1]), *factors, f"sweep.{SWEPT[-1]}"]
+
+
+def grows(config: Config, stored: Mapping[str, Any]) -> bool:
+    """Returns whether a config is that of a stored run but for more values on axes of its grid."""
+    mine, theirs = _stored_fields(to_mapping(config)), _stored_fields(stored)
+    different = _different(mine, theirs)
+    return bool(different) and all(
+        name in axis_fields() and set(mine[name]) >= set(theirs[name]) for name in different
+    )
+
+
+def missing_blocks(config: Config, old: Config) -> list[Config]:
+    """Returns configs whose grids together are the runs of a config that an older one lacks.
+
+    The block of an axis has its new values, the old values of the axes before it, and all values of
+    those after it.
+    """
+    mine, theirs = (_stored_fields(to_mapping(one)) for one in (config, old))
+    blocks, before = [], {}
+    for name in axis_fields():
+        fresh = tuple(value for value in mine[name] if value not in theirs[name])
+        if fresh:
+            block = from_stored(to_mapping(config))
+            block.update(before | {name: fresh})
+            blocks.append(block)
+        before[name] = theirs[name]
+    return blocks
 
 
 def log_spaced_epochs(epochs: int, most: int = 12) -> tuple[int, ...]:
@@ -866,12 +939,10 @@ def unit_factors(config: Config, num_classes: int) -> UnitFactors:
     if config.units == "ours" or config.loss == "cross_entropy":
         return UnitFactors(1.0, 1.0, 1.0)
     half = num_classes / 2
-    match config.train.optimizer:
-        case "sgd":
-            return UnitFactors(half, 1 / half, 1.0)
-        case "adam":
-            return UnitFactors(half, 1.0, half)
-        case "adamw":
-            return UnitFactors(1.0, 1.0, half)
-        case unknown:
-            raise unknown_choice("optimizer", unknown, Optimizer)
+    if config.train.optimizer not in OPTIMIZERS:
+        raise unknown_choice("optimizer", config.train.optimizer, Optimizer)
+    optimizer = OPTIMIZERS[config.train.optimizer]
+    if optimizer.scales_with_loss:
+        return UnitFactors(half, 1 / half, 1.0)
+    joins_gradient = "coupled" in optimizer.decays
+    return UnitFactors(half if joins_gradient else 1.0, 1.0, half)

@@ -33,12 +33,16 @@ class Plan(NamedTuple):
     """Holds a valid config, its WORKDIR, its data and its grid, all checked.
 
     A dry run need not name a WORKDIR; `workdir` is then the current folder, and is not used.
+
+    Attributes:
+      grown_from: the config of the runs in WORKDIR, if they are some of those planned; else None.
     """
 
     config: configuration.Config
     workdir: Path
     dataset: PreparedDataset
     grid: configuration.Grid
+    grown_from: configuration.Config | None = None
 
 
 class Processes(NamedTuple):
@@ -76,7 +80,7 @@ def examine(
     environment.check(os.environ)
     if config.model.network:
         check_importable(config.model.network)
-    checked = Path() if workdir is None else _check_workdir(workdir, config)
+    checked, old = (Path(), None) if workdir is None else _check_workdir(workdir, config)
     dataset = preparation.load(config.data, given)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
@@ -90,7 +94,8 @@ def examine(
     _check_scale(config, dataset)
     if config.profile.dir:
         _check_profile(config.profile.dir)
-    return Plan(config, checked, dataset, configuration.make_grid(config, dataset.num_classes))
+    grid = configuration.make_grid(config, dataset.num_classes)
+    return Plan(config, checked, dataset, grid, old)
 
 
 def find_processes(
@@ -175,7 +180,10 @@ def check_path(field: str, folder: Path) -> None:
         raise InputError(field, str(folder), way_out)
 
 
-def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
+def _check_workdir(
+    name: str | Path, config: configuration.Config
+) -> tuple[Path, configuration.Config | None]:
+    """Returns the path of a WORKDIR, and the config of its runs if they are to grow."""
     workdir = expanded("--workdir", name)
     try:
         check_name("--workdir", workdir)
@@ -190,7 +198,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
         if foreign:
             way_out = f"it holds {foreign[0]} and no run; choose an empty or a new folder"
             raise InputError("--workdir", str(workdir), way_out) from None
-        return workdir
+        return workdir, None
     except InputError:
         raise
     except (OSError, ValueError) as error:  # the name is too long, or has a null byte
@@ -198,7 +206,10 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
             "--workdir", str(name), f"cannot be read ({getattr(error, 'strerror', error)})"
         ) from error
     try:
-        differences = configuration.differences(config, json.loads(content))
+        stored = json.loads(content)
+        differences = configuration.differences(config, stored)
+        if configuration.grows(config, stored):
+            return workdir, configuration.from_stored(stored)
     except (
         ValueError,
         TypeError,
@@ -219,7 +230,7 @@ def _check_workdir(name: str | Path, config: configuration.Config) -> Path:
                 "train.schedule_epochs set)"
             )
         raise InputError("--workdir", str(workdir), way_out)
-    return workdir
+    return workdir, None
 
 
 def _check_profile(name: str) -> None:

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "trains a sweep and measures collapse as it goes, or continues one",
     "plot": "draws the figures of runs again, or lays several runs over one another",
     "show": "says what a run holds; measures it again, exports its weights",
+    "merge": "joins runs of one config, but for values of the axes of its grid",
     "measure": "measures collapse in features that any model has left in a file",
 }
 

@@ -63,6 +63,6 @@ def _is_unconstrained(config: Config) -> bool:
         == ("mlp", "none", "none")
         and (config.data.name, config.model.activation, config.loss)
         == ("identity", "linear", "square")
-        and config.train.optimizer != "adamw"
+        and configuration.OPTIMIZERS[config.train.optimizer].seeks_critical_points
         and min(config.model.widths) >= (config.data.num_classes or 10)
     )

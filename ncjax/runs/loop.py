@@ -14,7 +14,7 @@ import xarray as xr
 from ncjax import config as configuration
 from ncjax.plan import Plan
 from ncjax.report import draw, tables
-from ncjax.runs import listeners, processes, signals, summary
+from ncjax.runs import growth, listeners, processes, signals, summary
 from ncjax.runs.resume import make_metadata, resume
 from ncjax.runs.schedule import Schedule, make_schedule
 from ncjax.storage import checkpoint, lock
@@ -51,8 +51,8 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
 
     WORKDIR gets config.json at once, history.nc and a line of metrics.jsonl at every measurement,
     checkpoints/ at `checkpoint.every` and `checkpoint.marked`, when interrupted, and at the end. A
-    WORKDIR that holds part of the run is continued. Of several processes each returns the history,
-    and the first writes it.
+    WORKDIR that holds part of the run is continued, and one with fewer runs grows. Of several
+    processes each returns the history, and the first writes it.
 
     Raises:
       InputError: WORKDIR is another process's, or nothing in it can be trusted, or its data or PRNG
@@ -61,6 +61,8 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
     _start_jax(plan)
+    if plan.grown_from is not None:
+        growth.grow(plan, record, _say)
     config, workdir = plan.config, plan.workdir
     owned = lock.owned(workdir) if processes.is_leader() else contextlib.nullcontext(lambda: None)
     with owned as check_owner, signals.Requests() as requests:

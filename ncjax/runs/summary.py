@@ -5,6 +5,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ncjax import config as configuration
 from ncjax.errors import listed, printable
 from ncjax.plan import Plan
 from ncjax.report import tables
@@ -65,6 +66,11 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
         "shapes)",
     }
+    if plan.grown_from is not None:
+        held = configuration.make_grid(plan.grown_from, plan.dataset.num_classes).size
+        rows["growth"] = (
+            f"{held} runs are in {plan.workdir}; the other {plan.grid.size - held} train"
+        )
     if remark := recipe.structure.remark():
         rows["homogeneity"] = remark
     for name, value in rows.items():

@@ -1,6 +1,6 @@
 """The one place where lambda acts on an update."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from ncjax.config import Decay, Optimizer, Schedule
+from ncjax.config import OPTIMIZERS, Decay, Optimizer, Schedule
 from ncjax.errors import InputError, unknown_choice
 
 _BETA2 = 0.999  # of Adam and AdamW, as everywhere
@@ -70,8 +70,8 @@ def make_optimizer(
             learning_rate.dtype
         )
 
-    if (name, decay) in (("adam", "decoupled"), ("adamw", "coupled")):
-        raise InputError("decay", decay, f"{name} has the other one: adam is coupled, adamw is not")
+    if name in OPTIMIZERS and decay in get_args(Decay) and decay not in OPTIMIZERS[name].decays:
+        raise InputError("decay", decay, f"{name} has {' or '.join(OPTIMIZERS[name].decays)}")
     match name:
         case "sgd":
             direction = optax.trace(decay=momentum)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from ncjax.config import Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
+from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
 from ncjax.training import layers, models, optim
 from ncjax.training import mesh as parallel
@@ -380,4 +380,5 @@ def flow_time(
         shape = np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), total))
     elapsed = np.concatenate([[0.0], np.cumsum(shape)])[np.asarray(epochs) * recipe.steps_per_epoch]
     pace = np.asarray(learning_rate) / (1 - np.asarray(momentum))
-    return (pace if recipe.optimizer == "sgd" else np.full_like(pace, np.nan))[:, None] * elapsed
+    has_clock = OPTIMIZERS[recipe.optimizer].follows_flow
+    return (pace if has_clock else np.full_like(pace, np.nan))[:, None] * elapsed

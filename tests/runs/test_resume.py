@@ -237,13 +237,15 @@ def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
     [
         pytest.param({"train__schedule": "constant"}, marks=pytest.mark.slow),
         pytest.param({"train__schedule_epochs": 6}, marks=pytest.mark.slow),
+        {"train__schedule_epochs": 4},
     ],
-    ids=["constant", "set"],
+    ids=["constant", "set", "set to what it was"],
 )
 def test_a_run_grows_to_the_bits_of_one_that_was_as_long_at_once(tmp_path, fixed):
     epochs = {"log__epochs": (0, 2, 4)}
     grown, long = tmp_path / "grown", tmp_path / "long"
-    run(grown, train__epochs=4, **fixed, **epochs)
+    unset = {"train__schedule_epochs": 0} if fixed == {"train__schedule_epochs": 4} else {}
+    run(grown, train__epochs=4, **fixed | unset, **epochs)
     recorded = run(grown, train__epochs=6, **fixed, **epochs)
     run(long, train__epochs=6, **fixed, **epochs)
     assert chaos.leaves(grown / "checkpoints", 6) == chaos.leaves(long / "checkpoints", 6)
@@ -259,8 +261,8 @@ def test_a_run_whose_schedule_depends_on_its_length_does_not_grow(workdir):
     assert "config.train.epochs is 8 here and 6 there" in message
     assert "grows with train.schedule=constant" in message
     assert "train.schedule_epochs" in message
-    with pytest.raises(InputError, match=r"train\.schedule_epochs is 6 here and 0 there"):
-        run(workdir, train__epochs=8, train__schedule_epochs=6)
+    with pytest.raises(InputError, match=r"train\.schedule_epochs is 7 here and 0 there"):
+        run(workdir, train__epochs=8, train__schedule_epochs=7)
 
 
 def test_a_run_does_not_shrink(workdir):

@@ -1,11 +1,14 @@
 """optim against steps computed by hand, and against where they come to rest."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from ncjax.config import OPTIMIZERS, Decay, Optimizer
 from ncjax.errors import InputError
 from ncjax.training import optim
 
@@ -196,3 +199,17 @@ def test_an_optimizer_that_there_is_not_is_refused(choice, field, without_type_c
 def test_a_schedule_that_there_is_not_is_refused(without_type_checks):
     with pytest.raises(InputError, match=r"^schedule: got 'linear'"):
         optim.schedule_shape("linear", jnp.arange(3), 3)
+
+
+def test_every_optimizer_has_its_traits_and_each_decay_of_them_is_made():
+    assert get_args(Optimizer) == tuple(OPTIMIZERS)
+    one = jnp.ones(())
+    for name, traits in OPTIMIZERS.items():
+        for decay in get_args(Decay):
+            arguments = (name, decay, one, one, one / 2)
+            options = {"decayed": {"w": 1.0}, "schedule": "constant", "total_steps": 1}
+            if decay in traits.decays:
+                optim.make_optimizer(*arguments, **options).init({"w": one})
+            else:
+                with pytest.raises(InputError, match="decay"):
+                    optim.make_optimizer(*arguments, **options)
