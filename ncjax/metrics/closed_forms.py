@@ -118,8 +118,10 @@ class Solution(NamedTuple):
     Attributes:
       margin: a, on the stable branch.
       epsilon, delta: `collapse.quasi_interpolation` of Rbar = (1 - a)(I - J/C) + q J/C.
-      nc3: 2 - 2 sqrt((C-1)/C) if the head is an orthogonal frame, 0 if it is a simplex ETF.
-      weight_norm_sq: ||W_k||_F^2 = (a/gamma)^{2/L}, the same for every layer.
+      nc3: 2 - 2 sqrt((C-1)/C) if the head is an orthogonal frame, 0 if it is a simplex ETF; between
+        them if the weights fit a part of the sum of the outputs.
+      weight_norm_sq: ||W_k||_F^2, the same for every layer: (a/gamma)^{2/L}, and more if the
+        weights fit a part of the sum of the outputs.
     """
 
     margin: np.ndarray
@@ -135,30 +137,46 @@ def scale(gamma: Numbers, depth: int, setting: Setting) -> Numbers:
 
 
 def homogeneous_solution(
-    weight_decay: Numbers, gamma: Numbers, depth: int, setting: Setting
+    weight_decay: Numbers,
+    gamma: Numbers,
+    depth: int,
+    setting: Setting,
+    bias_decay: Numbers | None = None,
 ) -> Solution:
     """Solves the law (*) for a given gamma; a trained network has `theory.normalized_margin`.
 
     The solution is valid at equilibrium, if the layers' norms are equal, if the normalized network
     does not change with lambda, and if the outputs treat all classes the same. Without a bias they
-    are an orthogonal frame (the weights give their sum the same margin), else mu_G = 0. A decayed
-    bias (lambda_b = lambda) fits the sum of the outputs up to q = lambda/(1 + lambda).
+    are an orthogonal frame (the weights give their sum the same margin). With one, mu_G = 0 and the
+    bias fits the sum of the outputs; a decayed one up to q = lambda_b/(1 + lambda_b), and with two
+    layers the weights fit a part of it once lambda_b is large (`sum_of_outputs`).
+
+    Args:
+      bias_decay: lambda_b of a decayed bias; None: lambda.
     """
     weight_decay, gamma = np.asarray(weight_decay, np.float64), np.asarray(gamma, np.float64)
     num_classes = setting.num_classes
-    a = margin(weight_decay / scale(gamma, depth, setting), depth)
+    relative = weight_decay / scale(gamma, depth, setting)
+    a = margin(relative, depth)
+    by_weights: Numbers = 0.0
     if setting.sum_is_fitted:
-        q = 1 - a
+        by_weights, q = a, 1 - a
+    elif setting.head_bias == "decayed" and setting.targets == "one_hot":
+        bias_decay = weight_decay if bias_decay is None else np.asarray(bias_decay, np.float64)
+        by_bias: Numbers = 1 / (1 + bias_decay)
+        if depth == 2:
+            by_weights, by_bias = sum_of_outputs(relative, bias_decay)
+        q = np.where(np.isnan(a), np.nan, 1 - by_weights - by_bias)
     else:
-        regularized = setting.head_bias == "decayed" and setting.targets == "one_hot"
-        q = np.where(np.isnan(a), np.nan, weight_decay / (1 + weight_decay) if regularized else 0.0)
-    nc3 = 2 - 2 * np.sqrt((num_classes - 1) / num_classes) if setting.sum_is_fitted else 0.0
+        q = np.where(np.isnan(a), np.nan, 0.0)
+    # The share of ||W_L||_F^2 that its centred rows have.
+    centred = (num_classes - 1) * a / ((num_classes - 1) * a + by_weights)
     return Solution(
         margin=a,
         epsilon=((num_classes - 1) * (1 - a) + q) / num_classes,
         delta=((1 - a) - q) / num_classes,
-        nc3=np.where(np.isnan(a), np.nan, nc3),
-        weight_norm_sq=(a / gamma) ** (2 / depth),
+        nc3=2 - 2 * np.sqrt(centred),
+        weight_norm_sq=(a / gamma) ** (2 / depth) * (1.0 if setting.sum_is_fitted else 1 / centred),
     )
 
 
@@ -180,26 +198,21 @@ def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, 
     return unit * equal_loss(depth), unit * spinodal(depth)
 
 
-def regularized_bias(
-    weight_decay: Numbers, bias_decay: Numbers, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def sum_of_outputs(relative: Numbers, bias_decay: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sum of the outputs as two parts: (by the weights, by a bias decayed by lambda_b).
 
-    It is for depth 2 and one-hot targets. The parts are (0, 1/(1 + lambda_b)), hence a simplex ETF,
-    iff lambda_b <= C lambda/(1 - C lambda), as always with lambda_b = lambda. Otherwise the sum is
-    a mode too: (1 - C lambda - C lambda/lambda_b, C lambda/lambda_b). `weight_decay` is the
-    effective lambda, which is lambda N^{1/2} if every factor is decayed by lambda.
+    It is for depth 2 and one-hot targets; `relative` is lambda/scale, which is C lambda of an
+    unconstrained-feature model with one example a class. The parts are (0, 1/(1 + lambda_b)), hence
+    a simplex ETF, iff lambda_b <= relative/(1 - relative), as always with lambda_b = lambda.
+    Otherwise the sum is a mode too: (1 - relative - relative/lambda_b, relative/lambda_b).
     """
-    threshold, bias_decay = (
-        num_classes * np.asarray(weight_decay, np.float64),
-        np.asarray(bias_decay, np.float64),
-    )
-    # The sum is no mode while its residual, with the bias alone, is within the threshold C lambda.
-    by_bias_alone = bias_decay / (1 + bias_decay) <= threshold
+    relative, bias_decay = np.asarray(relative, np.float64), np.asarray(bias_decay, np.float64)
+    # The sum is no mode while its residual, with the bias alone, is within the threshold.
+    by_bias_alone = bias_decay / (1 + bias_decay) <= relative
     by_bias = np.where(
-        by_bias_alone, 1 / (1 + bias_decay), threshold / np.where(by_bias_alone, 1.0, bias_decay)
+        by_bias_alone, 1 / (1 + bias_decay), relative / np.where(by_bias_alone, 1.0, bias_decay)
     )
-    return np.where(by_bias_alone, 0.0, 1 - threshold - by_bias), by_bias
+    return np.where(by_bias_alone, 0.0, 1 - relative - by_bias), by_bias
 
 
 def norm_imbalance(flow_time: Numbers, weight_decay: Numbers) -> np.ndarray:

@@ -30,12 +30,14 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     has_decay = weight_decay * hidden * head > 0
     factors = np.where(has_decay, hidden ** (depth - 1) * head, 1)
     known = has_decay & (_is_unconstrained(config) and recipe.is_balanced)
-    if recipe.head_bias == "decayed":  # by as much as the layers
+    if recipe.head_bias == "decayed" and depth > 2:
         known &= (hidden == 1) & (head == 1) & (bias == 1)
     if (factors != 1).any():
         # In layers times the root of their factor, all are decayed by lambda.
         gamma = gamma / np.sqrt(factors)
-    solution = closed_forms.homogeneous_solution(weight_decay, gamma, depth, setting)
+    solution = closed_forms.homogeneous_solution(
+        weight_decay, gamma, depth, setting, bias_decay=weight_decay * bias
+    )
     head_norm_sq = solution.weight_norm_sq / np.where(has_decay, head, 1)
     # Layers of different decay have no common clock.
     relaxing = np.where(hidden == head, weight_decay * head, 0)

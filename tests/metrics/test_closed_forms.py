@@ -268,13 +268,13 @@ def test_a_regularized_bias_equals_brute_force_on_both_sides_of_its_threshold(re
     found = optimize.minimize(
         cost, (0.5, 0.5), method="L-BFGS-B", bounds=[(0, 2)] * 2, options={"ftol": 0, "gtol": 1e-9}
     )
-    got = closed_forms.regularized_bias(weight_decay, bias_decay, num_classes)
+    got = closed_forms.sum_of_outputs(num_classes * weight_decay, bias_decay)
     np.testing.assert_allclose(np.array(got), found.x, atol=1e-6)
     assert (float(got[0]) == 0) == (relative < 1)
 
 
 def test_a_bias_decayed_as_the_weights_always_leaves_a_simplex_etf():
     weight_decay = np.array([1e-4, 1e-2, 0.2])
-    by_weights, by_bias = closed_forms.regularized_bias(weight_decay, weight_decay, 4)
+    by_weights, by_bias = closed_forms.sum_of_outputs(4 * weight_decay, weight_decay)
     np.testing.assert_array_equal(by_weights, 0)
     np.testing.assert_allclose(by_bias, 1 / (1 + weight_decay), rtol=1e-15)

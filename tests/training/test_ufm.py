@@ -157,3 +157,28 @@ def test_factors_on_weight_decay_meet_the_closed_form_of_their_geometric_mean(uf
     np.testing.assert_allclose(
         run["loss"], run["fit_loss"] + 0.5 * float(run["effective_decay"]) * squares, rtol=1e-12
     )
+
+
+@pytest.mark.slow
+def test_a_bias_decayed_more_than_the_layers_meets_its_closed_form(ufm_config, tmp_path):
+    """Depth 2: up to a threshold the bias alone fits the sum of the outputs, then the weights fit a
+    part of it, so that the head is between the simplex ETF and the orthogonal frame.
+    """
+    setting = Setting(3, "decayed")
+    gamma = closed_forms.unconstrained_gamma(2, PER_CLASS, setting)
+    weight_decay = 0.4 * closed_forms.critical_decays(gamma, 2, setting)[1]
+    threshold = 0.4 / 0.6 / weight_decay
+    factors = (0.5 * threshold, 2 * threshold, 5 * threshold)
+    config = ufm_config()
+    config.data.num_classes, config.model.widths, config.model.head_bias = 3, (16,), "decayed"
+    config.decay.bias = factors
+    config.sweep.weight_decay, config.sweep.seed = (weight_decay,), (0,)
+    config.sweep.learning_rate, config.sweep.init_scale = 0.03, 1.5
+    config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
+    history = loop.record(plan.prepare(config, tmp_path))
+    run = history.isel(epoch=-1, seed=0, weight_decay=0).sel(split="train")
+    for name, measured in (("epsilon", "epsilon"), ("nc3", "nc3"), ("norm_sq", "weight_norm_sq")):
+        of_the_run = run[measured].sel(layer="head") if name == "norm_sq" else run[measured]
+        np.testing.assert_allclose(run[f"closed_form_{name}"], of_the_run, rtol=1e-6, atol=1e-9)
+    assert run["closed_form_nc3"][0] < 1e-9 < 1e-2 < run["closed_form_nc3"][1]
+    assert (run["equilibrium_residual"] < 1e-6).all()
