@@ -6,7 +6,6 @@ constraint. `--help`, the overrides of the command line and `validate` read that
 
 # ruff: noqa: RUF009 -- the calls in the dataclasses below return `dataclasses.field`
 
-import difflib
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ncjax.errors import InputError, listed, unknown_choice
+from ncjax.errors import InputError, listed, near, unknown_choice
 
 ModelKind = Literal["mlp", "conv", "residual", "resnet18"]
 Normalization = Literal["none", "batch", "layer"]
@@ -171,8 +170,7 @@ class _Section:
 
         def __setattr__(self, name, value):
             if name not in self.__dataclass_fields__:
-                near = difflib.get_close_matches(name, self.__dataclass_fields__, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = near(name, self.__dataclass_fields__)
                 raise AttributeError(f"{type(self).__name__} has no field {name}{hint}")
             super().__setattr__(name, value)
 

@@ -15,7 +15,6 @@ it stopped, or says that the run is complete. `python -m ncjax.main` is `ncjax t
                     elsewhere, --coordinator=auto may do
 """
 
-import difflib
 import logging
 import os
 import re
@@ -33,7 +32,7 @@ import ncjax
 from ncjax import config as configuration
 from ncjax import environment
 from ncjax import plan as preflight
-from ncjax.errors import InputError, last_line
+from ncjax.errors import InputError, last_line, near
 from ncjax.runs.signals import Interrupted, Stopped
 
 
@@ -171,9 +170,8 @@ def _find_config(named: str) -> Path:
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    near = difflib.get_close_matches(Path(name).stem, shipped, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    known = f"{hint}configs that ship: {', '.join(shipped)}; or name a Python file"
+    hint = near(Path(name).stem, shipped)
+    known = f"configs that ship are {', '.join(shipped)}; or name a Python file{hint}"
     if name.isidentifier():
         raise InputError("--config", named, f"no config has this name; {known}")
     try:
@@ -248,11 +246,8 @@ def _override(config: config_dict.ConfigDict, argv: list[str]) -> configuration.
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         if name.startswith("config.") and name.removeprefix("config.") not in configuration.SCHEMA:
-            near = difflib.get_close_matches(
-                name.removeprefix("config."), configuration.SCHEMA, n=1, cutoff=0.8
-            )
-            hint = f"did you mean config.{near[0]}? " if near else ""
-            raise InputError(name, value, f"no such field; {hint}--help lists them")
+            hint = near(name, [f"config.{field}" for field in configuration.SCHEMA])
+            raise InputError(name, value, f"no such field; --help lists them{hint}")
     values = flags.FlagValues()
     try:
         overridden = config_flags.DEFINE_config_dict(

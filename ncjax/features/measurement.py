@@ -44,7 +44,7 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     with jax.enable_x64(True):
         found = jax.device_get(_metrics_of(_statistics(reference, deviations, notes)))
     metrics = {name: float(value) for name, value in found.items()}
-    metrics |= _geometry(reference, deviations, notes)
+    metrics |= _margin(reference, notes)
     for word, test in (("undefined (NaN)", np.isnan), ("infinite", np.isinf)):
         names = [name for name, value in metrics.items() if test(value)]
         if names:
@@ -69,26 +69,21 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
     )
 
 
-def _geometry(reference: Reference, deviations: Deviations, notes: list[str]) -> dict[str, float]:
-    """Returns metrics of class means and head that hold where classes may outnumber dimensions."""
-    counts, means = reference.counts, reference.means
-    squares = counts @ np.sum(means**2, axis=1) + np.sum(np.asarray(deviations.within))
-    metrics = {
-        "mean_feature_norm": float(np.sqrt(squares / counts.sum())),
-        "effective_rank": geometry.effective_rank(reference.spectrum),
-        "condition_number": geometry.condition_number(reference.spectrum),
-    }
-    units = geometry.normalized(reference.centred)
-    if reference.head is not None:
-        metrics["nc0"] = float(np.linalg.norm(reference.head.sum(axis=0)))
-        metrics["uniform_duality"] = geometry.uniform_duality(reference.head, units)
-    if len(units) <= MOST_SQUARE:
-        metrics["hyperspherical_uniformity"] = geometry.hyperspherical_uniformity(units)
-    if units.shape[1] < len(units) <= _MOST_HULLS and np.isfinite(units).all():
-        metrics["one_vs_rest_margin"] = geometry.one_vs_rest_margin(units)
-    elif units.shape[1] < len(units):
+def _margin(reference: Reference, notes: list[str]) -> dict[str, float]:
+    """Returns the margin of one class against the rest, of classes that outnumber dimensions."""
+    num_classes, width = reference.centred.shape
+    if num_classes <= width:
+        return {}
+    if num_classes > _MOST_HULLS:
         notes.append(f"one_vs_rest_margin is left out: it needs at most {_MOST_HULLS} classes")
-    return metrics
+        return {}
+    units = np.asarray(geometry.normalized(reference.centred))
+    # Two class means that are mu_G have no direction.
+    return (
+        {"one_vs_rest_margin": geometry.one_vs_rest_margin(units)}
+        if np.isfinite(units).all()
+        else {}
+    )
 
 
 def _in_unit_one(name: str, value: float, exponent: int, notes: list[str]) -> float:
@@ -125,7 +120,12 @@ def _check_same(reference: Reference, deviations: Deviations) -> None:
         raise InputError("features", "examples very far from their class mean", way_out)
 
 
-_metrics_of = jax.jit(lambda statistics: assemble(Quantities(statistics)))
+@jax.jit
+def _metrics_of(statistics: Statistics) -> dict[str, jax.Array]:
+    names = {name for name, metric in FEATURE_VOCABULARY.items() if "label" not in metric.dims}
+    if len(statistics.means) > MOST_SQUARE:
+        names -= {"hyperspherical_uniformity"}  # of all pairs of classes
+    return assemble(Quantities(statistics), names)
 
 
 def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) -> Statistics:

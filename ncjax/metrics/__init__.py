@@ -3,39 +3,6 @@
 Public are the metrics one by one, imported when asked for: `ncjax.metrics.nc1(features, labels)`.
 """
 
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from ncjax.metrics.functions import (
-        cdnv,
-        etf_error,
-        nc1,
-        nc1_trace_ratio,
-        nc2_equiangular,
-        nc2_equinorm,
-        nc3,
-        nc4,
-    )
-
-__all__ = [
-    "cdnv",
-    "etf_error",
-    "nc1",
-    "nc1_trace_ratio",
-    "nc2_equiangular",
-    "nc2_equinorm",
-    "nc3",
-    "nc4",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from ncjax.metrics import functions
-
-        return getattr(functions, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

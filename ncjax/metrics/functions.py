@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from ncjax.errors import InputError
+from ncjax.metrics import collapse
 from ncjax.metrics.statistics import class_statistics
 from ncjax.metrics.vocabulary import VOCABULARY, Quantities
 
@@ -172,6 +173,38 @@ def nc3(
     return _of_features("nc3", features, labels, num_classes, head=head)
 
 
+def nc3_floor(head: ArrayLike) -> Any:
+    """Computes the least NC3 that a head can have with any class means.
+
+    2 - 2 ||P W_L||_F/||W_L||_F with P = I - J/C. Its range is [0, 2]; it is 0 where the rows of the
+    head add up to 0, and 2 - 2 sqrt((C-1)/C) of an orthogonal frame.
+
+    Args:
+      head: W_L, (C, p), a row per class, as PyTorch's `Linear.weight`.
+
+    Returns:
+      A float; inside `jax.jit` or `jax.vmap` an array of the precision there.
+
+    Raises:
+      InputError: the head is no matrix of finite numbers with two rows or more.
+
+    Examples:
+      >>> from ncjax import metrics
+      >>> metrics.nc3_floor([[1.0, 0.0], [-1.0, 0.0]])
+      0.0
+      >>> round(metrics.nc3_floor([[1.0, 0.0], [0.0, 1.0]]), 6)
+      0.585786
+    """
+    if isinstance(head, Tracer):
+        return collapse.nc3_floor(head, jnp.ones(len(head)))
+    with jax.enable_x64(True):
+        array = np.asarray(head)
+        _check_numbers("head", array)
+        if array.ndim != 2 or len(array) < 2 or array.shape[1] < 1:
+            raise InputError("head", array.shape, "give (C, p), a row per class")
+        return float(collapse.nc3_floor(jnp.asarray(array, jnp.float64), jnp.ones(len(array))))
+
+
 def nc4(
     features: ArrayLike,
     labels: ArrayLike,
@@ -245,10 +278,7 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> int:
     """Returns the number of classes of arrays that fit together, or raises InputError."""
     features, labels = arrays["features"], arrays["labels"]
     for name, array in arrays.items():
-        if array.dtype.kind not in "iuf" and array.dtype != jnp.bfloat16:
-            raise InputError(name, str(array.dtype), "give an array of numbers")
-        if not np.isfinite(array).all():
-            raise InputError(name, "a number that is not finite", "leave it out")
+        _check_numbers(name, array)
     if features.ndim != 2 or 0 in features.shape:
         raise InputError("features", features.shape, "give (N, p), a row per example")
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
@@ -280,3 +310,10 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> int:
         if name in arrays and arrays[name].shape != shape:
             raise InputError(name, arrays[name].shape, f"give {shape}")
     return num_classes
+
+
+def _check_numbers(name: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "iuf" and array.dtype != jnp.bfloat16:
+        raise InputError(name, str(array.dtype), "give an array of numbers")
+    if not np.isfinite(array).all():
+        raise InputError(name, "a number that is not finite", "leave it out")

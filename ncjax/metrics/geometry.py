@@ -1,37 +1,39 @@
 """Computes what is known of class means where they need not be a simplex ETF: spread on the sphere,
-margins, ranks. Float64 NumPy; small arrays.
+margins, ranks.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
+
+from ncjax.metrics.statistics import AnyArray
 
 
-def effective_rank(singular_values: Float[np.ndarray, " k"]) -> float:
+def effective_rank(singular_values: Float[Array, " k"]) -> Float[Array, ""]:
     """Returns exp(-sum p_j log p_j), p the singular values over their sum; NaN of zeros.
 
     References:
       Roy & Vetterli, "The effective rank", EUSIPCO 2007.
     """
-    total = singular_values.sum()
-    if not total:
-        return float("nan")
-    shares = singular_values[singular_values > 0] / total
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+    shares = singular_values / singular_values.sum()
+    return jnp.exp(-jnp.sum(xlogy(shares, shares)))
 
 
-def condition_number(singular_values: Float[np.ndarray, " k"]) -> float:
+def condition_number(singular_values: Float[Array, " k"]) -> Float[Array, ""]:
     """Returns the largest over the smallest; infinite where one is 0, NaN where all are."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.divide(singular_values[0], singular_values[-1]))
+    return singular_values[0] / singular_values[-1]
 
 
-def normalized(rows: Float[np.ndarray, "C p"]) -> Float[np.ndarray, "C p"]:
-    """Returns rows of norm 1; NaN for a row of zeros."""
+def normalized(rows: Float[AnyArray, "C p"]) -> Any:
+    """Returns rows of norm 1, of NumPy as of JAX; NaN for a row of zeros."""
     with np.errstate(invalid="ignore"):
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / (rows**2).sum(axis=1, keepdims=True) ** 0.5
 
 
-def hyperspherical_uniformity(units: Float[np.ndarray, "C p"]) -> float:
+def hyperspherical_uniformity(units: Float[Array, "C p"]) -> Float[Array, ""]:
     """Returns the standard deviation over pairs of log 1/||u - u'||.
 
     It is 0 where all distances are equal, as of a simplex ETF, and small of points that spread
@@ -42,13 +44,12 @@ def hyperspherical_uniformity(units: Float[np.ndarray, "C p"]) -> float:
       ICLR 2023; Wu & Papyan, "Linguistic collapse", NeurIPS 2024.
     """
     upper = np.triu_indices(len(units), 1)
-    squares = np.maximum(2 - 2 * (units @ units.T)[upper], 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.std(-np.log(squares) / 2))
+    squares = jnp.maximum(2 - 2 * (units @ units.T)[upper], 0)
+    return jnp.std(-jnp.log(squares) / 2)
 
 
 def one_vs_rest_margin(units: Float[np.ndarray, "C p"]) -> float:
-    """Returns the least distance of a point from the convex hull of the others.
+    """Returns the least distance of a point from the convex hull of the others, on the host.
 
     With the points a_j - u below a row of ones, non-negative least squares minimizes
     t^2 d^2 + (1 - t)^2 over t and points of the hull at a distance d from u: its square is
@@ -68,13 +69,13 @@ def one_vs_rest_margin(units: Float[np.ndarray, "C p"]) -> float:
     return float(least)
 
 
-def uniform_duality(head: Float[np.ndarray, "C p"], units: Float[np.ndarray, "C p"]) -> float:
+def uniform_duality(head: Float[Array, "C p"], units: Float[Array, "C p"]) -> Float[Array, ""]:
     """Returns the standard deviation over classes of the cosine of a head's row and a class mean.
 
     References:
       Wu & Papyan, "Linguistic collapse", NeurIPS 2024.
     """
-    return float(np.std(np.sum(normalized(head) * units, axis=1)))
+    return jnp.std(jnp.sum(normalized(head) * units, axis=1))
 
 
 def auroc(positive: Float[np.ndarray, " N"], negative: Float[np.ndarray, " M"]) -> float:

@@ -3,9 +3,8 @@ computes it.
 
 A metric is added by one decorated function of `Quantities` in this file; training, `ncjax.measure`,
 the history on disk, tables and documentation then have it. `assemble` computes all metrics that a
-`Statistics` determines. Metrics that need the whole network or the clock of its training, not the
-features of one layer, are computed by `training.evaluate` and `runs.loop`; their entries have no
-function.
+`Statistics` determines. Metrics that need more than that have no function, and are listed in two
+tables that say where they are computed.
 """
 
 import functools
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
     from jax import Array
 
-    from ncjax.metrics import collapse, linalg, statistics, theory
+    from ncjax.metrics import collapse, geometry, linalg, statistics, theory
 else:
 
     class _Lazy:
@@ -33,8 +32,9 @@ else:
 
     Array = Any
     jax, jnp = _Lazy("jax"), _Lazy("jax.numpy")
-    collapse, linalg, statistics, theory = (
-        _Lazy(f"ncjax.metrics.{name}") for name in ("collapse", "linalg", "statistics", "theory")
+    collapse, geometry, linalg, statistics, theory = (
+        _Lazy(f"ncjax.metrics.{name}")
+        for name in ("collapse", "geometry", "linalg", "statistics", "theory")
     )
 
 
@@ -130,7 +130,7 @@ class Metric(NamedTuple):
       scale: powers of the sizes of features, head and outputs that the metric is proportional to.
       needs: fields of `Statistics` without which there is no such metric.
       of_equal_classes: whether it has a meaning for classes of one size alone.
-      function: computes it from `Quantities`; None: `training.evaluate` and `runs.loop` do.
+      function: computes it from `Quantities`; None: they do not determine it.
     """
 
     title: str
@@ -151,16 +151,21 @@ class Metric(NamedTuple):
         return {"definition": self.definition, "long_name": self.title, "units": self.units}
 
 
+# What a history of training records, and what `ncjax.measure` gives besides.
 VOCABULARY: dict[str, Metric] = {}
+_OF_FEATURES_ALONE: dict[str, Metric] = {}
 
 _Function: TypeAlias = Callable[[Quantities], Array]
 
 
-def _metric(title: str, definition: str, **fields) -> Callable[[_Function], _Function]:
-    """Enters a function into the vocabulary under its own name."""
+def _metric(
+    title: str, definition: str, *, of_features_alone: bool = False, **fields
+) -> Callable[[_Function], _Function]:
+    """Enters a function under its own name."""
 
     def enter(function: _Function) -> _Function:
-        VOCABULARY[function.__name__] = Metric(title, definition, function=function, **fields)
+        vocabulary = _OF_FEATURES_ALONE if of_features_alone else VOCABULARY
+        vocabulary[function.__name__] = Metric(title, definition, function=function, **fields)
         return function
 
     return enter
@@ -175,6 +180,8 @@ _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
 
+# Computed from the whole network or the clock of its training, by `training.evaluate` and
+# `runs.derived`.
 VOCABULARY |= {
     "finite": Metric(
         "finite",
@@ -185,6 +192,48 @@ VOCABULARY |= {
     "loss": Metric("loss", "fit_loss + lambda/2 times the squared norm of what is decayed", _SPLIT),
     "fit_loss": Metric(
         "fit loss", "1/(2NC) sum_n ||y_n - f_n||^2, or mean cross-entropy, in eval mode", _SPLIT
+    ),
+    "effective_decay": Metric(
+        "effective lambda", "lambda of the loss whose critical points the optimizer seeks"
+    ),
+    "flow_time": Metric(
+        "flow time t",
+        "t = sum over steps of learning rate/(1 - momentum)",
+        units="learning rate x steps",
+    ),
+    "relaxation_time": Metric(
+        "2 lambda t",
+        "2 lambda t: e-folds by which squared layer norms have drawn together",
+        units="e-folds",
+    ),
+    "lemma2_residual": Metric(
+        "Lemma 2's residual", "largest over layers of |L - Lemma 2's right side|/L", best=0
+    ),
+    "normalized_margin": Metric(
+        "normalized margin gamma",
+        "gamma: margin of the class-mean outputs over the product of all ||W_k||_F",
+        least=-math.inf,
+    ),
+    "mode_eigenvalues": Metric(
+        "mode eigenvalue",
+        "eigenvalues of the symmetric part of the class-mean outputs less the bias",
+        _MODE,
+        least=-math.inf,
+    ),
+    "closed_form_epsilon": Metric(
+        "epsilon of the UFM",
+        "epsilon of the unconstrained-feature model; NaN for other networks",
+        most=1,
+    ),
+    "closed_form_nc3": Metric(
+        "NC3 of the UFM",
+        "nc3 of the unconstrained-feature model; NaN for other networks",
+        most=2,
+        best=0,
+    ),
+    "closed_form_norm_sq": Metric(
+        "squared norm of the UFM",
+        "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks",
     ),
 }
 
@@ -254,23 +303,6 @@ def class_norm_head(q: Quantities) -> Array:
 )
 def class_cosine_head(q: Quantities) -> Array:
     return collapse.largest_cosines(q.statistics.head)
-
-
-VOCABULARY |= {
-    "effective_decay": Metric(
-        "effective lambda", "lambda of the loss whose critical points the optimizer seeks"
-    ),
-    "flow_time": Metric(
-        "flow time t",
-        "t = sum over steps of learning rate/(1 - momentum)",
-        units="learning rate x steps",
-    ),
-    "relaxation_time": Metric(
-        "2 lambda t",
-        "2 lambda t: e-folds by which squared layer norms have drawn together",
-        units="e-folds",
-    ),
-}
 
 
 @_metric("NC1", "tr(Sigma_W Sigma_B^+)/C", dims=_SPLIT, best=0)
@@ -490,11 +522,6 @@ def equilibrium_residual(q: Quantities) -> Array:
     return theory.equilibrium_residual(split.head, split.fit_gradient, split.weight_decay)
 
 
-VOCABULARY["lemma2_residual"] = Metric(
-    "Lemma 2's residual", "largest over layers of |L - Lemma 2's right side|/L", best=0
-)
-
-
 @_metric(
     "error of the theorem",
     "||W_L - epsilon/(lambda (C-1)) Mdot^T||/||W_L||: 0 where the theorem holds",
@@ -543,40 +570,6 @@ def predicted_head_cosine(q: Quantities) -> Array:
     return q.solution.head_cosine
 
 
-VOCABULARY |= {
-    "normalized_margin": Metric(
-        "normalized margin gamma",
-        "gamma: margin of the class-mean outputs over the product of all ||W_k||_F",
-        least=-math.inf,
-    ),
-    "mode_eigenvalues": Metric(
-        "mode eigenvalue",
-        "eigenvalues of the symmetric part of the class-mean outputs less the bias",
-        _MODE,
-        least=-math.inf,
-    ),
-    "closed_form_epsilon": Metric(
-        "epsilon of the UFM",
-        "epsilon of the unconstrained-feature model; NaN for other networks",
-        most=1,
-    ),
-    "closed_form_nc3": Metric(
-        "NC3 of the UFM",
-        "nc3 of the unconstrained-feature model; NaN for other networks",
-        most=2,
-        best=0,
-    ),
-    "closed_form_norm_sq": Metric(
-        "squared norm of the UFM",
-        "||W_k||_F^2 of the unconstrained-feature model; NaN for other networks",
-    ),
-}
-
-
-def _budget_entry(name: str) -> _Function:
-    return lambda q: q.budget[name]
-
-
 BUDGET_TERMS = {
     "theorem": "(t/C) Mdot^T, the theorem's",
     "mean": "(q/C) 1 mu_G^T: the mean residual does not vanish",
@@ -584,60 +577,99 @@ BUDGET_TERMS = {
     "within": "mean (r - rbar_c)(h - mu_c)^T: examples of a class differ",
     "gradient": "dL/dW_L: not at equilibrium yet",
 }
-for _suffix, _words, _least, _scale in (
-    ("", "share of lambda W_L by projection: {}", -math.inf, (0, 0, 0)),
-    ("_norm", "Frobenius norm of {}", 0.0, _AS_GRADIENT),
-):
-    for _term, _definition in BUDGET_TERMS.items():
-        VOCABULARY[f"budget_{_term}{_suffix}"] = Metric(
-            f"budget: {_term}{_suffix.replace('_', ' ')}",
-            _words.format(_definition),
-            least=_least,
-            scale=_scale,
-            needs=_THEORY,
-            of_equal_classes=True,
-            function=_budget_entry(f"budget_{_term}{_suffix}"),
-        )
-VOCABULARY["budget_residual"] = Metric(
-    "budget: residual",
+
+
+def _enter_budget(name: str, definition: str, **fields) -> None:
+    """Enters a number that `theory.budget_account` has under this name."""
+
+    def entry(q: Quantities) -> Array:
+        return q.budget[name]
+
+    entry.__name__ = name
+    title = name.replace("_", ": ", 1).replace("_", " ")
+    _metric(title, definition, needs=_THEORY, of_equal_classes=True, **fields)(entry)
+
+
+for _term, _words in BUDGET_TERMS.items():
+    _enter_budget(
+        f"budget_{_term}", f"share of lambda W_L by projection: {_words}", least=-math.inf
+    )
+for _term, _words in BUDGET_TERMS.items():
+    _enter_budget(f"budget_{_term}_norm", f"Frobenius norm of {_words}", scale=_AS_GRADIENT)
+_enter_budget(
+    "budget_residual",
     "||lambda W_L - sum of the budget's terms|| over the largest term's norm",
     best=0,
-    needs=_THEORY,
-    of_equal_classes=True,
-    function=_budget_entry("budget_residual"),
 )
 
-# What `ncjax.measure` may give: the above, and what no history of training records.
-FEATURE_VOCABULARY = {
-    **VOCABULARY,
-    "nc0": Metric("NC0", "||1^T W_L||: the rows of the head add up to 0", best=0, scale=(0, 1, 0)),
-    "mean_feature_norm": Metric("norm of features", "(mean ||h||^2)^(1/2)", scale=(1, 0, 0)),
-    "effective_rank": Metric(
-        "effective rank of the class means",
-        "exp of the entropy of s_j/sum(s), s the singular values of Mdot: C-1 of a simplex ETF",
-        least=1.0,
-    ),
-    "condition_number": Metric(
-        "condition of the class means",
-        "largest over smallest of the min(C-1, p) singular values of Mdot",
-        least=1.0,
-        best=1,
-    ),
-    "hyperspherical_uniformity": Metric(
-        "GNC2, spread of distances on the sphere",
-        "std over pairs of log 1/||u_c - u_c'||, u the normalized centred means",
-        best=0,
-    ),
+
+@_metric(
+    "NC0",
+    "||1^T W_L||: the rows of the head add up to 0",
+    best=0,
+    scale=(0, 1, 0),
+    needs=_HEAD,
+    of_features_alone=True,
+)
+def nc0(q: Quantities) -> Array:
+    return jnp.linalg.norm(q.statistics.head.sum(axis=0))
+
+
+@_metric("norm of features", "(mean ||h||^2)^(1/2)", scale=(1, 0, 0), of_features_alone=True)
+def mean_feature_norm(q: Quantities) -> Array:
+    squares = q.statistics.examples @ jnp.sum(q.statistics.means**2, axis=1)
+    return jnp.sqrt((squares + q.statistics.within.sum()) / q.total)
+
+
+@_metric(
+    "effective rank of the class means",
+    "exp of the entropy of s_j/sum(s), s the singular values of Mdot: C-1 of a simplex ETF",
+    least=1.0,
+    of_features_alone=True,
+)
+def effective_rank(q: Quantities) -> Array:
+    return geometry.effective_rank(q.statistics.spectrum)
+
+
+@_metric(
+    "condition of the class means",
+    "largest over smallest of the min(C-1, p) singular values of Mdot",
+    least=1.0,
+    best=1,
+    of_features_alone=True,
+)
+def condition_number(q: Quantities) -> Array:
+    return geometry.condition_number(q.statistics.spectrum)
+
+
+@_metric(
+    "GNC2, spread of distances on the sphere",
+    "std over pairs of log 1/||u_c - u_c'||, u the normalized centred means",
+    best=0,
+    of_features_alone=True,
+)
+def hyperspherical_uniformity(q: Quantities) -> Array:
+    return geometry.hyperspherical_uniformity(geometry.normalized(q.centred))
+
+
+@_metric(
+    "UNC3, spread of the cosines of duality",
+    "std over classes of cos(W_L^c, mu_c - mu_G)",
+    most=1.0,
+    best=0,
+    needs=_HEAD,
+    of_features_alone=True,
+)
+def uniform_duality(q: Quantities) -> Array:
+    return geometry.uniform_duality(q.statistics.head, geometry.normalized(q.centred))
+
+
+# Computed on the host: the margin by `features.measurement`, the rest by `features.outliers`.
+_OF_FEATURES_ALONE |= {
     "one_vs_rest_margin": Metric(
         "GNC2, margin of one class against the rest",
         "least distance of a normalized centred mean from the convex hull of the others; C > p",
         most=2.0,
-    ),
-    "uniform_duality": Metric(
-        "UNC3, spread of the cosines of duality",
-        "std over classes of cos(W_L^c, mu_c - mu_G)",
-        most=1.0,
-        best=0,
     ),
     "nc5": Metric(
         "NC5",
@@ -652,6 +684,7 @@ FEATURE_VOCABULARY = {
         best=1,
     ),
 }
+FEATURE_VOCABULARY = VOCABULARY | _OF_FEATURES_ALONE
 
 
 def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict[str, Array]:
@@ -659,7 +692,8 @@ def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict
 
     Args:
       quantities: of the split.
-      names: metrics that are wanted; None: all that are not by class.
+      names: metrics that are wanted, of `FEATURE_VOCABULARY`; None: those of `VOCABULARY` that are
+        not by class.
 
     Returns:
       name -> float64 scalar, by class (C,). Metrics whose `needs` are not all there are left out,
@@ -667,7 +701,7 @@ def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict
     """
     if names is None:
         names = [name for name, metric in VOCABULARY.items() if "label" not in metric.dims]
-    entries = {name: VOCABULARY[name] for name in names}
+    entries = {name: FEATURE_VOCABULARY[name] for name in names}
     return {
         name: metric.function(quantities)
         for name, metric in entries.items()

@@ -10,7 +10,7 @@ import pytest
 from ncjax import metrics
 from ncjax.errors import InputError
 from ncjax.metrics import functions
-from tests.helpers import oracle_split
+from tests.helpers import oracle_nc3_floor, oracle_split
 
 # Names here -> names of the vocabulary.
 OF_FEATURES = {
@@ -33,7 +33,7 @@ def split(num_classes=5, dim=8, examples=60):
 
 
 def test_every_public_metric_is_tested_here():
-    assert {*metrics.__all__} == {*OF_FEATURES, "nc3", "nc4"}
+    assert {*metrics.__all__} == {*OF_FEATURES, "nc3", "nc3_floor", "nc4"}
     assert dir(metrics) == metrics.__all__
 
 
@@ -41,8 +41,15 @@ def test_every_public_metric_is_tested_here():
 def test_a_metric_equals_its_definition(name):
     features, labels, head = split()
     expected = oracle_split(features, features @ head.T, labels, head)
-    arguments = () if name in OF_FEATURES else (head,)
-    got = getattr(metrics, name)(features, labels, *arguments)
+    expected["nc3_floor"] = oracle_nc3_floor(head)
+    match name:
+        case "nc3" | "nc4":
+            arguments = (features, labels, head)
+        case "nc3_floor":
+            arguments = (head,)
+        case _:
+            arguments = (features, labels)
+    got = getattr(metrics, name)(*arguments)
     assert type(got) is float
     assert got == pytest.approx(expected[OF_FEATURES.get(name, name)], rel=1e-11)
 
@@ -89,6 +96,12 @@ def test_bad_input_is_named(field, change):
     arguments = {"features": features, "labels": labels, "head": head, "num_classes": 5} | change
     with pytest.raises(InputError, match=f"^{field}: got "):
         metrics.nc3(**arguments)
+
+
+@pytest.mark.parametrize("head", [np.ones(5), np.ones((1, 5)), np.full((2, 5), np.inf)])
+def test_a_head_alone_is_checked(head):
+    with pytest.raises(InputError, match="^head: got "):
+        metrics.nc3_floor(head)
 
 
 def test_the_examples_of_the_docstrings_are_right():

@@ -1,9 +1,17 @@
 """Spread on the sphere, margins and ranks against closed forms."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ncjax.metrics import geometry
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
 
 
 def etf(count):
@@ -17,12 +25,12 @@ def polygon(count):
 
 @pytest.mark.parametrize("count", [3, 4, 10])
 def test_of_a_simplex_etf(count):
-    units = etf(count)
+    units = jnp.asarray(etf(count))
     assert geometry.hyperspherical_uniformity(units) == pytest.approx(0, abs=1e-7)
     # The nearest point of the opposite face is its centre, -u/(C-1).
-    margin = geometry.one_vs_rest_margin(units)
+    margin = geometry.one_vs_rest_margin(etf(count))
     assert margin == pytest.approx(1 + 1 / (count - 1), rel=1e-6)
-    values = np.linalg.svd(units, compute_uv=False)[: count - 1]
+    values = jnp.linalg.svd(units, compute_uv=False)[: count - 1]
     assert geometry.effective_rank(values) == pytest.approx(count - 1)
     assert geometry.condition_number(values) == pytest.approx(1)
     assert geometry.uniform_duality(3 * units, units) == pytest.approx(0, abs=1e-12)
@@ -41,10 +49,10 @@ def test_a_point_within_the_hull_has_no_margin():
 
 
 def test_of_what_is_degenerate():
-    assert np.isnan(geometry.effective_rank(np.zeros(3)))
-    assert geometry.condition_number(np.array([2.0, 0.0])) == np.inf
-    assert np.isnan(geometry.condition_number(np.zeros(2)))
-    assert np.isnan(geometry.hyperspherical_uniformity(np.vstack([etf(3), etf(3)])))
+    assert np.isnan(geometry.effective_rank(jnp.zeros(3)))
+    assert geometry.condition_number(jnp.array([2.0, 0.0])) == np.inf
+    assert np.isnan(geometry.condition_number(jnp.zeros(2)))
+    assert np.isnan(geometry.hyperspherical_uniformity(jnp.tile(etf(3), (2, 1))))
 
 
 def test_auroc_counts_pairs():
