@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python -m benchmarks.checkpoints    # two minutes
 
 Rounds take turns: the mnist config (1,000 images a class, 12 runs, 6 epochs) with a checkpoint
-every epoch, and with none but the last. Times are of `loop.record` less compiling and measuring:
+every epoch, and with none but the last. Times are of `loop.train` less compiling and measuring:
 training, saving and waiting for what is saved.
 """
 
@@ -24,7 +24,7 @@ from configs import mnist
 from ncjax import plan
 from ncjax.runs import loop
 from ncjax.storage import checkpoint
-from ncjax.training import mesh
+from ncjax.training import parallel
 
 ROUNDS, EPOCHS = 3, 6
 
@@ -43,7 +43,7 @@ def training_seconds(every: int, folder: Path) -> tuple[float, float]:
         return values, seconds
 
     with mock.patch.object(loop.Sweep, "advance", timed):
-        loop.record(plan.prepare(config, folder))
+        loop.train(plan.prepare(config, folder))
     seconds = time.perf_counter() - begin - sum(compiled)
     newest = folder / "checkpoints" / str(EPOCHS)
     return seconds, sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) / 2**20
@@ -66,7 +66,7 @@ def one_gibibyte(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    mesh.use_every_core()
+    parallel.use_every_core()
     seconds: dict[int, list[float]] = {1: [], 0: []}
     size = 0.0
     for _ in range(ROUNDS):

@@ -27,8 +27,7 @@ from rich.table import Table
 
 from benchmarks import sweep
 from benchmarks.noise import noise
-from ncjax.training import conv, layers
-from ncjax.training import mesh as parallel
+from ncjax.training import conv, layers, parallel
 from ncjax.training import program as train
 
 NETWORK = sweep.NETWORKS["32x32x3-32-64-128-256-10"]

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
-from ncjax.training import layers, models, program
-from ncjax.training import mesh as parallel
+from ncjax.training import layers, models, parallel, program
 
 # widths, shape of an input, runs, batch size, training examples
 CASES = {

@@ -235,9 +235,9 @@ def child(folder: Path, rounds: int) -> dict[str, Any]:
     its resident peak.
     """
     from ncjax.features import measure
-    from ncjax.training import mesh
+    from ncjax.training import parallel
 
-    mesh.use_every_core()
+    parallel.use_every_core()
     features, labels = (
         np.load(folder / "features.npy", mmap_mode="r"),
         np.load(folder / "labels.npy"),
@@ -313,9 +313,9 @@ def main() -> None:
         raise SystemExit(2) from None
     import jax
 
-    from ncjax.training import mesh
+    from ncjax.training import parallel
 
-    mesh.use_every_core()
+    parallel.use_every_core()
     console = Console(width=140)
     console.print(
         f"load average {os.getloadavg()[0]:.2f}; {CORES} cores, {platform.machine()}; ", end=""

@@ -12,10 +12,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ncjax import plan as preflight
 from ncjax.config import Config, default_config
+from ncjax.plan import prepare
 from ncjax.runs import inspect, loop
-from ncjax.training import mesh, sweep
+from ncjax.training import parallel, sweep
 
 EPOCHS, ROUNDS = 3, 5
 
@@ -29,9 +29,9 @@ def make_config(runs_per_program: int) -> Config:
 
 
 def main(folder: Path) -> None:
-    mesh.use_every_core()
-    plans = {most: preflight.prepare(make_config(most), folder / str(most)) for most in (64, 16)}
-    whole, parts = (loop.record(plan) for plan in plans.values())
+    parallel.use_every_core()
+    plans = {most: prepare(make_config(most), folder / str(most)) for most in (64, 16)}
+    whole, parts = (loop.train(plan) for plan in plans.values())
     deviation = max(
         inspect.deviation(parts[name].values, whole[name].values) for name in whole.data_vars
     )

@@ -40,8 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.noise import noise
-from ncjax.training import evaluate, layers, models, program
-from ncjax.training import mesh as parallel
+from ncjax.training import evaluate, layers, models, parallel, program
 
 try:
     import torch

@@ -71,7 +71,7 @@ def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dat
     Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all
     are asked for.
     """
-    recorded = loop.record(plan.prepare(config, REPO / "runs" / "experiments" / variant))
+    recorded = loop.train(plan.prepare(config, REPO / "runs" / "experiments" / variant))
     kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"

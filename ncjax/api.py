@@ -69,4 +69,4 @@ def train(
     environment.import_jax()
     from ncjax.runs import loop
 
-    return loop.record(prepared, on_measurement)
+    return loop.train(prepared, on_measurement)

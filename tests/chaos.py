@@ -449,7 +449,7 @@ def record(workdir: Path, stop_at: int | None = None) -> tuple[xr.Dataset | None
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.suppress(Stop),
         ):
-            return loop.record(plan.prepare(small_config(), workdir)), said.getvalue()
+            return loop.train(plan.prepare(small_config(), workdir)), said.getvalue()
     finally:
         tables.Progress.measured = measured
     return None, said.getvalue()
@@ -529,11 +529,11 @@ def readers(workdir: Path) -> list[Reader]:
         for run in (0, 3):
             calls[f"read_run {run} of {epoch}"] = functools.partial(one_run, epoch=epoch, run=run)
     try:
-        from ncjax.runs import load as runs
+        from ncjax.runs.load import load_run
     except ImportError:
         pass
     else:
-        calls["load_run"] = functools.partial(loaded_run, load=runs.load_run)
+        calls["load_run"] = functools.partial(loaded_run, load=load_run)
     for name, call in calls.items():
         made.append(Reader(name, call, call(workdir)))
     return made

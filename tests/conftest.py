@@ -58,7 +58,7 @@ def trained(tmp_path_factory) -> Path:
     config.train.epochs, config.train.batch_size, config.checkpoint.every = 6, 16, 2
     config.sweep.weight_decay, config.sweep.seed = (0.0, 1e-3), (0, 1)
     workdir = tmp_path_factory.mktemp("trained")
-    loop.record(plan.prepare(config, workdir))
+    loop.train(plan.prepare(config, workdir))
     return workdir
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import plan as preflight
 from ncjax.config import default_config
+from ncjax.plan import prepare
 from ncjax.report import draw
 from ncjax.runs import loop
 from ncjax.storage import checkpoint
@@ -179,7 +179,7 @@ def run(workdir, figures=False, **changes):
     with pytest.MonkeyPatch.context() as patch:
         if not figures:  # most of a small run's time
             patch.setattr(draw, "draw_all", lambda history, folder: [])
-        return loop.run(preflight.prepare(small_config(**changes), workdir))
+        return loop.train_and_show(prepare(small_config(**changes), workdir))
 
 
 def whole_checkpoint(workdir, epoch):

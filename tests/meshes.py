@@ -15,8 +15,8 @@ from unittest import mock
 
 import jax
 
-from ncjax import plan as preflight
 from ncjax.config import default_config
+from ncjax.plan import prepare
 from ncjax.runs import inspect, loop, processes, signals
 from ncjax.training import program, sweep
 
@@ -53,14 +53,14 @@ NORMALIZED = {
 
 
 def recorded(folder, *mesh, **fields):
-    return loop.record(preflight.prepare(make_config(*mesh, **fields), folder))
+    return loop.train(prepare(make_config(*mesh, **fields), folder))
 
 
 def trained(folder, *mesh, **fields):
     """States after all epochs."""
     config = make_config(*mesh, **fields)
     with mock.patch.object(program, "evaluate", nothing):
-        begun = sweep.Sweep(preflight.prepare(config, folder))
+        begun = sweep.Sweep(prepare(config, folder))
         begun.advance(config.train.epochs, measured=False)
     return jax.device_get(begun.states)
 
@@ -81,7 +81,7 @@ def collectives(folder, run, data, measures, **fields):
     """Those of the compiled program, of training alone or with what measures: kind -> bytes that
     each moves.
     """
-    plan = preflight.prepare(make_config(run, data, **fields), folder)
+    plan = prepare(make_config(run, data, **fields), folder)
     with mock.patch.object(program, "evaluate", program.evaluate if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
     found = re.findall(

@@ -55,7 +55,7 @@ def test_bad_input_raises_and_leaves_no_folder(config, tmp_path):
 def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("ncjax.runs.loop.record", lambda plan, callback: seen.append(plan))
+    monkeypatch.setattr("ncjax.runs.loop.train", lambda plan, callback: seen.append(plan))
     ncjax.train("digits:smoke", "run")
     assert seen[0].config.train.epochs == 10
     assert seen[0].workdir.is_dir()

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ncjax import config as configuration
-from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.errors import InputError
+from ncjax.plan import prepare
 from ncjax.runs import loop
 
 # Deterministic: CI must not fail by chance. `deadline` is per example; what hangs, or loads too
@@ -134,7 +134,7 @@ def test_every_config_is_valid_or_refused_in_one_line(changes):
     nested = changed(changes)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            plan = preflight.prepare(configuration.from_mapping(nested), Path(folder) / "run")
+            plan = prepare(configuration.from_mapping(nested), Path(folder) / "run")
         except InputError as error:
             message_of(error)
             assert not (Path(folder) / "run").exists()
@@ -155,7 +155,7 @@ def test_data_beyond_all_memory_are_refused_by_name(name, field, value, tmp_path
     config = configuration.default_config()
     config.update({"data.name": name, f"data.{field}": value})
     with pytest.raises(InputError, match=rf"config\.data\.{field}"):
-        preflight.prepare(config, tmp_path / "run")
+        prepare(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("value", [2**31, 10**30, 10**400], ids=["2**31", "10**30", "10**400"])
@@ -176,7 +176,7 @@ def test_a_workdir_that_cannot_be_is_refused(workdir, tmp_path):
     if not workdir.startswith("~"):
         workdir = str(tmp_path / workdir)
     with pytest.raises(InputError) as refusal:
-        preflight.prepare(configuration.default_config(), workdir)
+        prepare(configuration.default_config(), workdir)
     assert "--workdir" in message_of(refusal.value)
 
 
@@ -255,7 +255,7 @@ flag = st.one_of(
 def test_every_command_line_runs_or_is_refused_in_one_line(arguments):
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "run", lambda plan: None)
+        patch.setattr(loop, "train_and_show", lambda plan: None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = train.main(["ncjax", f"--workdir={folder}/run", *arguments])
     assert code in (0, 2)

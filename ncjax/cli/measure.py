@@ -176,9 +176,9 @@ def _measure_files(arguments: argparse.Namespace) -> int:
         make_folder("--figures", expanded("--figures", arguments.figures))
     environment.import_jax()
     from ncjax.features import measurement, streaming  # noqa: F401 (before the progress bar hides the cursor)
-    from ncjax.training import mesh
+    from ncjax.training import parallel
 
-    mesh.use_every_core()
+    parallel.use_every_core()
     from ncjax.features.streaming import check_num_classes
 
     if arguments.classes is not None:
@@ -324,7 +324,7 @@ def _describe(arguments: argparse.Namespace, layer: str, found: "Measurement") -
     }
     facts |= {
         "missing_classes": found.missing,
-        "examples_per_class": [int(present.min()), int(present.max())],
+        "examples_per_class": {"least": int(present.min()), "greatest": int(present.max())},
     }
     facts |= {
         "loss": arguments.loss,

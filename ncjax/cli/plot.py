@@ -13,17 +13,17 @@ from ncjax.cli import command
 from ncjax.errors import InputError
 from ncjax.paths import expanded, make_folder
 from ncjax.report import draw, tables
-from ncjax.storage import history as histories_on_disk
+from ncjax.storage import history as histories
 from ncjax.storage import monitored
 
 
 def _load(workdir: Path) -> xr.Dataset:
     path = workdir / "history.nc"
-    history = histories_on_disk.read(path)
+    history = histories.read(path)
     if monitored.is_monitored(history):
         return history
-    history = histories_on_disk.checked(history, path)
-    missing = histories_on_disk.missing(history)
+    history = histories.checked(history, path)
+    missing = histories.missing(history)
     if missing:
         raise InputError("history", str(path), f"lacks {missing}; is it one of ncjax's?")
     return history
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = (expanded("WORKDIR", workdir) for workdir in arguments.workdirs)
         workdirs = dict.fromkeys(Path(os.path.realpath(workdir)) for workdir in given)
-        histories = {workdir: _load(workdir) for workdir in workdirs}
+        shown = {workdir: _load(workdir) for workdir in workdirs}
         if arguments.out is not None:
             arguments.out = expanded("--out", arguments.out)
             make_folder("--out", arguments.out)
-        written = _draw(histories, arguments)
+        written = _draw(shown, arguments)
     except (InputError, OSError) as error:
         return command.refuse(error)
     console = tables.make_console()
@@ -67,26 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _draw(histories: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[Path]:
+def _draw(shown: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[Path]:
     """Draws one run into --out or its own folder; several each into its own folder, and compared
     into --out.
     """
     style = draw.Style(arguments.only, arguments.format)
-    if len(histories) == 1 and arguments.out is not None:
-        (history,) = histories.values()
+    if len(shown) == 1 and arguments.out is not None:
+        (history,) = shown.values()
         return _draw_one(history, arguments.out, arguments, style)
     written = [
         path
-        for workdir, history in histories.items()
+        for workdir, history in shown.items()
         for path in _draw_one(history, workdir / "figures", arguments, style)
     ]
-    names = [workdir.name for workdir in histories]
-    unique = {at: at.name if names.count(at.name) == 1 else str(at) for at in histories}
+    names = [workdir.name for workdir in shown]
+    unique = {at: at.name if names.count(at.name) == 1 else str(at) for at in shown}
     # A model that a monitor follows has no axes of a sweep: each kind is compared on its own.
     for draw_kind, of_kind in ((draw.draw_comparison, False), (draw.draw_monitored, True)):
         compared = {
             unique[at]: history
-            for at, history in histories.items()
+            for at, history in shown.items()
             if monitored.is_monitored(history) == of_kind
         }
         if len(compared) > 1:

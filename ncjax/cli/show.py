@@ -103,16 +103,16 @@ def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
     if followed is not None:
         return _show_monitored(arguments, followed)
     environment.import_jax()
-    from ncjax.runs import load as runs
-    from ncjax.training import mesh
+    from ncjax.runs import load
+    from ncjax.training import parallel
 
     check_name("WORKDIR", arguments.workdir)
     if arguments.verify:
-        mesh.find_devices()
-    for _ in range(runs.ATTEMPTS - 1):
+        parallel.find_devices()
+    for _ in range(load.ATTEMPTS - 1):
         try:
             return _show_once(arguments, coordinates)
-        except runs.Removed:
+        except load.Removed:
             if arguments.epoch is not None:
                 raise
     return _show_once(arguments, coordinates)
@@ -170,8 +170,7 @@ def _show_monitored(arguments: argparse.Namespace, history: "xr.Dataset") -> int
 
 
 def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
-    from ncjax.runs import inspect
-    from ncjax.runs import load as runs
+    from ncjax.runs import inspect, load
     from ncjax.storage import journal
 
     holdings = inspect.read(expanded("workdir", arguments.workdir), coordinates)
@@ -194,7 +193,7 @@ def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> 
                 "--export", str(arguments.export), _no_checkpoint(holdings, arguments.epoch)
             )
         with warnings.catch_warnings(action="ignore"):  # a note says what they say
-            run = runs.load_run(
+            run = load.load_run(
                 holdings.workdir, epoch=saved, dataset=None, **holdings.place.coordinates
             )
         inspect.export(run, arguments.export)

@@ -31,8 +31,8 @@ from ml_collections import config_dict, config_flags
 import ncjax
 from ncjax import config as configuration
 from ncjax import environment
-from ncjax import plan as preflight
 from ncjax.errors import InputError, last_line, near
+from ncjax.plan import Plan, Processes, examine, find_processes, prepare
 from ncjax.runs.signals import Interrupted, Stopped
 
 
@@ -44,7 +44,7 @@ class _Arguments(NamedTuple):
     config: configuration.Config
     workdir: str
     dry_run: bool
-    processes: preflight.Processes | None
+    processes: Processes | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,28 +64,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         if arguments.dry_run:
-            plan = preflight.examine(arguments.config, arguments.workdir or None)
+            plan = examine(arguments.config, arguments.workdir or None)
         else:
-            plan = preflight.prepare(arguments.config, arguments.workdir)
+            plan = prepare(arguments.config, arguments.workdir)
     except InputError as error:
         return _refuse(error)
     code = _run(arguments, plan, f"python -m ncjax.main {shlex.join(argv[1:])}")
     if code and arguments.processes:
-        from ncjax.runs import processes as distributed
+        from ncjax.runs import processes
 
-        distributed.leave(code)
+        processes.leave(code)
     return code
 
 
-def _run(arguments: _Arguments, plan: preflight.Plan, command: str) -> int:
+def _run(arguments: _Arguments, plan: Plan, command: str) -> int:
     """Trains, or says what would be trained; returns the exit code."""
     try:
         environment.import_jax()
-        from ncjax.runs import loop
-        from ncjax.runs import processes as distributed
+        from ncjax.runs import loop, processes
 
-        with distributed.joined(arguments.processes):
-            (loop.preview if arguments.dry_run else loop.run)(plan)
+        with processes.joined(arguments.processes):
+            (loop.preview if arguments.dry_run else loop.train_and_show)(plan)
     except InputError as error:
         return _refuse(error)
     except (Interrupted, Stopped) as stop:
@@ -138,7 +137,7 @@ def _parse(argv: list[str]) -> _Arguments:
         raise InputError(
             "--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits"
         )
-    processes = preflight.find_processes(coordinator.value, count.value, number.value, os.environ)
+    processes = find_processes(coordinator.value, count.value, number.value, os.environ)
     return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
 
 

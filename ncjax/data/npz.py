@@ -32,13 +32,13 @@ def read(path: Path) -> Dataset:
     except Exception as error:  # of zipfile, zlib, tokenize, ...
         way_out = f"it is damaged, or holds Python objects ({last_line(error)}); save it anew"
         raise InputError("config.data.name", str(path), way_out) from error
-    found = ", ".join(arrays) or "nothing"
-    if unknown := sorted(arrays.keys() - set(_KNOWN)):
-        way_out = f"it holds {unknown[0]}, which is none of {', '.join(_KNOWN)}; leave it out"
-        raise InputError("config.data.name", str(path), way_out)
     if missing := [name for name in _NEEDED if name not in arrays]:
-        way_out = f"it lacks {missing[0]} and holds {found}; save it with {' and '.join(_NEEDED)}"
-        raise InputError("config.data.name", str(path), way_out)
+        found = ", ".join(arrays) or "nothing"
+        way_out = f"it lacks {missing[0]}: it holds {found}, and a data set {', '.join(_KNOWN)}"
+        raise InputError("config.data.name", str(path), f"{way_out}; rename the arrays")
+    if unknown := sorted(arrays.keys() - set(_KNOWN)):
+        way_out = f"it holds {unknown[0]}, which is none of {', '.join(_KNOWN)}"
+        raise InputError("config.data.name", str(path), f"{way_out}; rename or remove it")
     if "label_names" in arrays:
         arrays["label_names"] = arrays["label_names"].ravel().astype(str).tolist()
     try:

@@ -98,11 +98,11 @@ def _choose(dataset: Dataset, settings: DataConfig) -> tuple[Split, Split]:
     and a test split of as many of every class.
     """
     if len(dataset.label_names) < 2:
-        raise InputError("config.data.name", "a set of one class", "choose one of two or more")
+        raise InputError("config.data.name", dataset.name, "it has one class; two are needed")
     train, test = _splits(dataset, settings.test_fraction)
-    available = _counts(train, dataset.label_names, "training")
+    available = _counts(dataset, train, "training")
     sizes = _class_sizes(settings, available)
-    test_available = int(_counts(test, dataset.label_names, "test").min())
+    test_available = int(_counts(dataset, test, "test").min())
     share = min(1.0, int(sizes.max()) / int(available.min()))
     test_size = max(1, round(test_available * share))
     return _first_of_each_class(train, sizes), _first_of_each_class(
@@ -170,13 +170,15 @@ def _hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     return Split(*(a[~is_test] for a in split)), Split(*(a[is_test] for a in split))
 
 
-def _counts(split: Split, label_names: tuple[str, ...], words: str) -> np.ndarray:
-    """Returns the number of examples of every class, or raises InputError where one has none."""
-    counts = np.bincount(split.labels, minlength=len(label_names))
+def _counts(dataset: Dataset, split: Split, words: str) -> np.ndarray:
+    """Returns the number of examples of every class in a split, or raises InputError where one has
+    none.
+    """
+    counts = np.bincount(split.labels, minlength=len(dataset.label_names))
     if not counts.all():
-        name = label_names[int(np.argmin(counts))]
+        name = dataset.label_names[int(np.argmin(counts))]
         way_out = f"its class {name} has no {words} example; add some, or leave the class out"
-        raise InputError("config.data.name", f"a {words} split without some class", way_out)
+        raise InputError("config.data.name", dataset.name, way_out)
     return counts
 
 

@@ -134,8 +134,7 @@ def _npz(settings: DataConfig) -> Dataset:
 def _folder(settings: DataConfig) -> Dataset:
     root = expanded("config.data.name", settings.name)
     if not folder.is_folder(root):
-        way_out = "no folder here holds train/CLASS/*.png or *.jpg; name one that does"
-        raise InputError("config.data.name", settings.name, way_out)
+        raise _no_data_set(settings.name)
     try:
         place, state = _place(root.resolve()), folder.state(root)
         key = f"folder-{place}-{settings.size}"
@@ -144,13 +143,20 @@ def _folder(settings: DataConfig) -> Dataset:
         raise InputError("config.data.name", settings.name, f"cannot be read ({error})") from error
 
 
+def _no_data_set(path: str) -> InputError:
+    way_out = "no data set is here: name a .npz, or a folder that holds train/CLASS/*.png or *.jpg"
+    return InputError("config.data.name", path, way_out)
+
+
 def _tfds(settings: DataConfig) -> Dataset:
     directory = settings.dir or os.environ.get("TFDS_DATA_DIR", "") or "~/tensorflow_datasets"
     root = expanded("config.data.dir", directory)
     try:
         home = tfds.find(settings.name, root).resolve()
         states = _states(home)
-    except InputError:
+    except InputError as error:
+        if os.path.lexists(settings.name):  # a file, or a folder without images
+            raise _no_data_set(settings.name) from error
         raise
     except (OSError, ValueError) as error:  # too long a name; a null byte
         raise InputError("config.data.dir", directory, f"cannot be read ({error})") from error

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ncjax.data.images import fitted
-from ncjax.errors import InputError, last_line, warn
+from ncjax.errors import InputError, last_line, near, warn
 
 _FORMAT = "array_record"
 _FEATURES = {
@@ -56,13 +56,15 @@ def find(name: str, root: Path) -> Path:
         home: tuple(int(part) for part in home.name.split(".") if part.isdigit()) for home in homes
     }
     if not homes:
+        prepared = [folder.name for folder in root.glob("[!.]*") if folder.is_dir()]
+        known = ["digits", "synthetic", "identity", *prepared]
         raise InputError(
             "config.data.name",
             name,
             "it is none of digits, synthetic, identity, no .npz, no folder that holds train/CLASS, "
             "and no prepared TFDS set is at "
-            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look); where "
-            "there is a network, "
+            f"{root / path / pattern} (config.data.dir or TFDS_DATA_DIR say where to look)"
+            f"{near(name, known)}; where there is a network, "
             f"prepare it with: {_preparation(name, root)}",
         )
     return max(homes, key=by_version.__getitem__)

@@ -49,6 +49,11 @@ def find(reference: Reference, deviations: Deviations) -> Measurement:
         names = [name for name, value in metrics.items() if test(value)]
         if names:
             notes.append(f"{word}: {', '.join(names)}")
+    if metrics.get("norm_target", 0.0) < 0:
+        notes.append(
+            "norm_target is negative: residuals are on average against the outputs, so that no "
+            "multiple of this head is at equilibrium"
+        )
     for name, value in metrics.items():
         if exponent := units.exponent(FEATURE_VOCABULARY[name].scale):
             metrics[name] = _in_unit_one(name, value, exponent, notes)

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 # The size of a panel in inches: two fill the text width of a two-column page.
-WIDTH, HEIGHT, DPI = (
-    3.4,
-    2.1,
-    200,
-)
+WIDTH, HEIGHT, DPI = 3.4, 2.1, 200
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 60  # characters; a longer name leaves no room for panels

@@ -223,15 +223,17 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
 
 
 def show_layers(one: xr.Dataset, names: Sequence[str], title: str, console: Console) -> None:
-    """Prints metrics by layer: a row per metric, a column per layer."""
+    """Prints metrics by layer: a row per metric, a column per layer, and what the metric is."""
     layers = [str(name) for name in one["layer"].values]
     table = Table(title=title)
     table.add_column("metric", no_wrap=True)
     for layer in layers:
         table.add_column(printable(layer), justify="right")
+    table.add_column("meaning")
     for name in names:
         values = [float(one[name].sel(layer=layer)) for layer in layers]
-        table.add_row(name, *("-" if np.isnan(value) else f"{value:.4g}" for value in values))
+        cells = ["-" if np.isnan(value) else f"{value:.4g}" for value in values]
+        table.add_row(name, *cells, printable(one[name].attrs["definition"]))
     console.print(table)
 
 

@@ -26,12 +26,12 @@ _WHOLE = ".whole"
 _FILES = ("checkpoints", "history.nc", "history.nc.sha256", "metrics.jsonl", "config.json")
 
 
-def grow(plan: Plan, record: Callable[[Plan], xr.Dataset], say: Callable[[str], None]) -> None:
+def grow(plan: Plan, train: Callable[[Plan], xr.Dataset], say: Callable[[str], None]) -> None:
     """Trains the runs that a plan's WORKDIR lacks and adds them to it.
 
     Args:
       plan: the plan of all runs, whose `grown_from` is the config of those that there are.
-      record: trains a plan.
+      train: trains a plan.
       say: prints a line.
 
     Raises:
@@ -54,7 +54,7 @@ def grow(plan: Plan, record: Callable[[Plan], xr.Dataset], say: Callable[[str], 
         trained = []
         for part in parts:
             part.workdir.mkdir(parents=True, exist_ok=True)
-            trained.append(joining.Part(part.workdir, part.grid, record(part)))
+            trained.append(joining.Part(part.workdir, part.grid, train(part)))
         shutil.rmtree(joined, ignore_errors=True)
         join(trained, plan.config, plan.grid, joined)
         write_atomically(joined / _WHOLE, b"")

@@ -17,12 +17,20 @@ from ncjax import config as configuration
 from ncjax import plan
 from ncjax.errors import InputError
 from ncjax.metrics import theory
-from ncjax.runs import load as runs
+from ncjax.runs.load import (
+    Run,
+    changes,
+    check_present,
+    load_data,
+    parse_config,
+    read_config,
+    slice_of,
+)
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
-from ncjax.training import evaluate, layers, mesh, own, program, sweep
+from ncjax.training import evaluate, layers, own, parallel, program, sweep
 
 # The largest relative deviation from the recorded value that passes: another program rounds
 # differently.
@@ -152,7 +160,7 @@ def read(workdir: Path, coordinates: Mapping[str, float]) -> WorkdirContents:
     single = all(len(values) == 1 for values in axes.values())
     place = configuration.Grid(axes).find(coordinates) if coordinates or single else None
     if history is not None and place is not None:
-        history = runs.slice_of(history, place.coordinates, keep_axes=True)
+        history = slice_of(history, place.coordinates, keep_axes=True)
     checkpoints = [_check(folder, epoch, place) for epoch in checkpoint.epochs_in(folder)]
     return WorkdirContents(
         *(workdir, config, axes, place, history, history_problem),
@@ -191,15 +199,15 @@ def _config(
 
     Problems are added to `notes`.
     """
-    config = runs.read_config(workdir)
+    config = read_config(workdir)
     if config is not None:
-        if metadata and runs.changes(config, metadata):
-            lines = "; ".join(runs.changes(config, metadata))
+        if metadata and changes(config, metadata):
+            lines = "; ".join(changes(config, metadata))
             notes.append(f"config.json is not that of checkpoint {metadata.epoch}: {lines}")
         return config
     if metadata:
         config, source = metadata.config, f"checkpoint {metadata.epoch}"
-    elif history is not None and (config := runs.parse_config(history.attrs.get("config"))):
+    elif history is not None and (config := parse_config(history.attrs.get("config"))):
         source = "history.nc"
     else:
         raise InputError(
@@ -290,7 +298,7 @@ def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verificatio
             values = measure(
                 checkpoint.read_run(contents.folder, epoch, place.index), place.coordinates
             )
-            recorded = runs.slice_of(contents.history, place.coordinates)
+            recorded = slice_of(contents.history, place.coordinates)
             if epoch != contents.measured[-1]:
                 del values[histories.COSINES]  # only the newest are kept
             for name, value in values.items():
@@ -301,7 +309,7 @@ def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verificatio
                 )
                 deviations[name, place.index] = deviation(value, one.values)
     except Damaged as damage:
-        runs.check_present(contents.folder, epoch)
+        check_present(contents.folder, epoch)
         raise InputError("--epoch", epoch, f"this checkpoint is damaged: {damage}") from damage
     variable, index = max(deviations, key=deviations.__getitem__)
     return Verification(
@@ -334,9 +342,9 @@ def _make_measure(
     settings = configuration.from_stored(metadata.config)
     if data_name:
         settings.data.name = data_name
-    dataset = runs.load_data(settings.data, metadata.data)
+    dataset = load_data(settings.data, metadata.data)
     recipe = sweep.make_recipe(settings, dataset)
-    data = program.place_data(dataset, mesh.make_mesh(1), settings.train.precision)
+    data = program.place_data(dataset, parallel.make_mesh(1), settings.train.precision)
 
     @jax.jit
     def compiled(variables: dict, hyper: program.Hyper, data: evaluate.Data) -> dict:
@@ -359,7 +367,7 @@ def _make_measure(
     return measure
 
 
-def export(run: runs.Run, path: Path) -> None:
+def export(run: Run, path: Path) -> None:
     """Writes the weights of a run under flat names such as `layer_1.kernel` (in, out).
 
     The config, coordinates and epoch of the run are written with them. `path` ends in .safetensors

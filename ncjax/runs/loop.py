@@ -7,6 +7,7 @@
 import contextlib
 import signal
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import xarray as xr
@@ -19,7 +20,7 @@ from ncjax.runs.resume import make_metadata, resume
 from ncjax.runs.schedule import Schedule, make_schedule
 from ncjax.storage import checkpoint, lock
 from ncjax.storage.files import remove_leftovers, write_atomically
-from ncjax.training import compilation, mesh
+from ncjax.training import compilation, parallel
 from ncjax.training.sweep import Sweep, make_program
 
 # A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live
@@ -27,9 +28,9 @@ from ncjax.training.sweep import Sweep, make_program
 _CHUNK_SECONDS = 2.0
 
 
-def run(plan: Plan) -> xr.Dataset:
-    """Calls `record`, draws WORKDIR/figures and prints the results; returns the history."""
-    recorded = record(plan)
+def train_and_show(plan: Plan) -> xr.Dataset:
+    """Calls `train`, draws WORKDIR/figures and prints the results; returns the history."""
+    recorded = train(plan)
     if processes.is_leader():
         draw.draw_all(recorded, plan.workdir / "figures")
         tables.show_results(recorded, tables.make_console())
@@ -43,7 +44,7 @@ def preview(plan: Plan) -> None:
     summary.show(plan, make_program(plan), tables.make_console(quiet=not processes.is_leader()))
 
 
-def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = None) -> xr.Dataset:
+def train(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = None) -> xr.Dataset:
     """Trains and measures what is left of a plan and returns the history.
 
     `on_measurement` is called after every measurement with its epoch of the history; what it
@@ -62,7 +63,7 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
     """
     _start_jax(plan)
     if plan.grown_from is not None:
-        growth.grow(plan, record, _say)
+        growth.grow(plan, train, _say)
     config, workdir = plan.config, plan.workdir
     owned = lock.owned(workdir) if processes.is_leader() else contextlib.nullcontext(lambda: None)
     with owned as check_owner, signals.Requests() as requests:
@@ -81,8 +82,12 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
             if recorded is not None and sweep.epoch == config.train.epochs:
                 _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
-                callback = listeners.Callback(on_measurement)
-                recorded = _train(sweep, recorded, saved, metadata, callback, check_owner, requests)
+                told = _Listeners(
+                    listeners.HistoryWriter(sweep, recorded, metadata.versions, check_owner),
+                    listeners.CheckpointWriter(sweep, saved, metadata, check_owner),
+                    listeners.Callback(on_measurement),
+                )
+                recorded = _train_rest(sweep, told, requests)
         except signals.Interrupted:
             # It promises that all is on disk; where that is not so, this is the error to report.
             saved.close()
@@ -98,7 +103,7 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
 
 def _start_jax(plan: Plan) -> None:
     """Sets what must be set before JAX computes, and checks that all processes do the same."""
-    mesh.use_every_core()
+    parallel.use_every_core()
     compilation.use_cache(plan.config.compile.cache)
     processes.check_same(plan)
 
@@ -108,19 +113,17 @@ def _say(line: str) -> None:
         tables.say(tables.make_console(), line)
 
 
-def _train(
-    sweep: Sweep,
-    recorded: xr.Dataset | None,
-    saved: checkpoint.Checkpoints,
-    metadata: checkpoint.CheckpointMetadata,
-    callback: listeners.Callback,
-    check_owner: Callable[[], None],
-    requests: signals.Requests,
-) -> xr.Dataset:
-    """Makes the listeners, compiles, and trains from where the sweep stands to its last epoch."""
+class _Listeners(NamedTuple):
+    """Holds what WORKDIR and the user get of a training run."""
+
+    history: listeners.HistoryWriter
+    checkpoints: listeners.CheckpointWriter
+    callback: listeners.Callback
+
+
+def _train_rest(sweep: Sweep, told: _Listeners, requests: signals.Requests) -> xr.Dataset:
+    """Compiles, and trains from where the sweep stands to its last epoch; returns the history."""
     config, leads = sweep.plan.config, processes.is_leader()
-    recorder = listeners.HistoryWriter(sweep, recorded, metadata.versions, check_owner)
-    keeper = listeners.CheckpointWriter(sweep, saved, metadata, check_owner)
     with tables.Progress(
         config.train.epochs, sweep.program.samples_per_epoch, quiet=not leads
     ) as progress:
@@ -128,20 +131,17 @@ def _train(
         reporter = listeners.Reporter(sweep, progress, _CHUNK_SECONDS)
         progress.say(summary.headline(sweep.plan, sweep.program))
         sweep.compile()
-        reporter.on_compiled(continues=recorded is not None)
-        schedule = make_schedule(config)
-        _follow(schedule, sweep, recorder, keeper, reporter, callback, profile, requests)
-    assert recorder.recorded is not None  # some epoch up to the last is always measured
-    return recorder.recorded
+        reporter.on_compiled(continues=told.history.recorded is not None)
+        _follow(make_schedule(config), sweep, told, reporter, profile, requests)
+    assert told.history.recorded is not None  # some epoch up to the last is always measured
+    return told.history.recorded
 
 
 def _follow(
     schedule: Schedule,
     sweep: Sweep,
-    recorder: listeners.HistoryWriter,
-    keeper: listeners.CheckpointWriter,
+    told: _Listeners,
     reporter: listeners.Reporter,
-    callback: listeners.Callback,
     profile: compilation.Profile,
     requests: signals.Requests,
 ) -> None:
@@ -155,25 +155,25 @@ def _follow(
     chunk_seconds = _CHUNK_SECONDS * len(sweep.program.slices)
     while True:
         epoch = sweep.epoch
-        if epoch in schedule.measured and epoch > max(recorder.epochs, default=-1):
+        if epoch in schedule.measured and epoch > max(told.history.epochs, default=-1):
             metrics, seconds = sweep.advance(0, measured=True)
             timing.on_measured(seconds)
-            recorder.on_measured(metrics, timing)
-            assert recorder.recorded is not None
-            callback.on_measured(recorder.recorded)
+            told.history.on_measured(metrics, timing)
+            assert told.history.recorded is not None
+            told.callback.on_measured(told.history.recorded)
             reporter.on_measured(metrics["nc1"][:, 0])
         is_warm = timing.epochs > 0 or epoch + 1 == schedule.last
         tracing = profile.is_wanted and is_warm
         wanted = schedule.chunk(epoch, 0.0 if tracing else chunk_seconds, timing.seconds_per_epoch)
         # All processes stop, and go on, alike. The signal is read once: what stops here is also
         # saved here.
-        stop = signal.SIGINT if callback.error else requests.signum
+        stop = signal.SIGINT if told.callback.error else requests.signum
         signum, chunk = processes.agree(stop, wanted)
         is_new = timing.epochs > 0 or epoch == 0  # no checkpoint of a resumed epoch is written anew
         if is_new and (epoch in schedule.saved or signum):
-            keeper.on_save(recorder.epochs)
-        if callback.error:
-            raise callback.error
+            told.checkpoints.on_save(told.history.epochs)
+        if told.callback.error:
+            raise told.callback.error
         if epoch == schedule.last:
             break
         if signum:

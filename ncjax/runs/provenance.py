@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from ncjax.training import mesh as parallel
+from ncjax.training import parallel
 
 _PACKAGES = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Initial weights and the order of batches depend on these settings.

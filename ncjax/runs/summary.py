@@ -10,7 +10,7 @@ from ncjax.errors import listed, printable
 from ncjax.plan import Plan
 from ncjax.report import tables
 from ncjax.runs.schedule import make_schedule
-from ncjax.training import layers, mesh
+from ncjax.training import layers, parallel
 from ncjax.training.sweep import Program
 
 
@@ -99,7 +99,7 @@ def _network(plan: Plan) -> str:
 
 
 def _mesh(program: Program) -> str:
-    run, data = (program.mesh.shape[axis] for axis in (mesh.RUN, mesh.DATA))
+    run, data = (program.mesh.shape[axis] for axis in (parallel.RUN, parallel.DATA))
     processes = jax.process_count()
     return f"{run} x {data} devices (run x data)" + (
         f" of {processes} processes" if processes > 1 else ""
@@ -118,7 +118,7 @@ def _programs(program: Program) -> str:
 
 
 def _room(program: Program) -> str:
-    limit = mesh.device_memory(program.mesh)
+    limit = parallel.device_memory(program.mesh)
     return f"which has {_bytes(limit)}" if limit else "which does not say how much it has"
 
 

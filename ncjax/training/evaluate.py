@@ -14,8 +14,8 @@ from ncjax.metrics import collapse, theory
 from ncjax.metrics.statistics import Statistics, statistics_of_passes
 from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
 from ncjax.training.layers import Structure, by_path, nest
-from ncjax.training.mesh import Share
 from ncjax.training.objective import Objective, decay_penalty
+from ncjax.training.parallel import Share
 
 # The most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in
 # a core's cache.

@@ -14,12 +14,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
-from ncjax.training import layers, models, optim
-from ncjax.training import mesh as parallel
+from ncjax.training import layers, models, optim, parallel
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, Split, evaluate
-from ncjax.training.mesh import DATA, RUN, Share
 from ncjax.training.objective import Objective
+from ncjax.training.parallel import DATA, RUN, Share
 
 
 class Hyper(NamedTuple):

@@ -16,20 +16,27 @@ from ncjax import environment
 from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
-from ncjax.training import layers, models
-from ncjax.training import mesh as parallel
-from ncjax.training import program as train
+from ncjax.training import layers, models, parallel
 from ncjax.training.objective import Objective
+from ncjax.training.program import (
+    Recipe,
+    RunState,
+    host_data,
+    make_advance,
+    place_data,
+    start,
+    start_shapes,
+)
 
 # The share of a device's memory that a program may take; the rest is left to the allocator.
 _USABLE = 0.9
 
 
-def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> train.Recipe:
+def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recipe:
     """Returns the static part of the compiled program that a config asks for."""
     model = models.make(config.model, dataset.num_classes, config.train.precision)
     shape = dataset.center.shape
-    return train.Recipe(
+    return Recipe(
         model=model,
         structure=layers.find(model, shape, config.model.head_bias, config.train.precision),
         head_bias=config.model.head_bias,
@@ -70,7 +77,7 @@ class Program:
         # A factor that the grid does not name is 1.
         columns = dict.fromkeys(configuration.DECAY_FACTORS, [1.0] * total) | plan.grid.columns()
         self.columns = {name: np.asarray(values) for name, values in columns.items()}
-        self._data = train.host_data(plan.dataset, plan.config.train.precision)
+        self._data = host_data(plan.dataset, plan.config.train.precision)
         self.compile_seconds = 0.0
 
     def columns_of(self, part: slice) -> dict[str, np.ndarray]:
@@ -83,19 +90,17 @@ class Program:
     @functools.cached_property
     def _started(self) -> tuple:
         """The shapes of a slice's states, keys and hyperparameters."""
-        return train.start_shapes(
-            self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data
-        )
+        return start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)
 
     @property
-    def shapes(self) -> train.RunState:
+    def shapes(self) -> RunState:
         """Returns the shapes of a slice's states."""
         return self._started[0]
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
         begin = time.perf_counter()
-        compiled = train.make_advance(self.recipe, self.mesh).compile(
+        compiled = make_advance(self.recipe, self.mesh).compile(
             *self._started, self._data, 0, False
         )
         self.compile_seconds = time.perf_counter() - begin
@@ -223,7 +228,7 @@ def training_flops(model: nn.Module, structure: layers.Structure, image: tuple[i
     return total
 
 
-def _check_batch(recipe: train.Recipe, mesh: Mesh) -> None:
+def _check_batch(recipe: Recipe, mesh: Mesh) -> None:
     """Refuses batches that would need padding in a network with batch normalization.
 
     Padding has no weight in a gradient, but it would count in batch statistics.
@@ -261,12 +266,10 @@ class Sweep:
             self.program.mesh,
             self.program.columns,
         )
-        self.data = train.place_data(plan.dataset, self.mesh, plan.config.train.precision)
+        self.data = place_data(plan.dataset, self.mesh, plan.config.train.precision)
         self._states, self._fixed = [], []
         for part in self.program.slices:
-            states, *fixed = train.start(
-                self.recipe, self.mesh, self.program.columns_of(part), self.data
-            )
+            states, *fixed = start(self.recipe, self.mesh, self.program.columns_of(part), self.data)
             self._states.append(self._set_aside(states))
             self._fixed.append(fixed)
 
@@ -288,7 +291,7 @@ class Sweep:
         return _join(measurements) if measured else {}, time.perf_counter() - begin
 
     @property
-    def states(self) -> train.RunState:
+    def states(self) -> RunState:
         """The states of all runs in the order of the grid.
 
         They are on the devices if the runs fill one program without padding, else NumPy arrays.
@@ -302,14 +305,14 @@ class Sweep:
         )
 
     @property
-    def shapes(self) -> train.RunState:
+    def shapes(self) -> RunState:
         """Returns the shapes of `states`."""
         runs = self.program.slices[-1].stop
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((runs, *s.shape[1:]), s.dtype), self.program.shapes
         )
 
-    def restore(self, states: train.RunState, epoch: int) -> None:
+    def restore(self, states: RunState, epoch: int) -> None:
         """Continues from the `states` of all runs, NumPy arrays, at an epoch."""
         self.epoch = epoch
         with jax.enable_x64(True):
@@ -320,7 +323,7 @@ class Sweep:
                     parallel.place(padded, parallel.by_run(self.mesh))
                 )
 
-    def _set_aside(self, states: train.RunState) -> train.RunState:
+    def _set_aside(self, states: RunState) -> RunState:
         """Moves states to the host if slices take turns on devices that have their own memory."""
         if len(self.program.slices) == 1 or _shares_memory(self.mesh):
             return states

@@ -17,7 +17,7 @@ from ncjax.cli import measure, plot, show, train
 from ncjax.config import default_config
 from ncjax.errors import InputError
 from ncjax.report import draw, panels
-from ncjax.training import compilation, mesh
+from ncjax.training import compilation, parallel
 from tests import chaos
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -331,7 +331,7 @@ def test_a_platform_that_is_not_here_is_named(error, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
-    for start in (mesh.use_every_core, mesh.find_devices):
+    for start in (parallel.use_every_core, parallel.find_devices):
         with pytest.raises(InputError, match=r"^JAX_PLATFORMS: got 'nonsense'; "):
             start()
 
@@ -349,9 +349,9 @@ def test_a_float64_default_of_jax_changes_no_bit_of_a_run(tmp_path):
 def test_cores_are_counted_where_the_system_does_not_say_which_are_ours(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert mesh._cores() == 12
+    assert parallel._cores() == 12
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert mesh._cores() == 1
+    assert parallel._cores() == 1
 
 
 def test_windows_is_refused_in_one_line(monkeypatch, capsys, tmp_path):

@@ -212,6 +212,14 @@ def test_cross_entropy_measures_what_softmax_leaves(given_logits):
     assert got["norm_target"] == pytest.approx(np.sum(pull * head) / 1e-2, rel=1e-10)
 
 
+def test_a_negative_norm_target_is_noted():
+    h, labels, _, _ = split()
+    means = np.stack([h[labels == label].mean(0) for label in range(5)])
+    for factor, remarks in ((1e-3, 0), (1.0, 1)):
+        found = measure.measure_batches([(h, labels)], head=factor * means, weight_decay=1e-2)
+        assert (found.norm_target < 0) == remarks == len(found.notes)
+
+
 @pytest.mark.parametrize("shape", [{}, {"num_classes": 9, "dim": 4}, {"sizes": [5, 9, 12, 12, 3]}])
 def test_a_ridge_regression_is_at_equilibrium_and_its_budget_adds_up(shape):
     h, labels, _, bias = split(**shape)
@@ -1387,4 +1395,4 @@ def test_the_pytorch_examples_and_commands_of_the_documentation_run(tmp_path, mo
         main = importlib.import_module(f"ncjax.cli.{name}").main
         assert main(line.split()) == 0, capsys.readouterr().err
     assert (tmp_path / "figures" / "layers.svg").exists()
-    assert (tmp_path / "runs/mine/figures/collapse_against_epoch.pdf").exists()
+    assert (tmp_path / "runs/monitored/figures/collapse_against_epoch.pdf").exists()

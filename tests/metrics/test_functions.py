@@ -100,7 +100,7 @@ def test_bad_input_is_named(field, change):
 
 @pytest.mark.parametrize("head", [np.ones(5), np.ones((1, 5)), np.full((2, 5), np.inf)])
 def test_a_head_alone_is_checked(head):
-    with pytest.raises(InputError, match="^head: got "):
+    with pytest.raises(InputError, match=r"^head: got "):
         metrics.nc3_floor(head)
 
 

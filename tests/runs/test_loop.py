@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ncjax import plan as preflight
 from ncjax.cli import train
 from ncjax.config import default_config
 from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.plan import prepare
 from ncjax.report import tables
 from ncjax.runs import loop, signals
 from ncjax.storage.checkpoint import Checkpoints
@@ -135,7 +135,7 @@ def test_the_budget_and_lemma_2_are_identities_at_every_epoch_of_digits(precisio
     config = default_config()
     config.train.epochs, config.train.precision, config.log.epochs = 3, precision, (0, 1, 2, 3)
     config.sweep.weight_decay, config.checkpoint.every = (0.0, 1e-3), 0
-    history = loop.record(preflight.prepare(config, tmp_path))
+    history = loop.train(prepare(config, tmp_path))
     assert history["epoch"].size == 4
     for name in ("budget_residual", "lemma2_residual"):
         assert float(history[name].max()) < atol, name
@@ -195,7 +195,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
 
 
 def final_leaves(workdir):
-    plan = preflight.prepare(small_config(), workdir)
+    plan = prepare(small_config(), workdir)
     sweep = loop.Sweep(plan)
     saved = Checkpoints(workdir / "checkpoints", keep=2)
     try:
@@ -208,7 +208,7 @@ def test_interruption_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch
     def interrupted(plan):
         raise signals.Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(loop, "run", interrupted)
+    monkeypatch.setattr(loop, "train_and_show", interrupted)
     workdir = tmp_path / "run with a space"
     assert train.main(["ncjax", f"--workdir={workdir}"]) == 130
     said, command = capsys.readouterr().err.splitlines()

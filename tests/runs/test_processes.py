@@ -12,8 +12,7 @@ import pytest
 from ncjax import plan
 from ncjax.cli import train
 from ncjax.errors import InputError
-from ncjax.runs import loop
-from ncjax.runs import processes as distributed
+from ncjax.runs import loop, processes
 from ncjax.storage import checkpoint, history, lock
 from tests import chaos, meshes
 
@@ -63,7 +62,7 @@ def train_together(workdir, cache, *flags):
 def train_alone(workdir, epochs):
     config = meshes.make_config(train__epochs=epochs, train__schedule_epochs=3, log__epochs=(0, 1))
     config.checkpoint.every = 100
-    return loop.record(plan.prepare(config, workdir))
+    return loop.train(plan.prepare(config, workdir))
 
 
 def leaves(workdir, epoch):
@@ -252,7 +251,7 @@ def test_flags_go_before_the_environment():
 
 def check_same(workdir):
     config = meshes.make_config()
-    distributed.check_same(plan.examine(config, workdir))
+    processes.check_same(plan.examine(config, workdir))
 
 
 @pytest.fixture
@@ -292,12 +291,12 @@ def test_a_process_that_would_train_something_else_is_refused(beside, tmp_path, 
 def test_a_process_that_does_not_see_the_folder_or_the_checkpoint_is_refused(beside, tmp_path):
     with lock.owned(tmp_path):
         beside(0)
-        for check in (distributed.check_shared, lambda folder: distributed.check_read(folder, 4)):
+        for check in (processes.check_shared, lambda folder: processes.check_read(folder, 4)):
             with pytest.raises(InputError, match=f"^--workdir: got '{tmp_path}'; process 1 "):
                 check(tmp_path)
         beside(None)
-        distributed.check_shared(tmp_path)
-        distributed.check_read(tmp_path, None)
+        processes.check_shared(tmp_path)
+        processes.check_read(tmp_path, None)
 
 
 @pytest.mark.slow
@@ -324,5 +323,5 @@ def test_processes_of_different_folders_are_refused(tmp_path, cache, way):
 
 def test_one_process_agrees_with_itself():
     assert jax.process_count() == 1
-    assert distributed.is_leader()
-    assert distributed.agree(15, 7) == (15, 7)
+    assert processes.is_leader()
+    assert processes.agree(15, 7) == (15, 7)

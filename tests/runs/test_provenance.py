@@ -4,11 +4,11 @@ import jax
 import pytest
 
 from ncjax.runs import provenance
-from ncjax.training import mesh
+from ncjax.training import parallel
 
 
 def test_everything_that_decides_bits_is_there_as_text():
-    found = provenance.arithmetic(mesh.make_mesh(2), runs=2)
+    found = provenance.arithmetic(parallel.make_mesh(2), runs=2)
     names = {
         "ncjax",
         "jax",
@@ -28,7 +28,7 @@ def test_everything_that_decides_bits_is_there_as_text():
 
 
 def test_meshes_and_runs_differ():
-    two, one = mesh.make_mesh(4, run=2), mesh.make_mesh(4, run=1)
+    two, one = parallel.make_mesh(4, run=2), parallel.make_mesh(4, run=1)
     changed = provenance.differences(
         provenance.arithmetic(one, runs=4), provenance.arithmetic(two, runs=2)
     )

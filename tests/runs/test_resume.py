@@ -19,8 +19,8 @@ from ncjax.data import preparation
 from ncjax.errors import InputError
 from ncjax.report import draw, tables
 from ncjax.runs import inspect as holdings
-from ncjax.runs import load as runs
 from ncjax.runs import loop, provenance
+from ncjax.runs.load import load_run
 from ncjax.storage import checkpoint, history
 from tests import chaos
 
@@ -65,7 +65,7 @@ def run(workdir, **changes):
     """`changes` to the small config, with __ for a dot."""
     config = chaos.small_config()
     config.update({name.replace("__", "."): value for name, value in changes.items()})
-    return loop.record(plan.prepare(config, workdir))
+    return loop.train(plan.prepare(config, workdir))
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_continues(
@@ -575,7 +575,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, finished):
     shutil.rmtree(workdir / "checkpoints" / "6")
     run(workdir)
     finished[1].check(chaos.Outcome.of(workdir))
-    loaded = runs.load_run(workdir, weight_decay=1e-2, seed=1)
+    loaded = load_run(workdir, weight_decay=1e-2, seed=1)
     assert loaded.epoch == 6
     assert loaded.history["epoch"].values[-1] == 6
     assert show.main([str(workdir)]) == 0
@@ -594,7 +594,7 @@ def test_names_that_are_other_places_to_orbax_are_refused_before_anything_is_mad
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
     workdir.mkdir(parents=True)
-    for read in (lambda: holdings.read(workdir, {}), lambda: runs.load_run(workdir)):
+    for read in (lambda: holdings.read(workdir, {}), lambda: load_run(workdir)):
         with pytest.raises(InputError, match="for another place"):
             read()
 

@@ -79,14 +79,14 @@ def test_signals_are_python_s_own_again_once_the_run_is_left(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         signal_at(patch, 1, signal.SIGINT)
         with pytest.raises(signals.Interrupted):
-            loop.record(plan.prepare(chaos.small_config(), tmp_path))
+            loop.train(plan.prepare(chaos.small_config(), tmp_path))
     assert [signal.getsignal(signum) for signum in EXIT_CODES] == before
 
 
 def test_a_signal_after_the_last_epoch_stops_nothing(tmp_path, monkeypatch, reference):
     with monkeypatch.context() as patch:
         signal_at(patch, 6, signal.SIGTERM)
-        loop.record(plan.prepare(chaos.small_config(), tmp_path))
+        loop.train(plan.prepare(chaos.small_config(), tmp_path))
     reference.check(chaos.Outcome.of(tmp_path))
 
 
@@ -127,7 +127,7 @@ def test_a_request_that_comes_while_it_is_looked_for_still_gets_its_checkpoint(
         patch.setattr(signals.Requests, "signum", property(too_late))
         patch.setattr(tables.Progress, "measured", note)
         with pytest.raises(signals.Interrupted):
-            loop.record(plan.prepare(chaos.small_config(), tmp_path))
+            loop.train(plan.prepare(chaos.small_config(), tmp_path))
     measured_epochs = history.load(tmp_path / "history.nc")["epoch"].values.tolist()
     assert checkpoint.epochs_in(tmp_path / "checkpoints")[-1] == measured_epochs[-1]
 

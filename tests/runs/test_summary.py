@@ -6,8 +6,8 @@ import json
 import jax
 import pytest
 
-from ncjax import plan as preflight
 from ncjax.cli import train
+from ncjax.plan import examine, prepare
 from ncjax.runs import loop, summary
 from ncjax.training import compilation, program, sweep
 from tests.helpers import run, small_config
@@ -97,7 +97,7 @@ def test_a_run_says_its_plan_before_it_trains_and_where_its_profile_is(tmp_path,
     ],
 )
 def test_what_is_left_is_said_in_a_unit_one_can_read(seconds, epochs, said, tmp_path):
-    program = sweep.make_program(preflight.prepare(small_config(), tmp_path))
+    program = sweep.make_program(prepare(small_config(), tmp_path))
     assert summary.remaining(program, seconds, epochs).startswith(said)
 
 
@@ -133,6 +133,6 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_other
 
 
 def test_preview_of_a_config_that_does_not_fit_the_devices_is_refused(tmp_path):
-    plan = preflight.examine(small_config(**{"mesh.run": 5}), None)
+    plan = examine(small_config(**{"mesh.run": 5}), None)
     with pytest.raises(ValueError, match=r"config\.mesh\.run: got 5"):
         loop.preview(plan)

@@ -42,7 +42,7 @@ def normalized(tmp_path_factory):
         "sweep__learning_rate": 0.003,
     }
     folder = tmp_path_factory.mktemp("normalized")
-    loop.record(plan.prepare(make_config(**fields), folder))
+    loop.train(plan.prepare(make_config(**fields), folder))
     return folder
 
 
@@ -189,7 +189,7 @@ def test_measurements_are_of_eval_mode_and_nan_where_normalization_leaves_no_mea
 
 @pytest.mark.slow
 def test_without_normalization_every_layer_has_its_equilibrium(tmp_path):
-    recorded = loop.record(plan.prepare(make_config(train__precision="float64"), tmp_path))
+    recorded = loop.train(plan.prepare(make_config(train__precision="float64"), tmp_path))
     final = recorded.sel(weight_decay=1e-2).isel(epoch=-1)
     assert np.isfinite(final["equilibrium_residual"]).all()
     assert abs(final["lemma2_residual"]).item() < 1e-12

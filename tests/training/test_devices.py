@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ncjax.training import mesh as parallel
+from ncjax.training import parallel
 
 
 @pytest.mark.parametrize(("runs", "devices"), [(1, 1), (2, 2), (3, 2), (18, 2)])

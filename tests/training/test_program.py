@@ -11,8 +11,7 @@ import pytest
 
 from ncjax.config import DataConfig
 from ncjax.data import preparation
-from ncjax.training import layers, models, program
-from ncjax.training import mesh as parallel
+from ncjax.training import layers, models, parallel, program
 from ncjax.training.objective import Objective
 
 COLUMNS = {

@@ -71,7 +71,7 @@ def test_a_trained_unconstrained_model_meets_its_closed_form(
     config.sweep.init_scale = 1.0 if (depth, classes) == (4, 3) else 1.5
     config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
     assert (config.train.precision, config.data.per_class) == ("float64", PER_CLASS)
-    history = loop.record(plan.prepare(config, tmp_path))
+    history = loop.train(plan.prepare(config, tmp_path))
     history = history.isel(epoch=-1, seed=0).sel(split="train")
     alive, dead = history.isel(weight_decay=[0, 1]), history.isel(weight_decay=2)
     expected = closed_forms.homogeneous_solution(weight_decay[:2], gamma, depth, setting)
@@ -131,7 +131,7 @@ def test_factors_on_weight_decay_meet_the_closed_form_of_their_geometric_mean(uf
     config.sweep.weight_decay, config.sweep.seed = (0.4 * last,), (0,)
     config.sweep.learning_rate, config.sweep.init_scale = 0.03, 1.5
     config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
-    history = loop.record(plan.prepare(config, tmp_path))
+    history = loop.train(plan.prepare(config, tmp_path))
     assert history["decay_hidden"].values.tolist() == [1, 2]
     assert history["decay_head"].values.tolist() == [0.25, 1]
     final = history.isel(epoch=-1, seed=0, weight_decay=0).sel(split="train")
@@ -175,7 +175,7 @@ def test_a_bias_decayed_more_than_the_layers_meets_its_closed_form(ufm_config, t
     config.sweep.weight_decay, config.sweep.seed = (weight_decay,), (0,)
     config.sweep.learning_rate, config.sweep.init_scale = 0.03, 1.5
     config.train.epochs, config.log.epochs = EPOCHS, (EPOCHS,)
-    history = loop.record(plan.prepare(config, tmp_path))
+    history = loop.train(plan.prepare(config, tmp_path))
     run = history.isel(epoch=-1, seed=0, weight_decay=0).sel(split="train")
     for name, measured in (("epsilon", "epsilon"), ("nc3", "nc3"), ("norm_sq", "weight_norm_sq")):
         of_the_run = run[measured].sel(layer="head") if name == "norm_sq" else run[measured]

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from ncjax import config as configuration
-from ncjax import plan as preflight
 from ncjax.errors import InputError
+from ncjax.plan import prepare
 from ncjax.runs import loop
-from ncjax.training import layers, models, sweep
-from ncjax.training import mesh as parallel
+from ncjax.training import layers, models, parallel, sweep
 from ncjax.training import program as train
 from tests import chaos, meshes
 
@@ -70,7 +69,7 @@ def test_measuring_adds_up_sums_and_gathers_nothing(measured):
 
 
 def plan(tmp_path, **fields):
-    return preflight.prepare(meshes.make_config(**fields), tmp_path)
+    return prepare(meshes.make_config(**fields), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def plan(tmp_path, **fields):
 )
 def test_a_mesh_that_cannot_be_is_one_line(tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
-        loop.record(plan(tmp_path, **fields))
+        loop.train(plan(tmp_path, **fields))
 
 
 @pytest.mark.parametrize(
