@@ -57,7 +57,7 @@ def test_show_prints_every_layer_at_an_epoch(workdir, capsys):
     assert show.main([str(workdir)]) == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "nc3" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["nc3", "-", "0.0625"]
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["nc3", "-", "0.0625"]
     assert "note: fc: a note" in out
     assert show.main([str(workdir), "--epoch=2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
