@@ -215,6 +215,35 @@ def sum_of_outputs(relative: Numbers, bias_decay: Numbers) -> tuple[np.ndarray, 
     return np.where(by_bias_alone, 0.0, 1 - relative - by_bias), by_bias
 
 
+def head_sum(
+    weight_decay: np.ndarray,
+    learning_rates: np.ndarray,
+    momentum: np.ndarray,
+    *,
+    is_coupled: bool,
+) -> np.ndarray:
+    """Returns the sum of the head's rows over its initial value, before and after every step of
+    SGD: (R,), (R, T) and (R,) -> (R, T + 1).
+
+    With cross-entropy the residuals y - softmax(f) of every example add up to 0, hence so do the
+    rows of the fit term's gradient, whatever the data, the network or its normalization. The sum
+    s = 1^T W_L obeys weight decay alone:
+
+        coupled     v <- momentum v + lambda s,  s <- s - lr v;
+        decoupled   s <- s - lr lambda s.
+
+    Up to the transient of momentum this is exp(-lambda t), t = sum of lr/(1 - momentum), and
+    without 1/(1 - momentum) if decay is decoupled.
+    """
+    share, velocity = np.ones(len(weight_decay)), np.zeros(len(weight_decay))
+    shares = [share]
+    for rate in learning_rates.T:
+        velocity = weight_decay * share + (momentum * velocity if is_coupled else 0.0)
+        share = share - rate * velocity
+        shares.append(share)
+    return np.stack(shares, axis=1)
+
+
 def norm_imbalance(flow_time: Numbers, weight_decay: Numbers) -> np.ndarray:
     """Returns exp(-2 lambda t): ||W_k||^2 - ||W_l||^2 at t over its value at t = 0, for any k, l.
 

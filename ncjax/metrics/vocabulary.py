@@ -209,6 +209,11 @@ VOCABULARY |= {
     "lemma2_residual": Metric(
         "Lemma 2's residual", "largest over layers of |L - Lemma 2's right side|/L", best=0
     ),
+    "nc0_law": Metric(
+        "NC0 over its initial value, by its law",
+        "NC0 over that at epoch 0 where residuals sum to 0: step by step of cross-entropy and SGD",
+        best=0,
+    ),
     "normalized_margin": Metric(
         "normalized margin gamma",
         "gamma: margin of the class-mean outputs over the product of all ||W_k||_F",
@@ -609,7 +614,6 @@ _enter_budget(
     best=0,
     scale=(0, 1, 0),
     needs=_HEAD,
-    of_features_alone=True,
 )
 def nc0(q: Quantities) -> Array:
     return jnp.linalg.norm(q.statistics.head.sum(axis=0))

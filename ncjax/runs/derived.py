@@ -45,6 +45,7 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
         "effective_decay": weight_decay,
         "flow_time": flow_time,
         "relaxation_time": theory.relaxation_time(flow_time, relaxing),
+        "nc0_law": sweep.nc0_law[:, sweep.epoch],
         "mode_eigenvalues": theory.mode_eigenvalues(class_mean_logits),
         "closed_form_epsilon": np.where(known, solution.epsilon, np.nan),
         "closed_form_nc3": np.where(known, solution.nc3, np.nan),

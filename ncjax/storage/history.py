@@ -29,6 +29,10 @@ RELAXED = 3.0
 _COORDINATES = {"weight_decay", "seed", "epoch", "split"}
 
 
+# Variables that no version has lacked. Where a history lacks another, its version had none.
+_LASTING = ("finite", "loss", "accuracy", "nc1", "nc3", "nc4", "epsilon", "weight_norm_sq")
+
+
 def one_epoch(
     epoch: int,
     metrics: dict[str, np.ndarray],
@@ -84,8 +88,8 @@ def up_to(history: xr.Dataset, epoch: int) -> xr.Dataset:
 
 
 def missing(history: xr.Dataset) -> str:
-    """Returns the names of the first few variables that a history lacks; empty if it has all."""
-    return ", ".join(sorted({*VOCABULARY, COSINES} - set(map(str, history.variables)))[:3])
+    """Returns the names of variables of every version that a history lacks; empty if it has all."""
+    return ", ".join(sorted({*_LASTING, COSINES} - set(map(str, history.variables)))[:3])
 
 
 def extinct(history: xr.Dataset) -> xr.DataArray:
@@ -206,24 +210,36 @@ def _read_verified(path: Path) -> bytes:
 
 
 def _renewed(history: xr.Dataset) -> xr.Dataset:
-    """Renames and restores variables of a history that an older version has written.
+    """Gives a history that an older version has written the variables of this one.
 
-    `nc3_floor` used to be the nc3 of a symmetric solution, as the definition stored with the
-    variable says. The true floor follows from other variables of such a history: 1 - nc3/2 = (1 -
-    nc3_centered/2) ||P W_L||_F/||W_L||_F.
+    Metrics that the version did not have are NaN. `nc3_floor` used to be the nc3 of a symmetric
+    solution, as the definition stored with the variable says. The true floor follows from other
+    variables of such a history: 1 - nc3/2 = (1 - nc3_centered/2) ||P W_L||_F/||W_L||_F.
     """
+    if not set(_LASTING) <= set(history):  # it is damaged, as will be said of it
+        return history
     floor, symmetric = VOCABULARY["nc3_floor"], VOCABULARY["symmetric_nc3"]
     if (
-        "nc3_floor" not in history
-        or history["nc3_floor"].attrs.get("definition") != symmetric.definition
+        "nc3_floor" in history
+        and history["nc3_floor"].attrs.get("definition") == symmetric.definition
     ):
-        return history
-    history = history.rename(nc3_floor="symmetric_nc3")
-    if not {"nc3", "nc3_centered"} <= set(history):
-        return history
-    duality, centred = (
-        history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered")
-    )
-    share = ((2 - duality.astype(np.float64)) / (2 - centred.astype(np.float64))).clip(max=1)
-    restored = (2 - 2 * share).astype(duality.dtype).assign_attrs(floor.attributes)
-    return history.assign(nc3_floor=restored)
+        history = history.rename(nc3_floor="symmetric_nc3")
+        duality, centred = (
+            history[name].sel(split="train", drop=True) for name in ("nc3", "nc3_centered")
+        )
+        share = ((2 - duality.astype(np.float64)) / (2 - centred.astype(np.float64))).clip(max=1)
+        restored = (2 - 2 * share).astype(duality.dtype).assign_attrs(floor.attributes)
+        history = history.assign(nc3_floor=restored)
+    return history.assign(_unknown(history))
+
+
+def _unknown(history: xr.Dataset) -> dict[str, xr.DataArray]:
+    """Returns the variables that a history lacks, each NaN."""
+    alike = xr.full_like(history["finite"], np.nan, dtype=history["nc1"].dtype)
+    lacking = {name: metric for name, metric in VOCABULARY.items() if name not in history}
+    unknown = {}
+    for name, metric in lacking.items():
+        sizes = {dim: history.sizes[dim] for dim in metric.dims}
+        values = alike.expand_dims(sizes).transpose(..., *metric.dims)
+        unknown[name] = values.assign_attrs(metric.attributes)
+    return unknown

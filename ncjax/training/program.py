@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
+from ncjax.metrics import closed_forms
 from ncjax.training import layers, models, optim, parallel
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, Split, evaluate
@@ -366,6 +367,16 @@ def _beginning(
     return begin, seeds, hyper
 
 
+def _schedule_shape(recipe: Recipe, epochs: int) -> np.ndarray:
+    """Returns the learning rate at each step of so many epochs, as a share of its initial value, in
+    float64.
+    """
+    steps = np.arange(epochs * recipe.steps_per_epoch)
+    with jax.enable_x64(True):
+        total = recipe.epochs * recipe.steps_per_epoch
+        return np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), total))
+
+
 def flow_time(
     recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray
 ) -> np.ndarray:
@@ -373,11 +384,25 @@ def flow_time(
 
     Shapes are (R,) runs and (E,) epochs -> (R, E). It is NaN for Adam, which has no flow time.
     """
-    steps = np.arange(max(epochs) * recipe.steps_per_epoch)
-    with jax.enable_x64(True):
-        total = recipe.epochs * recipe.steps_per_epoch
-        shape = np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), total))
+    shape = _schedule_shape(recipe, int(max(epochs)))
     elapsed = np.concatenate([[0.0], np.cumsum(shape)])[np.asarray(epochs) * recipe.steps_per_epoch]
     pace = np.asarray(learning_rate) / (1 - np.asarray(momentum))
     has_clock = OPTIMIZERS[recipe.optimizer].follows_flow
     return (pace if has_clock else np.full_like(pace, np.nan))[:, None] * elapsed
+
+
+def nc0_law(recipe: Recipe, columns: Mapping[str, np.ndarray], epochs: int) -> np.ndarray:
+    """Returns NC0 over its initial value at the end of each epoch, (R, epochs + 1), in float64.
+
+    It is NaN unless the loss is cross-entropy and the optimizer SGD, see `closed_forms.head_sum`.
+    """
+    runs = len(columns["weight_decay"])
+    if recipe.objective.loss != "cross_entropy" or recipe.optimizer != "sgd":
+        return np.full((runs, epochs + 1), np.nan)
+    share = closed_forms.head_sum(
+        columns["weight_decay"] * columns["decay_head"],
+        np.outer(columns["learning_rate"], _schedule_shape(recipe, epochs)),
+        columns["momentum"],
+        is_coupled=recipe.decay == "coupled",
+    )
+    return np.abs(share[:, :: recipe.steps_per_epoch])

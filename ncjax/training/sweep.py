@@ -23,6 +23,7 @@ from ncjax.training.program import (
     RunState,
     host_data,
     make_advance,
+    nc0_law,
     place_data,
     start,
     start_shapes,
@@ -272,6 +273,11 @@ class Sweep:
             states, *fixed = start(self.recipe, self.mesh, self.program.columns_of(part), self.data)
             self._states.append(self._set_aside(states))
             self._fixed.append(fixed)
+
+    @functools.cached_property
+    def nc0_law(self) -> np.ndarray:
+        """NC0 of every run over its initial value, by epoch, see `program.nc0_law`."""
+        return nc0_law(self.recipe, self.columns, self.plan.config.train.epochs)
 
     def compile(self) -> None:
         """Compiles the program, unless `make_program` already has, to learn its memory."""

@@ -278,3 +278,24 @@ def test_a_bias_decayed_as_the_weights_always_leaves_a_simplex_etf():
     by_weights, by_bias = closed_forms.sum_of_outputs(4 * weight_decay, weight_decay)
     np.testing.assert_array_equal(by_weights, 0)
     np.testing.assert_allclose(by_bias, 1 / (1 + weight_decay), rtol=1e-15)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.97])
+def test_the_sum_of_the_heads_rows_tends_to_its_exponential_law(momentum):
+    """A linear recurrence has a closed form in powers of its roots; for small steps it is
+    exp(-lambda t).
+    """
+    decay, rate, steps = np.array([0.02, 0.5]), 1e-3, 3000
+    rates = np.full((2, steps), rate)
+    share = closed_forms.head_sum(decay, rates, np.full(2, momentum), is_coupled=True)
+    # s_{k+1} = (1 + m - lr lambda) s_k - m s_{k-1}, s_0 = 1, s_1 = 1 - lr lambda.
+    for run, weight_decay in enumerate(decay):
+        roots = np.roots([1, -(1 + momentum - rate * weight_decay), momentum])
+        start = np.array([1, 1 - rate * weight_decay])
+        weights = np.linalg.solve(np.vander(roots, 2, increasing=True).T, start)
+        expected = (roots ** np.arange(steps + 1)[:, None]) @ weights
+        np.testing.assert_allclose(share[run], expected, rtol=1e-9)
+    time = rate * steps / (1 - momentum)
+    np.testing.assert_allclose(share[:, -1], np.exp(-decay * time), rtol=0.03)
+    alone = closed_forms.head_sum(decay, rates, np.full(2, momentum), is_coupled=False)
+    np.testing.assert_allclose(alone[:, -1], (1 - rate * decay) ** steps, rtol=1e-12)
