@@ -225,7 +225,22 @@ def test_a_history_of_today_without_symmetric_nc3_keeps_its_floor(grid, tmp_path
     """Its definition says which of the two a variable is, not what stands beside it."""
     dataset = labelled(0, grid).drop_vars("symmetric_nc3")
     history.save(dataset, tmp_path / "history.nc")
-    xr.testing.assert_identical(history.load(tmp_path / "history.nc"), dataset)
+    loaded = history.load(tmp_path / "history.nc")
+    xr.testing.assert_identical(loaded.drop_vars("symmetric_nc3"), dataset)
+
+
+def test_a_metric_that_an_older_version_did_not_have_is_nan(grid, tmp_path):
+    whole = labelled(0, grid)
+    names = ["nc0", "class_epsilon", "equilibrium_residual"]
+    history.save(whole.drop_vars(names), tmp_path / "history.nc")
+    loaded = history.load(tmp_path / "history.nc")
+    xr.testing.assert_identical(loaded.drop_vars(names), whole.drop_vars(names))
+    for name in names:
+        assert loaded[name].dims == whole[name].dims
+        assert loaded[name].attrs == whole[name].attrs
+        assert loaded[name].isnull().all()
+    grown = history.append(loaded, labelled(10, grid))
+    np.testing.assert_array_equal(grown["nc0"].sel(epoch=10), labelled(10, grid)["nc0"][..., 0])
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(grid, tmp_path):

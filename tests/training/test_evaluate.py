@@ -104,6 +104,7 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
         | predictions
         | oracle_geometry(w[2].T, "head")
         | {
+            "nc0": np.linalg.norm(w[2].T.sum(0)),
             "nc3_floor": oracle_nc3_floor(w[2].T),
             "weight_norm_sq": norms_sq,
             "norm_target": residual_dot_logit / weight_decay if weight_decay else np.nan,
