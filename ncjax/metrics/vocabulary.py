@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
     from jax import Array
 
-    from ncjax.metrics import collapse, linalg, statistics, theory
+    from ncjax.metrics import bounds, collapse, linalg, statistics, theory
 else:
 
     class _Lazy:
@@ -33,8 +33,9 @@ else:
 
     Array = Any
     jax, jnp = _Lazy("jax"), _Lazy("jax.numpy")
-    collapse, linalg, statistics, theory = (
-        _Lazy(f"ncjax.metrics.{name}") for name in ("collapse", "linalg", "statistics", "theory")
+    bounds, collapse, linalg, statistics, theory = (
+        _Lazy(f"ncjax.metrics.{name}")
+        for name in ("bounds", "collapse", "linalg", "statistics", "theory")
     )
 
 
@@ -108,13 +109,67 @@ class Quantities:
         )
 
     @functools.cached_property
-    def budget(self) -> dict[str, Array]:
-        """The equilibrium budget: shares, norms and what they leave."""
+    def budget_terms(self) -> "theory.Budget":
         split = self.statistics
         gradient = split.fit_gradient + split.weight_decay * split.head
         covariance = split.covariance / self.total
-        terms = theory.budget(split.mean_residuals, split.means, covariance, gradient)
-        return theory.budget_account(terms, split.head, split.weight_decay)
+        return theory.budget(split.mean_residuals, split.means, covariance, gradient)
+
+    @functools.cached_property
+    def budget(self) -> dict[str, Array]:
+        """The equilibrium budget: shares, norms and what they leave."""
+        split = self.statistics
+        return theory.budget_account(self.budget_terms, split.head, split.weight_decay)
+
+    @functools.cached_property
+    def t(self) -> Array:
+        """The factor of I - J/C in the mean residuals: epsilon + delta."""
+        return self.interpolation["epsilon"] + self.interpolation["delta"]
+
+    @functools.cached_property
+    def duality_bounds(self) -> "bounds.DualityBounds":
+        split = self.statistics
+        floor = collapse.nc3_floor(split.head, self.class_weights)
+        return bounds.bound_duality(
+            self.budget_terms, split.head, floor, self.t, split.weight_decay
+        )
+
+    @functools.cached_property
+    def gram_bounds(self) -> "bounds.GramBounds":
+        """Bounds on NC2 of the class means."""
+        deviations = bounds.gram_deviations(
+            self.budget_terms,
+            self.centred,
+            self.logit_part.rest,
+            self.t,
+            self.statistics.weight_decay,
+        )
+        return bounds.bound_gram(deviations, self.centred)
+
+    @functools.cached_property
+    def scatter_bound(self) -> "bounds.ScatterBound":
+        split = self.statistics
+        return bounds.bound_scatter(
+            split.head,
+            split.head_scatter / self.total,
+            self.centred,
+            split.basis,
+            split.spectrum,
+            nc1(self),
+            self.t,
+            split.weight_decay,
+        )
+
+    @functools.cached_property
+    def logit_scatter(self) -> Array:
+        """mean ||W (h - mu_c)||^2, the scatter of outputs W h within classes."""
+        return jnp.sum(self.statistics.head_scatter * self.statistics.head) / self.total
+
+    @functools.cached_property
+    def mean_square_logit(self) -> Array:
+        """mean ||W h||^2."""
+        between = self.statistics.examples @ jnp.sum(self.class_mean_logits**2, axis=1)
+        return self.logit_scatter + between / self.total
 
 
 class Metric(NamedTuple):
@@ -174,6 +229,7 @@ _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
+_SCATTER = ("head_scatter", "basis", "head_spectrum")
 
 VOCABULARY |= {
     "finite": Metric(
@@ -300,6 +356,44 @@ def nc1_row_space(q: Quantities) -> Array:
 
 
 @_metric(
+    "bound on NC1",
+    "(C/t (lambda (mean ||K^+ P W_L d||^2)^(1/2) + (mean ||K^+ R d||^2)^(1/2)))^2 >= nc1, d = h - "
+    "mu_c, K the Gram matrix of the centred means, R = P (asymmetry + within + gradient)",
+    best=0,
+    needs=(*_THEORY, *_SCATTER),
+    of_equal_classes=True,
+)
+def nc1_bound(q: Quantities) -> Array:
+    return q.scatter_bound.nc1
+
+
+@_metric(
+    "bound on NC1: share of outputs",
+    "share of the first term, the scatter of outputs, in the root of nc1_bound; the second is what "
+    "the deviations from the theorem make of the scatter of features",
+    most=1,
+    needs=(*_THEORY, *_SCATTER),
+    of_equal_classes=True,
+)
+def nc1_bound_outputs(q: Quantities) -> Array:
+    return q.scatter_bound.share_outputs
+
+
+@_metric(
+    "bound on scatter in the head's row space",
+    "mean ||W_L d||^2/(sigma_min(W_L)^2 tr(Sigma_W)) >= nc1_row_space, sigma_min the least nonzero "
+    "singular value; mean ||W_L d||^2 = C output_spread^2 with the square loss",
+    dims=_SPLIT,
+    best=0,
+    needs=("head", *_SCATTER),
+)
+def nc1_row_space_bound(q: Quantities) -> Array:
+    spectrum = q.statistics.head_spectrum
+    least = jnp.min(jnp.where(spectrum > 0, spectrum, jnp.inf))
+    return q.logit_scatter / (least**2 * q.trace_within)
+
+
+@_metric(
     "CDNV", "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)", dims=_SPLIT, best=0
 )
 def cdnv(q: Quantities) -> Array:
@@ -360,6 +454,68 @@ def etf_error(q: Quantities) -> Array:
     return q.pairs["etf_error"]
 
 
+_NC2_BOUND = (
+    "from |K - u P| <= sum over causes of their part of K entry by entry, K the Gram matrix of the "
+    "centred means, u P the nearest multiple of P = I - J/C"
+)
+
+
+@_metric(
+    "bound on the distance to a simplex ETF",
+    f"at least etf_error; {_NC2_BOUND}",
+    most=math.sqrt(2),
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_etf(q: Quantities) -> Array:
+    return q.gram_bounds.etf
+
+
+@_metric(
+    "bound on NC2 norms, class means",
+    f"at least nc2_equinorm_means; {_NC2_BOUND}",
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_equinorm(q: Quantities) -> Array:
+    return q.gram_bounds.equinorm
+
+
+@_metric(
+    "bound on NC2 angles, class means",
+    f"at least nc2_equiangular_means; {_NC2_BOUND}",
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_equiangular(q: Quantities) -> Array:
+    return q.gram_bounds.equiangular
+
+
+def _gram_share(place: int) -> _Function:
+    return lambda q: q.gram_bounds.shares[place]
+
+
+# Causes that keep the class means from a simplex ETF, in the order of `bounds.gram_deviations`.
+GRAM_CAUSES = {
+    "asymmetry": "P asymmetry Mdot: residuals differ between classes",
+    "within": "P within Mdot: examples of a class differ",
+    "gradient": "P gradient Mdot: not at equilibrium yet",
+    "outputs": "lambda P E P, E of the class-mean outputs: they differ between classes",
+}
+for _place, (_cause, _definition) in enumerate(GRAM_CAUSES.items()):
+    VOCABULARY[f"nc2_share_{_cause}"] = Metric(
+        f"bounds on NC2: share of {_cause}",
+        f"share in the squared size of the bound on K - u P of {_definition}",
+        most=1,
+        needs=_THEORY,
+        of_equal_classes=True,
+        function=_gram_share(_place),
+    )
+
+
 @_metric(
     "NC3", "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2", dims=_SPLIT, most=4, best=0, needs=_HEAD
 )
@@ -391,6 +547,32 @@ def nc3_floor(q: Quantities) -> Array:
 
 
 @_metric(
+    "bound on NC3",
+    "at least nc3: the least of 2 - (2 - nc3_centered_bound)(1 - nc3_floor/2) and 2 - 2 (1 - "
+    "s^2)^(1/2), s as in nc3_centered_bound of the budget itself",
+    most=2,
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc3_bound(q: Quantities) -> Array:
+    return q.duality_bounds.nc3
+
+
+@_metric(
+    "bound on NC3, centred head",
+    "2 - 2 (1 - s^2)^(1/2) >= nc3_centered, s the least of sum ||P X, orthogonal to P W_L||/"
+    "||theorem|| and sum ||P X, orthogonal to theorem||/||lambda P W_L|| over the budget's X",
+    most=2,
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc3_centered_bound(q: Quantities) -> Array:
+    return q.duality_bounds.nc3_centered
+
+
+@_metric(
     "NC4",
     "share of examples whose largest output is not that of the nearest class mean",
     dims=_SPLIT,
@@ -400,6 +582,31 @@ def nc3_floor(q: Quantities) -> Array:
 )
 def nc4(q: Quantities) -> Array:
     return q.statistics.disagreements / q.total
+
+
+@_metric(
+    "bound on NC4",
+    "1 - accuracy + share of examples with ||Mdot^+ (h - mu_c)|| >= r_c, r_c the least over c' of "
+    "||v||^2/(2 ||Mdot^T v||), v = mu_c' - mu_c: at least nc4, and where it is 0, so is nc4",
+    dims=_SPLIT,
+    most=1,
+    best=0,
+    needs=("correct", "outlying"),
+)
+def nc4_bound(q: Quantities) -> Array:
+    return jnp.minimum(1 - accuracy(q) + q.statistics.outlying / q.total, 1)
+
+
+@_metric(
+    "bound on NC4 by NC1",
+    "1 - accuracy + nc1/r^2 >= nc4_bound, r the least of its r_c: 1 - accuracy + 2 nc1 of an ETF",
+    dims=_SPLIT,
+    most=1,
+    best=0,
+    needs=("correct", "outlying"),
+)
+def nc4_bound_nc1(q: Quantities) -> Array:
+    return bounds.bound_nc4(nc1(q), q.centred, accuracy(q))
 
 
 @_metric(
@@ -493,6 +700,17 @@ def equilibrium_residual(q: Quantities) -> Array:
 VOCABULARY["lemma2_residual"] = Metric(
     "Lemma 2's residual", "largest over layers of |L - Lemma 2's right side|/L", best=0
 )
+
+
+@_metric(
+    "floor of the fit loss",
+    "mean<r, f - b>^2/(2 mean ||f - b||^2) <= fit_loss; mean<r, f - b> is lambda ||W_k||_F^2 of "
+    "every layer at equilibrium",
+    needs=("residual_dot_logit", "head_scatter", "covariance"),
+    scale=(0, 0, 2),
+)
+def fit_loss_floor(q: Quantities) -> Array:
+    return bounds.fit_loss_floor(q.statistics.residual_dot_logit, q.mean_square_logit)
 
 
 @_metric(
