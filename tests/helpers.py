@@ -101,7 +101,6 @@ def oracle_bounds(features, residuals, labels, head, weight_decay) -> dict[str, 
     m_dot = mu @ across
     t, q, rest = oracle_symmetric_part(r_bar)
     deviation = h - mu.T[labels]
-    sigma = deviation.T @ deviation / total
     theorem = t / num_classes * m_dot.T
     mean = q / num_classes * np.outer(np.ones(num_classes), mu.mean(1))
     others = {
@@ -130,7 +129,7 @@ def oracle_bounds(features, residuals, labels, head, weight_decay) -> dict[str, 
     u = np.trace(gram) / (num_classes - 1)
     factor = num_classes / t if t > 0 else np.nan
     parts = {name: -factor * across @ x @ m_dot for name, x in others.items()}
-    a, _, unlike = oracle_symmetric_part(head @ mu)
+    _, _, unlike = oracle_symmetric_part(head @ mu)
     parts["outputs"] = factor * weight_decay * across @ unlike @ across
     for name, x in parts.items():
         symmetric = (x + x.T) / 2
@@ -241,7 +240,6 @@ def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, f
         "etf_error": np.sqrt(np.sum((gram / np.sqrt(np.sum(gram**2)) - etf) ** 2)),
         "nc3": distance(head),
         "nc3_centered": distance(head - head.mean(0)),
-        **oracle_nc4_bounds(h, f, labels, head),
         "nc4": np.mean([a != b for a, b in zip(nearest, winner, strict=True)]),
         "epsilon": epsilon,
         "delta": delta,

@@ -104,8 +104,8 @@ class Certificate(NamedTuple):
       radii_sq: the squared radius of each class, see `radii_sq`.
     """
 
-    inverse: Float[Array, " k"]
-    radii_sq: Float[Array, " C"]
+    inverse: Float[Array | np.ndarray, " k"]
+    radii_sq: Float[Array | np.ndarray, " C"]
 
     def is_outside(self, along_means: Float[Array, "B k"], labels: Int[Array, " B"]) -> Array:
         """Returns for each example whether it is not in the ball of its class.
@@ -118,18 +118,24 @@ class Certificate(NamedTuple):
         return distances_sq >= self.radii_sq[labels]
 
 
-def certificate(
-    centred: Float[Array, "C p"], basis: Float[Array, "k p"], spectrum: Float[Array, " k"]
-) -> Certificate:
+def certificate(centred: Float[Array, "C p"], spectrum: Float[Array, " k"]) -> Certificate:
     """Returns the certificate of centred class means.
 
     Args:
-      basis: the left singular vectors of Mdot as rows.
       spectrum: the singular values of Mdot/sqrt(C); directions in which it is 0 are left out.
     """
     kept = spectrum > 0
     values = jnp.where(kept, spectrum, 1) * jnp.sqrt(len(centred))
     return Certificate(jnp.where(kept, 1 / values, 0), radii_sq(centred))
+
+
+def certificate_of_split(means: ClassMeans, frame: Frame) -> Certificate:
+    """Returns the certificate of class means, computed in float64, in the type of the features."""
+    dtype = means.features.dtype
+    with jax.enable_x64(True):
+        centred = centred_means(means.features.astype(jnp.float64))
+        reach = certificate(centred, frame.singular_values)
+        return jax.tree.map(lambda a: a.astype(dtype), reach)
 
 
 def radii_sq(centred: Float[Array | np.ndarray, "C p"]) -> Any:

@@ -143,13 +143,17 @@ def class_statistics(
     head: Float[Array, "C p"] | None = None,
     bias: Float[Array, " C"] | None = None,
     logits: Float[Array, "N C"] | None = None,
+    weight_decay: Float[Array, ""] | None = None,
 ) -> Statistics:
     """Computes the statistics of examples in memory; it works under `jit`, `vmap` and the like.
 
     The outputs are `logits` if given, else W h + b if there is a head. Residuals are those of the
-    square loss with one-hot targets. The arithmetic is float64 if JAX has it enabled, else float32.
+    square loss with one-hot targets. With a weight decay, the equilibrium of the head is of a loss
+    with this lambda. The arithmetic is float64 if JAX has it enabled, else float32.
     """
-    h, head, bias, logits = jax.tree.map(lambda a: a.astype(wide()), (features, head, bias, logits))
+    h, head, bias, logits, weight_decay = jax.tree.map(
+        lambda a: a.astype(wide()), (features, head, bias, logits, weight_decay)
+    )
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=wide())
     examples = one_hot.sum(0)
     means = one_hot.T @ h / examples[:, None]
@@ -167,16 +171,12 @@ def class_statistics(
         "basis": basis,
     }
     if head is not None:
-        head_spectrum, head_basis = collapse.span(head, tolerance, min(head.shape))
-        fields |= {
-            "head_spectrum": head_spectrum,
-            "in_row_space": jnp.sum((deviation @ head_basis.T) ** 2),
-            "head_scatter": head @ deviation.T @ deviation,
-        }
+        _, head_basis = collapse.span(head, tolerance, min(head.shape))
+        fields["in_row_space"] = jnp.sum((deviation @ head_basis.T) ** 2)
         logits = h @ head.T + (0 if bias is None else bias[None]) if logits is None else logits
     if logits is not None:
         nearest = collapse.nearest_mean((h - center[None]) @ centred.T, jnp.sum(centred**2, axis=1))
-        reach = collapse.certificate(centred, basis, spectrum)
+        reach = collapse.certificate(centred, spectrum)
         residuals = one_hot - logits
         mean_residuals = one_hot.T @ residuals / examples[:, None]
         fields |= {
@@ -186,4 +186,11 @@ def class_statistics(
             "mean_residuals": mean_residuals,
             "residual_norm": jnp.linalg.norm(residuals - mean_residuals[labels]),
         }
+        if head is not None and weight_decay is not None:
+            fields |= {
+                "covariance": (residuals - mean_residuals[labels]).T @ deviation,
+                "fit_gradient": -residuals.T @ h / len(h),
+                "head_scatter": (deviation @ head.T).T @ deviation,
+                "weight_decay": weight_decay,
+            }
     return Statistics(examples, means, center, spectrum, head=head, **fields)

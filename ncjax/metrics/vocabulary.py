@@ -229,7 +229,7 @@ _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
-_SCATTER = ("head_scatter", "basis", "head_spectrum")
+_SCATTER = ("head_scatter", "basis")
 
 VOCABULARY |= {
     "finite": Metric(
@@ -357,8 +357,7 @@ def nc1_row_space(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC1",
-    "(C/t (lambda (mean ||K^+ P W_L d||^2)^(1/2) + (mean ||K^+ R d||^2)^(1/2)))^2 >= nc1, d = h - "
-    "mu_c, K the Gram matrix of the centred means, R = P (asymmetry + within + gradient)",
+    "at least nc1, by the scatter of outputs and what deviations from the theorem make of scatter",
     best=0,
     needs=(*_THEORY, *_SCATTER),
     of_equal_classes=True,
@@ -369,8 +368,7 @@ def nc1_bound(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC1: share of outputs",
-    "share of the first term, the scatter of outputs, in the root of nc1_bound; the second is what "
-    "the deviations from the theorem make of the scatter of features",
+    "share of the scatter of outputs in the root of nc1_bound",
     most=1,
     needs=(*_THEORY, *_SCATTER),
     of_equal_classes=True,
@@ -381,11 +379,10 @@ def nc1_bound_outputs(q: Quantities) -> Array:
 
 @_metric(
     "bound on scatter in the head's row space",
-    "mean ||W_L d||^2/(sigma_min(W_L)^2 tr(Sigma_W)) >= nc1_row_space, sigma_min the least nonzero "
-    "singular value; mean ||W_L d||^2 = C output_spread^2 with the square loss",
+    "mean ||W_L (h - mu_c)||^2/(sigma_min(W_L)^2 tr(Sigma_W)): at least nc1_row_space",
     dims=_SPLIT,
     best=0,
-    needs=("head", *_SCATTER),
+    needs=("head", "head_scatter", "head_spectrum"),
 )
 def nc1_row_space_bound(q: Quantities) -> Array:
     spectrum = q.statistics.head_spectrum
@@ -454,10 +451,7 @@ def etf_error(q: Quantities) -> Array:
     return q.pairs["etf_error"]
 
 
-_NC2_BOUND = (
-    "from |K - u P| <= sum over causes of their part of K entry by entry, K the Gram matrix of the "
-    "centred means, u P the nearest multiple of P = I - J/C"
-)
+_NC2_BOUND = "from the parts that the budget's terms have in the Gram matrix of the centred means"
 
 
 @_metric(
@@ -508,7 +502,7 @@ GRAM_CAUSES = {
 for _place, (_cause, _definition) in enumerate(GRAM_CAUSES.items()):
     VOCABULARY[f"nc2_share_{_cause}"] = Metric(
         f"bounds on NC2: share of {_cause}",
-        f"share in the squared size of the bound on K - u P of {_definition}",
+        f"share in the bounds on NC2 of {_definition}",
         most=1,
         needs=_THEORY,
         of_equal_classes=True,
@@ -548,8 +542,7 @@ def nc3_floor(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC3",
-    "at least nc3: the least of 2 - (2 - nc3_centered_bound)(1 - nc3_floor/2) and 2 - 2 (1 - "
-    "s^2)^(1/2), s as in nc3_centered_bound of the budget itself",
+    "at least nc3, by nc3_centered_bound and nc3_floor, or by angles between terms of the budget",
     most=2,
     best=0,
     needs=_THEORY,
@@ -561,8 +554,7 @@ def nc3_bound(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC3, centred head",
-    "2 - 2 (1 - s^2)^(1/2) >= nc3_centered, s the least of sum ||P X, orthogonal to P W_L||/"
-    "||theorem|| and sum ||P X, orthogonal to theorem||/||lambda P W_L|| over the budget's X",
+    "at least nc3_centered, by angles between terms of the budget with rows centred",
     most=2,
     best=0,
     needs=_THEORY,
@@ -586,8 +578,7 @@ def nc4(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC4",
-    "1 - accuracy + share of examples with ||Mdot^+ (h - mu_c)|| >= r_c, r_c the least over c' of "
-    "||v||^2/(2 ||Mdot^T v||), v = mu_c' - mu_c: at least nc4, and where it is 0, so is nc4",
+    "1 - accuracy + share of examples too far from their class mean to be certain: at least nc4",
     dims=_SPLIT,
     most=1,
     best=0,
@@ -599,7 +590,7 @@ def nc4_bound(q: Quantities) -> Array:
 
 @_metric(
     "bound on NC4 by NC1",
-    "1 - accuracy + nc1/r^2 >= nc4_bound, r the least of its r_c: 1 - accuracy + 2 nc1 of an ETF",
+    "1 - accuracy + nc1/r^2, r the radius about class means: at least nc4; r^2 = 1/2 of an ETF",
     dims=_SPLIT,
     most=1,
     best=0,

@@ -126,7 +126,7 @@ def evaluate(
             frame: collapse.Frame,
             held: tuple,
         ) -> Statistics:
-            reach = _certificate(means, frame)
+            reach = collapse.certificate_of_split(means, frame)
 
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 h, f = held if held else _forward(variables, data.normalize(images), model)
@@ -166,15 +166,6 @@ def evaluate(
                 if metric.of_equal_classes
             }
         return _masked(metrics, params, loss[0], head.dtype)
-
-
-def _certificate(means: collapse.ClassMeans, frame: collapse.Frame) -> collapse.Certificate:
-    """Returns the certificate of class means in the type of the features."""
-    dtype = means.features.dtype
-    with jax.enable_x64(True):
-        centred = collapse.centred_means(means.features.astype(jnp.float64))
-        reach = collapse.certificate(centred, frame.basis, frame.singular_values)
-        return jax.tree.map(lambda a: a.astype(dtype), reach)
 
 
 def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:

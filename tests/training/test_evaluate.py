@@ -14,6 +14,7 @@ from tests.helpers import (
     oracle_by_class,
     oracle_geometry,
     oracle_nc3_floor,
+    oracle_nc4_bounds,
     oracle_row_space_bound,
     oracle_split,
     oracle_symmetric_part,
@@ -83,6 +84,7 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             "fit_loss": fit,
             "loss": fit + penalty,
             "accuracy": np.mean(f.argmax(1) == labels),
+            **oracle_nc4_bounds(h, f, labels, w[2].T),
             "nc1_row_space_bound": oracle_row_space_bound(h, labels, w[2].T),
         }
         by_split.append(metrics)
