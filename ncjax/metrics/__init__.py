@@ -10,22 +10,30 @@ if TYPE_CHECKING:
         cdnv,
         etf_error,
         nc1,
+        nc1_bound,
         nc1_trace_ratio,
+        nc2_bound,
         nc2_equiangular,
         nc2_equinorm,
         nc3,
+        nc3_bound,
         nc4,
+        nc4_bound,
     )
 
 __all__ = [
     "cdnv",
     "etf_error",
     "nc1",
+    "nc1_bound",
     "nc1_trace_ratio",
+    "nc2_bound",
     "nc2_equiangular",
     "nc2_equinorm",
     "nc3",
+    "nc3_bound",
     "nc4",
+    "nc4_bound",
 ]
 
 
