@@ -57,6 +57,131 @@ def oracle_symmetric_part(matrix: np.ndarray) -> tuple[float, float, np.ndarray]
     return u, v, matrix - u * across - v * average
 
 
+def oracle_nc4_bounds(features, outputs, labels, head) -> dict[str, float]:
+    """Both bounds on NC4: an example counts unless its deviation, in the metric in which the class
+    means are orthonormal, is below the radius of its class.
+    """
+    h, labels = np.asarray(features, np.float64), np.asarray(labels)
+    classes = range(len(head))
+    mu = np.stack([h[labels == c].mean(0) for c in classes])
+    m_dot = (mu - mu.mean(0)).T
+    inverse = np.linalg.pinv(m_dot, rcond=1e-5)
+    radii = []
+    for c in classes:
+        steps = [mu[other] - mu[c] for other in classes if other != c]
+        radii.append(min(v @ v / (2 * np.linalg.norm(m_dot.T @ v)) for v in steps))
+    distances = [np.linalg.norm(inverse @ (x - mu[c])) for x, c in zip(h, labels, strict=True)]
+    wrong = np.mean(np.argmax(outputs, 1) != labels)
+    outside = np.mean([d >= radii[c] for d, c in zip(distances, labels, strict=True)])
+    return {
+        "nc4_bound": min(1, wrong + outside),
+        "nc4_bound_nc1": min(1, wrong + np.mean(np.square(distances)) / min(radii) ** 2),
+    }
+
+
+def oracle_row_space_bound(features, labels, head) -> float:
+    h, labels, head = np.asarray(features, np.float64), np.asarray(labels), np.asarray(head)
+    deviations = np.stack([x - h[labels == c].mean(0) for x, c in zip(h, labels, strict=True)])
+    values = np.linalg.svd(head, compute_uv=False)
+    least = values[values > 1e-5 * values[0]].min()
+    return np.sum((deviations @ head.T) ** 2) / (least**2 * np.sum(deviations**2))
+
+
+def oracle_bounds(features, residuals, labels, head, weight_decay) -> dict[str, float]:
+    """The bounds that are of the training split alone, by p x p matrices and loops over pairs.
+
+    They are of a full-batch gradient lambda W - mean r h^T.
+    """
+    h, r, head = (np.asarray(a, np.float64) for a in (features, residuals, head))
+    total, num_classes = len(h), len(head)
+    classes = range(num_classes)
+    mu = np.stack([h[labels == c].mean(0) for c in classes], axis=1)
+    r_bar = np.stack([r[labels == c].mean(0) for c in classes], axis=1)
+    across = np.eye(num_classes) - 1 / num_classes
+    m_dot = mu @ across
+    t, q, rest = oracle_symmetric_part(r_bar)
+    deviation = h - mu.T[labels]
+    theorem = t / num_classes * m_dot.T
+    mean = q / num_classes * np.outer(np.ones(num_classes), mu.mean(1))
+    others = {
+        "asymmetry": rest @ mu.T / num_classes,
+        "within": (r - r_bar.T[labels]).T @ deviation / total,
+        "gradient": weight_decay * head - r.T @ h / total,
+    }
+
+    def outside(x, direction):
+        return np.linalg.norm(x - np.sum(x * direction) / np.sum(direction**2) * direction)
+
+    def angle(whole, parts):
+        if t <= 0 or np.sum(theorem * whole) <= 0:
+            return np.nan
+        sines = [sum(outside(x, whole) for x in parts) / np.linalg.norm(theorem)]
+        if weight_decay > 0:
+            size = weight_decay * np.linalg.norm(whole)
+            sines.append(sum(outside(x, theorem) for x in parts) / size)
+        return 2 - 2 * np.sqrt(1 - min(1, *sines, 1) ** 2)
+
+    centred = angle(across @ head, [across @ x for x in others.values()])
+    kept = np.linalg.norm(across @ head) / np.linalg.norm(head)
+    whole = np.fmin(angle(head, [mean, *others.values()]), 2 - (2 - centred) * kept)
+
+    gram = m_dot.T @ m_dot
+    u = np.trace(gram) / (num_classes - 1)
+    factor = num_classes / t if t > 0 else np.nan
+    parts = {name: -factor * across @ x @ m_dot for name, x in others.items()}
+    _, _, unlike = oracle_symmetric_part(head @ mu)
+    parts["outputs"] = factor * weight_decay * across @ unlike @ across
+    for name, x in parts.items():
+        symmetric = (x + x.T) / 2
+        parts[name] = symmetric - np.trace(symmetric) / (num_classes - 1) * across
+    if t > 0:  # the identity that the bounds rest on
+        np.testing.assert_allclose(
+            u * across + sum(parts.values()), gram, atol=1e-10 * np.abs(gram).max()
+        )
+    bound = sum(np.abs(x) for x in parts.values())
+    secant = np.sqrt(1 + np.sum(bound**2) / (u**2 * (num_classes - 1)))
+    square = u * (num_classes - 1) / num_classes
+    norms = np.diag(bound) / square
+    least = np.maximum(1 - norms, 0)
+    mean_norm = 1 - np.mean(norms**2) / (2 * (1 + np.sqrt(least.min())) ** 2)
+    angles = []
+    for c, d in permutations(classes, 2):
+        shrink = np.sqrt(least[c] * least[d])
+        angle_most = num_classes / (num_classes - 1)
+        if shrink > 0:
+            at_least_norms = bound[c, d] / (square * shrink)
+            angle_most = min(angle_most, at_least_norms + (1 / shrink - 1) / (num_classes - 1))
+        angles.append(angle_most)
+    if not t > 0:
+        angles, mean_norm = [np.nan], np.nan
+    equinorm = np.sqrt(1 / mean_norm**2 - 1) if not mean_norm <= 0 else np.inf
+
+    # K^+ applied to P W d and to R d, over examples.
+    inverse = np.linalg.pinv(gram, rcond=1e-10, hermitian=True)
+    deviating = across @ sum(others.values())
+    sizes = [
+        np.sqrt(np.mean(np.sum((deviation @ x.T @ inverse) ** 2, axis=1)))
+        for x in (weight_decay * across @ head, deviating)
+    ]
+    defined = t > 0 and weight_decay > 0 and np.linalg.matrix_rank(gram) == num_classes - 1
+    logits = h @ head.T
+    return {
+        "nc3_bound": whole,
+        "nc3_centered_bound": centred,
+        "nc2_bound_etf": np.sqrt(2 - 2 / secant),
+        "nc2_bound_equinorm": np.minimum(equinorm, np.sqrt(num_classes - 1)),
+        "nc2_bound_equiangular": np.mean(angles),
+        **{
+            f"nc2_share_{name}": np.sum(np.abs(x) * bound) / np.sum(bound**2)
+            for name, x in parts.items()
+        },
+        "nc1_bound": (factor * sum(sizes)) ** 2 if defined else np.nan,
+        "nc1_bound_outputs": sizes[0] / sum(sizes) if defined else np.nan,
+        "fit_loss_floor": max(0, np.mean(np.sum(r * logits, 1))) ** 2
+        / (2 * np.mean(np.sum(logits**2, 1))),
+    }
+
+
 def oracle_split(features, outputs, labels, head, residuals=None) -> dict[str, float]:
     """Every measurement of `collapse.measure`. features (M, p), outputs (M, C), labels (M,), head
     (C, p).

@@ -141,10 +141,12 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
     counts = reference.counts
     fields: dict[str, Any] = {}
     if reference.head is not None:
-        along_head = np.asarray(deviations.along_head)
+        along_head, head_rank = np.asarray(deviations.along_head), reference.head_rank
+        strengths = np.sqrt(_head_strengths(reference))
         fields |= {
             "head": reference.head,
-            "in_row_space": np.asarray(along_head[: reference.head_rank].sum()),
+            "head_spectrum": np.where(np.arange(len(strengths)) < head_rank, strengths, 0),
+            "in_row_space": np.asarray(along_head[:head_rank].sum()),
         }
     if reference.frames.nearness is not None:
         fields |= {
@@ -153,6 +155,8 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
             "mean_residuals": _mean_residuals(reference, deviations),
             "residual_norm": _residual_norm(reference, deviations),
         }
+    if deviations.outlying is not None:
+        fields["outlying"] = np.asarray(deviations.outlying)
     if reference.asked.weight_decay is not None:
         fields |= _equilibrium(reference, deviations, fields["mean_residuals"], notes)
     return Statistics(
@@ -162,6 +166,7 @@ def _statistics(reference: Reference, deviations: Deviations, notes: list[str]) 
         spectrum=reference.spectrum,
         within=deviations.within,
         along_means=deviations.along_means,
+        basis=reference.frames.basis,
         class_weights=reference.class_weights,
         **fields,
     )
@@ -213,8 +218,12 @@ def _equilibrium(
     counts, units = reference.counts, reference.units
     head, means = jnp.asarray(reference.head), jnp.asarray(reference.means)
     covariance = jnp.asarray(deviations.covariance)
+    along_basis = head @ jnp.asarray(reference.frames.head_basis, jnp.float64).T
     if deviations.residuals is None:  # r - rbar_c = -W (h - mu_c)
-        covariance = -(head @ jnp.asarray(reference.frames.head_basis, jnp.float64).T) @ covariance
+        head_scatter = along_basis @ covariance
+        covariance = -head_scatter
+    else:
+        head_scatter = along_basis @ jnp.asarray(deviations.head_covariance)
     weighted = jnp.asarray(counts / counts.sum())[:, None] * means
     factored = isinstance(residuals, FactoredResiduals)
     if factored:
@@ -229,13 +238,14 @@ def _equilibrium(
         "weight_decay": np.asarray(np.ldexp(decay, -2 * units.features)),
     }
     if not factored and counts.min() == counts.max():
-        return fields | {"covariance": covariance}
+        return fields | {"covariance": covariance, "head_scatter": head_scatter}
     why = (
         f"at most {MOST_SQUARE} classes"
         if factored
         else "the same number of examples in each class"
     )
     notes.append(
-        f"theorem_residual, symmetric_nc3, predictions and budget are left out: they need {why}"
+        "theorem_residual, symmetric_nc3, predictions, budget and bounds of it are left out: they "
+        f"need {why}"
     )
     return fields

@@ -199,6 +199,9 @@ def prepare(
                 outputs = means @ in_output_units(rows, units).T + offsets
     if with_logits or rows is not None:
         frames["nearness"] = _nearness(centred, basis)
+        if len(present) <= MOST_SQUARE:
+            inverse = np.divide(1, values, out=np.zeros_like(values), where=counted)
+            frames["reach"] = collapse.Certificate(inverse, collapse.radii_sq(centred))
     slack, rounding = _allowed(
         sums, present, means, columns, unit, outputs if with_logits else None
     )

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from ncjax.errors import InputError
+from ncjax.metrics.collapse import Certificate
 from ncjax.storage.files import write_atomically
 
 # A device processes a chunk in blocks of about this many numbers, which fit into a core's cache,
@@ -63,6 +64,8 @@ class Deviations(NamedTuple):
       along_head: the sum of (v_j^T (h - mu_c))^2 for the reference's basis of the head's row space.
       correct: the number of examples whose largest output is their class's.
       disagreements: the number of examples whose largest output is not the nearest class mean's.
+      outlying: the number of examples at or beyond the radius of their class, see
+        `collapse.Certificate`; None without outputs, or with more than 2,048 classes.
       residuals: the sum of ||e||^2 with e = r - r0_c, the residual r less that of the class-mean
         output. None if the outputs are linear in the features and the residuals in the outputs,
         because it then follows from `along_head`.
@@ -70,6 +73,7 @@ class Deviations(NamedTuple):
         it is 0.
       covariance: the sum of e (h - mu_c)^T, (C, p); if `residuals` is None, that of
         v_j^T (h - mu_c) (h - mu_c)^T, (r, p).
+      head_covariance: the latter, if `covariance` is the former.
     """
 
     examples: Shaped[np.ndarray | Array, " C"]
@@ -80,9 +84,11 @@ class Deviations(NamedTuple):
     along_head: Shaped[np.ndarray | Array, " r"] | None = None
     correct: Shaped[np.ndarray | Array, ""] | None = None
     disagreements: Shaped[np.ndarray | Array, ""] | None = None
+    outlying: Shaped[np.ndarray | Array, ""] | None = None
     residuals: Shaped[np.ndarray | Array, ""] | None = None
     residual_sums: Shaped[np.ndarray | Array, "C C"] | None = None
     covariance: Shaped[np.ndarray | Array, "r p"] | None = None
+    head_covariance: Shaped[np.ndarray | Array, "r p"] | None = None
 
 
 class Scores(NamedTuple):
@@ -125,6 +131,8 @@ class Frames(NamedTuple):
       basis: the orthonormal rows u_j that span the centred means, also beyond their rank.
       probes: the rows along which deviations must cancel out; see `Deviations.balance`.
       nearness: the scores whose largest is the nearest class mean's; None without outputs.
+      reach: the balls in which the nearest class mean is an example's own; None without outputs,
+        or with more than 2,048 classes.
       head_basis: the orthonormal rows v_j that span the head's row space, also beyond its rank;
         None without a head.
       outputs: the scores that the head computes; None without a head, or if batches have logits.
@@ -138,6 +146,7 @@ class Frames(NamedTuple):
     basis: Float[np.ndarray | Array, "k p"]
     probes: Float[np.ndarray | Array, "m p"]
     nearness: Scores | None = None
+    reach: Certificate | None = None
     head_basis: Float[np.ndarray | Array, "r p"] | None = None
     outputs: Scores | None = None
     logit_unit: Float[np.ndarray | Array, ""] | None = None
@@ -369,6 +378,9 @@ def _deviations_of_block(
         added["along_head"] = sums.along_head + squares(along_head)
         if sums.covariance is not None and linear:
             added["covariance"] = sums.covariance + (along_head.T @ deviation).astype(jnp.float64)
+        if sums.head_covariance is not None:
+            products = (along_head.T @ deviation).astype(jnp.float64)
+            added["head_covariance"] = sums.head_covariance + products
     outputs: Any = None
     expected: Any = None
     if logits is not None:
@@ -387,6 +399,9 @@ def _deviations_of_block(
     nearest = jnp.argmax(frames.nearness.of(along_means, own), axis=1)
     added["correct"] = sums.correct + jnp.sum(valid & (predictions == labels))
     added["disagreements"] = sums.disagreements + jnp.sum(valid & (predictions != nearest))
+    if frames.reach is not None:
+        outside = frames.reach.is_outside(along_means, own)
+        added["outlying"] = sums.outlying + jnp.sum(valid & outside)
     if linear:
         return sums._replace(**added)
     if sums.residual_sums is not None:

@@ -191,21 +191,25 @@ def second_pass(
             return np.zeros(shape) if wanted else None
 
         outputs = frames.nearness is not None
-        rank = len(frames.head_basis) if linear else num_classes
+        with_decay = with_head and asked.weight_decay is not None
+        head_rank = len(frames.head_basis) if with_head else 0
+        rank = head_rank if linear else num_classes
         probed = num_classes, len(frames.probes) + with_logits
         return Deviations(
             *(
                 np.zeros(shape)
                 for shape in (num_classes, num_classes, len(frames.basis), probed, probed)
             ),
-            along_head=zeros(with_head, len(frames.head_basis) if with_head else 0),
+            along_head=zeros(with_head, head_rank),
             correct=zeros(outputs),
             disagreements=zeros(outputs),
+            outlying=zeros(frames.reach is not None),
             residuals=zeros(outputs and not linear),
             residual_sums=zeros(
                 outputs and asked.loss == "cross_entropy", num_classes, num_classes
             ),
-            covariance=zeros(with_head and asked.weight_decay is not None, rank, dim),
+            covariance=zeros(with_decay, rank, dim),
+            head_covariance=zeros(with_decay and not linear, head_rank, dim),
         )
 
     held: dict[Device, Frames] = {}

@@ -1,9 +1,13 @@
 from .functions import cdnv as cdnv
 from .functions import etf_error as etf_error
 from .functions import nc1 as nc1
+from .functions import nc1_bound as nc1_bound
 from .functions import nc1_trace_ratio as nc1_trace_ratio
+from .functions import nc2_bound as nc2_bound
 from .functions import nc2_equiangular as nc2_equiangular
 from .functions import nc2_equinorm as nc2_equinorm
 from .functions import nc3 as nc3
+from .functions import nc3_bound as nc3_bound
 from .functions import nc3_floor as nc3_floor
 from .functions import nc4 as nc4
+from .functions import nc4_bound as nc4_bound

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -62,6 +63,9 @@ class Scatter(NamedTuple):
       in_row_space: the sum of ||P_W (h - mu_c)||^2, with P_W the projector on the row space of W.
       residuals: the sum of ||r - rbar_c||^2, which is ||f - fbar_c||^2.
       covariance: the sum of (r - rbar_c)(h - mu_c)^T, within classes.
+      along_head: the sum of V (h - mu_c)(h - mu_c)^T, V the basis of the row space of W; None if it
+        follows from `covariance`.
+      outlying: the number of examples at or beyond the radius of their class, see `Certificate`.
       disagreements: the number of examples whose prediction is not the nearest class mean.
     """
 
@@ -71,6 +75,8 @@ class Scatter(NamedTuple):
     in_row_space: Float[Array, ""]
     residuals: Float[Array, ""]
     covariance: Float[Array, "C p"]
+    along_head: Float[Array, "C p"] | None
+    outlying: Float[Array, ""]
     disagreements: Float[Array, ""]
 
 
@@ -86,6 +92,76 @@ class Frame(NamedTuple):
     basis: Float[Array, "C p"]
     singular_values: Float[Array, " C"]
     rank: Int[Array, ""]
+
+
+class Certificate(NamedTuple):
+    """Holds the balls about the class means in which the nearest class mean is an example's own.
+
+    An example is in the ball of its class c if ||Mdot^+ (h - mu_c)|| is below the radius.
+
+    Attributes:
+      inverse: 1/s_j for each left singular vector u_j of Mdot, 0 beyond the rank.
+      radii_sq: the squared radius of each class, see `radii_sq`.
+    """
+
+    inverse: Float[Array | np.ndarray, " k"]
+    radii_sq: Float[Array | np.ndarray, " C"]
+
+    def is_outside(self, along_means: Float[Array, "B k"], labels: Int[Array, " B"]) -> Array:
+        """Returns for each example whether it is not in the ball of its class.
+
+        Args:
+          along_means: u_j^T (h - mu_c).
+          labels: the class c of each example.
+        """
+        distances_sq = jnp.sum((along_means * self.inverse[None]) ** 2, axis=1)
+        return distances_sq >= self.radii_sq[labels]
+
+
+def certificate(centred: Float[Array, "C p"], spectrum: Float[Array, " k"]) -> Certificate:
+    """Returns the certificate of centred class means.
+
+    Args:
+      spectrum: the singular values of Mdot/sqrt(C); directions in which it is 0 are left out.
+    """
+    kept = spectrum > 0
+    values = jnp.where(kept, spectrum, 1) * jnp.sqrt(len(centred))
+    return Certificate(jnp.where(kept, 1 / values, 0), radii_sq(centred))
+
+
+def certificate_of_split(means: ClassMeans, frame: Frame) -> Certificate:
+    """Returns the certificate of class means, computed in float64, in the type of the features."""
+    dtype = means.features.dtype
+    with jax.enable_x64(True):
+        centred = centred_means(means.features.astype(jnp.float64))
+        reach = certificate(centred, frame.singular_values)
+        return jax.tree.map(lambda a: a.astype(dtype), reach)
+
+
+def radii_sq(centred: Float[Array | np.ndarray, "C p"]) -> Any:
+    """Returns the squared radius of each class, within which its own class mean is the nearest.
+
+    mu_c' is nearer than mu_c only if <d, mu_c' - mu_c> >= ||mu_c' - mu_c||^2/2 for d = h - mu_c.
+    With z = Mdot^+ d and K = Mdot^T Mdot the left side is z^T K (e_c' - e_c) <= ||z|| ||K (e_c' -
+    e_c)||. The radius is the least over c' of ||mu_c' - mu_c||^2/(2 ||K (e_c' - e_c)||): 1/sqrt(2)
+    for a simplex ETF, and 0 for class means that coincide.
+
+    Args:
+      centred: the centred means, of NumPy or JAX.
+    """
+    xp = centred.__array_namespace__()
+    distances_sq, stretched_sq = (
+        _distances_sq(rows, xp) for rows in (centred, centred @ centred.T)
+    )
+    ratios = distances_sq**2 / (4 * xp.where(stretched_sq > 0, stretched_sq, 1))
+    return xp.where(xp.eye(len(centred), dtype=bool), xp.inf, ratios).min(axis=1)
+
+
+def _distances_sq(rows: Any, xp: Any) -> Any:
+    gram = rows @ rows.T
+    square_norms = gram.diagonal()
+    # Rounding may make the squared distance of near rows negative.
+    return xp.maximum(square_norms[:, None] + square_norms[None, :] - 2 * gram, 0)
 
 
 def class_sums(
@@ -110,12 +186,17 @@ def class_scatter(
     means: ClassMeans,
     frame_means: Frame,
     frame_head: Frame,
+    reach: Certificate,
+    is_linear: bool,
 ) -> Scatter:
     """Sums squares and products of one batch's deviations from the class means.
 
     Args:
       predictions: the class of each example's largest output.
       labels: the labels, as in `class_sums`.
+      reach: the certificate of the class means.
+      is_linear: whether r - rbar_c = -W (h - mu_c), as with the square loss, so that `covariance`
+        says what `along_head` would.
     """
     num_classes = residuals.shape[1]
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=features.dtype)
@@ -138,6 +219,8 @@ def class_scatter(
         in_row_space=jnp.sum(along_head**2),
         residuals=jnp.sum(residual_deviation**2),
         covariance=residual_deviation.T @ deviation,
+        along_head=None if is_linear else along_head.T @ deviation,
+        outlying=jnp.sum(valid * reach.is_outside(along_means, labels)),
         disagreements=jnp.sum(valid * (predictions != nearest)),
     )
 

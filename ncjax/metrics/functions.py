@@ -244,6 +244,142 @@ def nc4(
     return _of_features("nc4", features, labels, num_classes, head=head, bias=bias, logits=logits)
 
 
+def nc1_bound(
+    features: ArrayLike,
+    labels: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    weight_decay: float | Array,
+    num_classes: int | None = None,
+) -> Any:
+    """Computes an upper bound on NC1 from the head's distance to equilibrium and symmetry.
+
+    It holds at any weights; its causes are the scatter of outputs and, by what the equilibrium
+    budget leaves of the theorem, that of features (docs/theory.md, section 5). The loss is the
+    square loss with one-hot targets. Its range is [nc1, inf). It is NaN at lambda = 0, where the
+    mean residual shows no difference between classes (t <= 0), and where centred class means have a
+    rank below C - 1.
+
+    Args:
+      features: h, (N, p).
+      labels: (N,), integers from 0 to C - 1, the same number of each.
+      head: W_L, (C, p), a row per class: outputs are W_L h + b.
+      bias: b, (C,).
+      weight_decay: lambda of the loss 1/2 mean ||y - f||^2 + lambda/2 ||W_L||^2.
+      num_classes: C; None: the rows of the head.
+
+    Returns:
+      A float; inside `jax.jit` or `jax.vmap` an array of the precision there.
+
+    Raises:
+      InputError: arrays do not fit together, a class has no example, or classes differ in size.
+
+    Examples:
+      Two classes whose features and head are as the theorem says, for lambda = 0.1:
+
+      >>> from ncjax import metrics
+      >>> features, labels, head = [[1.0], [-1.0]], [0, 1], [[0.4167], [-0.4167]]
+      >>> round(metrics.nc1_bound(features, labels, head, [0.5, 0.5], weight_decay=0.1), 6)
+      0.0
+    """
+    return _of_equilibrium("nc1_bound", features, labels, head, bias, weight_decay, num_classes)
+
+
+def nc2_bound(
+    features: ArrayLike,
+    labels: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    weight_decay: float | Array,
+    num_classes: int | None = None,
+) -> Any:
+    """Computes an upper bound on `etf_error`, NC2 of the class means, from the equilibrium budget.
+
+    Its causes are asymmetry between classes, scatter within them and what is left of the gradient.
+    Its range is [etf_error, sqrt(2)]. It is NaN where t <= 0. Arguments, result and errors are
+    those of `nc1_bound`; the vocabulary's name is `nc2_bound_etf`.
+
+    Examples:
+      >>> from ncjax import metrics
+      >>> features, labels, head = [[1.0], [-1.0]], [0, 1], [[0.4], [-0.4]]
+      >>> round(metrics.nc2_bound(features, labels, head, weight_decay=0.1), 6)
+      0.0
+    """
+    return _of_equilibrium("nc2_bound_etf", features, labels, head, bias, weight_decay, num_classes)
+
+
+def nc3_bound(
+    features: ArrayLike,
+    labels: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    weight_decay: float | Array,
+    num_classes: int | None = None,
+) -> Any:
+    """Computes an upper bound on NC3 from the equilibrium budget and NC3's floor.
+
+    Its range is [nc3, 2]. It is NaN where t <= 0, and where the head makes no acute angle with the
+    centred class means. Arguments, result and errors are those of `nc1_bound`.
+
+    Examples:
+      >>> from ncjax import metrics
+      >>> features, labels, head = [[1.0], [-1.0]], [0, 1], [[0.4], [-0.4]]
+      >>> round(metrics.nc3_bound(features, labels, head, weight_decay=0.1), 6)
+      0.0
+    """
+    return _of_equilibrium("nc3_bound", features, labels, head, bias, weight_decay, num_classes)
+
+
+def nc4_bound(
+    features: ArrayLike,
+    labels: ArrayLike,
+    head: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    logits: ArrayLike | None = None,
+    num_classes: int | None = None,
+) -> Any:
+    """Computes an upper bound on NC4: 1 - accuracy + the share of examples outside their ball.
+
+    The ball about a class mean is one in which no other class mean is nearer; 0 certifies that NC4
+    is 0. Its range is [nc4, 1]. Arguments, result and errors are those of `nc4`.
+
+    Examples:
+      >>> from ncjax import metrics
+      >>> logits = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+      >>> metrics.nc4_bound([[2.1], [1.9], [-2.1], [-1.9]], [0, 0, 1, 1], logits=logits)
+      0.0
+    """
+    if head is None and logits is None:
+        raise InputError("head", None, "give a head or logits: nc4 compares outputs")
+    return _of_features(
+        "nc4_bound", features, labels, num_classes, head=head, bias=bias, logits=logits
+    )
+
+
+def _of_equilibrium(
+    name: str,
+    features: Any,
+    labels: Any,
+    head: Any,
+    bias: Any,
+    weight_decay: Any,
+    num_classes: int | None,
+) -> Any:
+    """Computes a metric of the equilibrium of classes of one size."""
+    if not isinstance(labels, Tracer):
+        counts = np.unique_counts(np.asarray(labels)).counts
+        if counts.size and counts.min() < counts.max():
+            found = f"{counts.min()} to {counts.max()} examples of a class"
+            raise InputError("labels", found, "the equilibrium budget is of classes of one size")
+    return _of_features(
+        name, features, labels, num_classes, head=head, bias=bias, weight_decay=weight_decay
+    )
+
+
 def _of_features(
     name: str, features: Any, labels: Any, num_classes: int | None, **others: Any
 ) -> Any:
@@ -305,6 +441,7 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> int:
         "head": (num_classes, features.shape[1]),
         "bias": (num_classes,),
         "logits": (len(features), num_classes),
+        "weight_decay": (),
     }
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:

@@ -46,14 +46,19 @@ class Statistics:
       within: the sum of ||h - mu_c||^2 of each class.
       along_means: the sum of (u_j^T (h - mu_c))^2 for the left singular vector u_j of each singular
         value.
+      basis: the left singular vectors u_j of Mdot as rows; 0 beyond the rank.
       head: W_L.
+      head_spectrum: the singular values of W_L, descending; 0 beyond the rank.
       in_row_space: the sum of ||P_W (h - mu_c)||^2, P_W the projector on the row space of W_L.
       correct: the number of examples whose largest output is their class's.
       class_correct: the number of these examples of each class.
       disagreements: the number of examples whose largest output is not the nearest class mean's.
       mean_residuals: rbar_c, the mean residual of class c, as rows, or in factors.
       residual_norm: the square root of the sum of ||r - rbar_c||^2 over examples.
+      outlying: the number of examples whose ||Mdot^+ (h - mu_c)|| is at least their class's radius,
+        see `collapse.radii_sq`.
       covariance: the sum of (r - rbar_c)(h - mu_c)^T.
+      head_scatter: the sum of W (h - mu_c)(h - mu_c)^T.
       residual_dot_logit: the mean of <r, f - b> over examples.
       fit_gradient: the gradient of the fit term with respect to W_L, which is -mean r h^T.
       weight_decay: lambda.
@@ -66,14 +71,18 @@ class Statistics:
     spectrum: Num[AnyArray, " k"]
     within: Num[AnyArray, " C"]
     along_means: Num[AnyArray, " k"]
+    basis: Num[AnyArray, "k p"] | None = None
     head: Num[AnyArray, "C p"] | None = None
+    head_spectrum: Num[AnyArray, " r"] | None = None
     in_row_space: Num[AnyArray, ""] | None = None
     correct: Num[AnyArray, ""] | None = None
     class_correct: Num[AnyArray, " C"] | None = None
     disagreements: Num[AnyArray, ""] | None = None
     mean_residuals: Num[AnyArray, "C C"] | FactoredResiduals | None = None
     residual_norm: Num[AnyArray, ""] | None = None
+    outlying: Num[AnyArray, ""] | None = None
     covariance: Num[AnyArray, "C p"] | None = None
+    head_scatter: Num[AnyArray, "C p"] | None = None
     residual_dot_logit: Num[AnyArray, ""] | None = None
     fit_gradient: Num[AnyArray, "C p"] | None = None
     weight_decay: Num[AnyArray, ""] | None = None
@@ -87,6 +96,7 @@ class Statistics:
 def statistics_of_passes(
     means: collapse.ClassMeans,
     frame: collapse.Frame,
+    frame_head: collapse.Frame,
     scatter: collapse.Scatter,
     head: Float[Array, "C p"],
     class_correct: Num[Array, " C"] | None = None,
@@ -95,12 +105,15 @@ def statistics_of_passes(
 
     Args:
       means: the class means of the split.
-      frame: the span of its centred class means.
+      frame, frame_head: the spans of its centred class means and of the head.
       scatter: the sums of its second pass.
       class_correct: the number of examples of each class whose largest output is their class's.
     """
     with jax.enable_x64(True):
         mu = means.features.astype(jnp.float64)
+        head_scatter = -scatter.covariance
+        if scatter.along_head is not None:
+            head_scatter = (head @ frame_head.basis.T) @ scatter.along_head
         return Statistics(
             examples=scatter.examples,
             means=mu,
@@ -108,14 +121,18 @@ def statistics_of_passes(
             spectrum=frame.singular_values,
             within=scatter.within,
             along_means=scatter.along_means,
+            basis=frame.basis,
             head=head,
+            head_spectrum=frame_head.singular_values,
             in_row_space=scatter.in_row_space,
             correct=None if class_correct is None else class_correct.sum(),
             class_correct=class_correct,
             disagreements=scatter.disagreements,
             mean_residuals=means.residuals,
             residual_norm=jnp.sqrt(scatter.residuals),
+            outlying=scatter.outlying,
             covariance=scatter.covariance,
+            head_scatter=head_scatter,
         )
 
 
@@ -126,13 +143,17 @@ def class_statistics(
     head: Float[Array, "C p"] | None = None,
     bias: Float[Array, " C"] | None = None,
     logits: Float[Array, "N C"] | None = None,
+    weight_decay: Float[Array, ""] | None = None,
 ) -> Statistics:
     """Computes the statistics of examples in memory; it works under `jit`, `vmap` and the like.
 
     The outputs are `logits` if given, else W h + b if there is a head. Residuals are those of the
-    square loss with one-hot targets. The arithmetic is float64 if JAX has it enabled, else float32.
+    square loss with one-hot targets. With a weight decay, the equilibrium of the head is of a loss
+    with this lambda. The arithmetic is float64 if JAX has it enabled, else float32.
     """
-    h, head, bias, logits = jax.tree.map(lambda a: a.astype(wide()), (features, head, bias, logits))
+    h, head, bias, logits, weight_decay = jax.tree.map(
+        lambda a: a.astype(wide()), (features, head, bias, logits, weight_decay)
+    )
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=wide())
     examples = one_hot.sum(0)
     means = one_hot.T @ h / examples[:, None]
@@ -143,9 +164,11 @@ def class_statistics(
     spectrum, basis = collapse.span(
         centred / jnp.sqrt(num_classes), tolerance, min(num_classes - 1, dim)
     )
+    along_means = deviation @ basis.T
     fields: dict[str, Any] = {
         "within": one_hot.T @ jnp.sum(deviation**2, axis=1),
-        "along_means": jnp.sum((deviation @ basis.T) ** 2, axis=0),
+        "along_means": jnp.sum(along_means**2, axis=0),
+        "basis": basis,
     }
     if head is not None:
         _, head_basis = collapse.span(head, tolerance, min(head.shape))
@@ -153,12 +176,21 @@ def class_statistics(
         logits = h @ head.T + (0 if bias is None else bias[None]) if logits is None else logits
     if logits is not None:
         nearest = collapse.nearest_mean((h - center[None]) @ centred.T, jnp.sum(centred**2, axis=1))
+        reach = collapse.certificate(centred, spectrum)
         residuals = one_hot - logits
         mean_residuals = one_hot.T @ residuals / examples[:, None]
         fields |= {
             "correct": jnp.sum(jnp.argmax(logits, 1) == labels),
             "disagreements": jnp.sum(jnp.argmax(logits, 1) != nearest),
+            "outlying": jnp.sum(reach.is_outside(along_means, labels)),
             "mean_residuals": mean_residuals,
             "residual_norm": jnp.linalg.norm(residuals - mean_residuals[labels]),
         }
+        if head is not None and weight_decay is not None:
+            fields |= {
+                "covariance": (residuals - mean_residuals[labels]).T @ deviation,
+                "fit_gradient": -residuals.T @ h / len(h),
+                "head_scatter": (deviation @ head.T).T @ deviation,
+                "weight_decay": weight_decay,
+            }
     return Statistics(examples, means, center, spectrum, head=head, **fields)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
     from jax import Array
 
-    from ncjax.metrics import collapse, geometry, linalg, statistics, theory
+    from ncjax.metrics import bounds, collapse, geometry, linalg, statistics, theory
 else:
 
     class _Lazy:
@@ -32,9 +32,9 @@ else:
 
     Array = Any
     jax, jnp = _Lazy("jax"), _Lazy("jax.numpy")
-    collapse, geometry, linalg, statistics, theory = (
+    bounds, collapse, geometry, linalg, statistics, theory = (
         _Lazy(f"ncjax.metrics.{name}")
-        for name in ("collapse", "geometry", "linalg", "statistics", "theory")
+        for name in ("bounds", "collapse", "geometry", "linalg", "statistics", "theory")
     )
 
 
@@ -108,13 +108,67 @@ class Quantities:
         )
 
     @functools.cached_property
-    def budget(self) -> dict[str, Array]:
-        """The equilibrium budget: shares, norms and what they leave."""
+    def budget_terms(self) -> "theory.Budget":
         split = self.statistics
         gradient = split.fit_gradient + split.weight_decay * split.head
         covariance = split.covariance / self.total
-        terms = theory.budget(split.mean_residuals, split.means, covariance, gradient)
-        return theory.budget_account(terms, split.head, split.weight_decay)
+        return theory.budget(split.mean_residuals, split.means, covariance, gradient)
+
+    @functools.cached_property
+    def budget(self) -> dict[str, Array]:
+        """The equilibrium budget: shares, norms and what they leave."""
+        split = self.statistics
+        return theory.budget_account(self.budget_terms, split.head, split.weight_decay)
+
+    @functools.cached_property
+    def t(self) -> Array:
+        """The factor of I - J/C in the mean residuals: epsilon + delta."""
+        return self.interpolation["epsilon"] + self.interpolation["delta"]
+
+    @functools.cached_property
+    def duality_bounds(self) -> "bounds.DualityBounds":
+        split = self.statistics
+        floor = collapse.nc3_floor(split.head, self.class_weights)
+        return bounds.bound_duality(
+            self.budget_terms, split.head, floor, self.t, split.weight_decay
+        )
+
+    @functools.cached_property
+    def gram_bounds(self) -> "bounds.GramBounds":
+        """Bounds on NC2 of the class means."""
+        deviations = bounds.gram_deviations(
+            self.budget_terms,
+            self.centred,
+            self.logit_part.rest,
+            self.t,
+            self.statistics.weight_decay,
+        )
+        return bounds.bound_gram(deviations, self.centred)
+
+    @functools.cached_property
+    def scatter_bound(self) -> "bounds.ScatterBound":
+        split = self.statistics
+        return bounds.bound_scatter(
+            split.head,
+            split.head_scatter / self.total,
+            self.centred,
+            split.basis,
+            split.spectrum,
+            nc1(self),
+            self.t,
+            split.weight_decay,
+        )
+
+    @functools.cached_property
+    def logit_scatter(self) -> Array:
+        """mean ||W (h - mu_c)||^2, the scatter of outputs W h within classes."""
+        return jnp.sum(self.statistics.head_scatter * self.statistics.head) / self.total
+
+    @functools.cached_property
+    def mean_square_logit(self) -> Array:
+        """mean ||W h||^2."""
+        between = self.statistics.examples @ jnp.sum(self.class_mean_logits**2, axis=1)
+        return self.logit_scatter + between / self.total
 
 
 class Metric(NamedTuple):
@@ -179,6 +233,7 @@ _HEAD = ("head",)
 _EQUILIBRIUM = ("head", "fit_gradient", "weight_decay")
 # What the theorem and the budget are made of.
 _THEORY = (*_EQUILIBRIUM, "mean_residuals", "covariance")
+_SCATTER = ("head_scatter", "basis")
 
 # Computed from the whole network or the clock of its training, by `training.evaluate` and
 # `runs.derived`.
@@ -337,6 +392,41 @@ def nc1_row_space(q: Quantities) -> Array:
 
 
 @_metric(
+    "bound on NC1",
+    "at least nc1, by the scatter of outputs and what deviations from the theorem make of scatter",
+    best=0,
+    needs=(*_THEORY, *_SCATTER),
+    of_equal_classes=True,
+)
+def nc1_bound(q: Quantities) -> Array:
+    return q.scatter_bound.nc1
+
+
+@_metric(
+    "bound on NC1: share of outputs",
+    "share of the scatter of outputs in the root of nc1_bound",
+    most=1,
+    needs=(*_THEORY, *_SCATTER),
+    of_equal_classes=True,
+)
+def nc1_bound_outputs(q: Quantities) -> Array:
+    return q.scatter_bound.share_outputs
+
+
+@_metric(
+    "bound on scatter in the head's row space",
+    "mean ||W_L (h - mu_c)||^2/(sigma_min(W_L)^2 tr(Sigma_W)): at least nc1_row_space",
+    dims=_SPLIT,
+    best=0,
+    needs=("head", "head_scatter", "head_spectrum"),
+)
+def nc1_row_space_bound(q: Quantities) -> Array:
+    spectrum = q.statistics.head_spectrum
+    least = jnp.min(jnp.where(spectrum > 0, spectrum, jnp.inf))
+    return q.logit_scatter / (least**2 * q.trace_within)
+
+
+@_metric(
     "CDNV", "mean over pairs of classes of (v_c + v_c')/(2 ||mu_c - mu_c'||^2)", dims=_SPLIT, best=0
 )
 def cdnv(q: Quantities) -> Array:
@@ -397,6 +487,65 @@ def etf_error(q: Quantities) -> Array:
     return q.pairs["etf_error"]
 
 
+_NC2_BOUND = "from the parts that the budget's terms have in the Gram matrix of the centred means"
+
+
+@_metric(
+    "bound on the distance to a simplex ETF",
+    f"at least etf_error; {_NC2_BOUND}",
+    most=math.sqrt(2),
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_etf(q: Quantities) -> Array:
+    return q.gram_bounds.etf
+
+
+@_metric(
+    "bound on NC2 norms, class means",
+    f"at least nc2_equinorm_means; {_NC2_BOUND}",
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_equinorm(q: Quantities) -> Array:
+    return q.gram_bounds.equinorm
+
+
+@_metric(
+    "bound on NC2 angles, class means",
+    f"at least nc2_equiangular_means; {_NC2_BOUND}",
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc2_bound_equiangular(q: Quantities) -> Array:
+    return q.gram_bounds.equiangular
+
+
+def _gram_share(place: int) -> _Function:
+    return lambda q: q.gram_bounds.shares[place]
+
+
+# Causes that keep the class means from a simplex ETF, in the order of `bounds.gram_deviations`.
+GRAM_CAUSES = {
+    "asymmetry": "P asymmetry Mdot: residuals differ between classes",
+    "within": "P within Mdot: examples of a class differ",
+    "gradient": "P gradient Mdot: not at equilibrium yet",
+    "outputs": "lambda P E P, E of the class-mean outputs: they differ between classes",
+}
+for _place, (_cause, _definition) in enumerate(GRAM_CAUSES.items()):
+    VOCABULARY[f"nc2_share_{_cause}"] = Metric(
+        f"bounds on NC2: share of {_cause}",
+        f"share in the bounds on NC2 of {_definition}",
+        most=1,
+        needs=_THEORY,
+        of_equal_classes=True,
+        function=_gram_share(_place),
+    )
+
+
 @_metric(
     "NC3", "||W_L/||W_L||_F - Mdot^T/||Mdot||_F||_F^2", dims=_SPLIT, most=4, best=0, needs=_HEAD
 )
@@ -428,6 +577,30 @@ def nc3_floor(q: Quantities) -> Array:
 
 
 @_metric(
+    "bound on NC3",
+    "at least nc3, by nc3_centered_bound and nc3_floor, or by angles between terms of the budget",
+    most=2,
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc3_bound(q: Quantities) -> Array:
+    return q.duality_bounds.nc3
+
+
+@_metric(
+    "bound on NC3, centred head",
+    "at least nc3_centered, by angles between terms of the budget with rows centred",
+    most=2,
+    best=0,
+    needs=_THEORY,
+    of_equal_classes=True,
+)
+def nc3_centered_bound(q: Quantities) -> Array:
+    return q.duality_bounds.nc3_centered
+
+
+@_metric(
     "NC4",
     "share of examples whose largest output is not that of the nearest class mean",
     dims=_SPLIT,
@@ -437,6 +610,30 @@ def nc3_floor(q: Quantities) -> Array:
 )
 def nc4(q: Quantities) -> Array:
     return q.statistics.disagreements / q.total
+
+
+@_metric(
+    "bound on NC4",
+    "1 - accuracy + share of examples too far from their class mean to be certain: at least nc4",
+    dims=_SPLIT,
+    most=1,
+    best=0,
+    needs=("correct", "outlying"),
+)
+def nc4_bound(q: Quantities) -> Array:
+    return jnp.minimum(1 - accuracy(q) + q.statistics.outlying / q.total, 1)
+
+
+@_metric(
+    "bound on NC4 by NC1",
+    "1 - accuracy + nc1/r^2, r the radius about class means: at least nc4; r^2 = 1/2 of an ETF",
+    dims=_SPLIT,
+    most=1,
+    best=0,
+    needs=("correct", "outlying"),
+)
+def nc4_bound_nc1(q: Quantities) -> Array:
+    return bounds.bound_nc4(nc1(q), q.centred, accuracy(q))
 
 
 @_metric(
@@ -525,6 +722,17 @@ def norm_target(q: Quantities) -> Array:
 def equilibrium_residual(q: Quantities) -> Array:
     split = q.statistics
     return theory.equilibrium_residual(split.head, split.fit_gradient, split.weight_decay)
+
+
+@_metric(
+    "floor of the fit loss",
+    "mean<r, f - b>^2/(2 mean ||f - b||^2) <= fit_loss; mean<r, f - b> is lambda ||W_k||_F^2 of "
+    "every layer at equilibrium",
+    needs=("residual_dot_logit", "head_scatter", "covariance"),
+    scale=(0, 0, 2),
+)
+def fit_loss_floor(q: Quantities) -> Array:
+    return bounds.fit_loss_floor(q.statistics.residual_dot_logit, q.mean_square_logit)
 
 
 @_metric(

@@ -24,6 +24,7 @@ FIGURES = (
     "equilibrium_against_epoch",
     "theory_against_lambda",
     "budget_against_epoch",
+    "bounds_against_lambda_and_epoch",
     "collapse_against_clock",
     "modes_against_lambda",
     "compare_against_epoch",
@@ -82,6 +83,10 @@ def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Calla
         if imbalance_ratio(one) == 1:
             decay = _budget_decay(one, weight_decay)
             drawn["budget_against_epoch"] = lambda: theory_figures.budget_against_epoch(one, decay)
+            if "nc2_bound_etf" in one:  # younger than some histories
+                drawn["bounds_against_lambda_and_epoch"] = lambda: (
+                    theory_figures.bounds_against_lambda_and_epoch(one, decay)
+                )
         elif weight_decay is not None:
             way_out = "classes of different sizes have no budget; leave it out"
             raise InputError("--weight-decay", weight_decay, way_out)

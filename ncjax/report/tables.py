@@ -56,6 +56,38 @@ _THEORY: _Columns = (
     ("within", "budget_within", {}),
     ("gradient", "budget_gradient", {}),
 )
+_BOUNDS: _Columns = (
+    ("nc1", "nc1", _TRAIN),
+    ("at most", "nc1_bound", {}),
+    ("nc2 (etf error)", "etf_error", _TRAIN),
+    ("at most", "nc2_bound_etf", {}),
+    ("asymmetry", "nc2_share_asymmetry", {}),
+    ("scatter", "nc2_share_within", {}),
+    ("gradient", "nc2_share_gradient", {}),
+    ("outputs", "nc2_share_outputs", {}),
+    ("nc3 at least", "nc3_floor", {}),
+    ("nc3", "nc3", _TRAIN),
+    ("at most", "nc3_bound", {}),
+    ("nc4", "nc4", _TRAIN),
+    ("at most", "nc4_bound", _TRAIN),
+)
+# A measure, its bound, and what share of the bound each cause has; the rest is the last cause's.
+_CAUSES = (
+    ("nc1", "nc1", "nc1_bound", {"scatter of outputs": "nc1_bound_outputs"}, "deviations"),
+    (
+        "nc2",
+        "etf_error",
+        "nc2_bound_etf",
+        {
+            "asymmetry": "nc2_share_asymmetry",
+            "scatter": "nc2_share_within",
+            "gradient": "nc2_share_gradient",
+        },
+        "outputs",
+    ),
+    ("nc3", "nc3", "nc3_bound", {}, ""),
+    ("nc4", "nc4", "nc4_bound", {}, ""),
+)
 _MET = 1e-6  # relative error up to which a run has met its closed form
 # Metrics that are left out once outputs are 0 up to rounding: they would seem perfect.
 _OF_OUTPUTS = {
@@ -183,6 +215,10 @@ def _exponent(number: float) -> int:
     return int(f"{number:e}".split("e")[1])
 
 
+def _three_digits(value: float) -> str:
+    return short_exponent(f"{value:.3g}")
+
+
 def short_exponent(number: str) -> str:
     """Writes 1e-05 as 1e-5."""
     return number.replace("e-0", "e-").replace("e+0", "e")
@@ -207,7 +243,13 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         _THEORY,
         "Measured beside predicted; the head's equilibrium budget, as shares of lambda W_L",
     )
-    for line in (*_least(history), *_short(history), *_closed_form(history)):
+    _show(
+        history,
+        console,
+        _BOUNDS,
+        "Measured beside proved bounds; the causes of nc2 as shares of its bound",
+    )
+    for line in (*_bounds(history), *_least(history), *_short(history), *_closed_form(history)):
         say(console, line)
 
 
@@ -320,6 +362,46 @@ def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tupl
         parts[-1].append(column)
         used += needed
     return parts
+
+
+def _bounds(history: xr.Dataset) -> list[str]:
+    """Returns lines on each measure's bound and causes, at the weight decay of least nc3."""
+    final = history.isel(epoch=-1)
+    final = final.where(~extinct(final))
+    names, settings = _settings(history)
+    nc3 = final["nc3"].sel(split="train").values
+    bounded = [
+        index
+        for index in settings
+        if np.isfinite(nc3[index] * final["nc2_bound_etf"].values[index]).any()
+    ]
+    if not bounded:
+        return []
+    best = min(bounded, key=lambda index: np.nanmean(nc3[index]))
+    run = final.isel(dict(zip(names, best, strict=True)))
+    where = ", ".join(f"{name}={run[name].item():g}" for name in names)
+    lines = [f"proved at {where.replace('weight_decay', 'lambda')}, means over seeds:"]
+    for words, measured, bound, causes, last in _CAUSES:
+        value, most = _mean(run, measured), _mean(run, bound)
+        if np.isnan(most):
+            continue
+        line = f"  {words} {_three_digits(value)}, at most {_three_digits(most)}"
+        shares = {cause: _mean(run, share) for cause, share in causes.items()}
+        if shares and np.isfinite([*shares.values()]).all():
+            shares[last] = 1 - sum(shares.values())
+            line += ": " + ", ".join(f"{cause} {share:.0%}" for cause, share in shares.items())
+        if words == "nc3":
+            line += f", at least {_three_digits(_mean(run, 'nc3_floor'))} by its head"
+        if words == "nc4" and (run[bound].sel(split="train") == 0).all():
+            line += ": certified, every example is nearest to its own class mean"
+        lines.append(line)
+    return lines
+
+
+def _mean(run: xr.Dataset, name: str) -> float:
+    """Returns the mean over seeds, on the training split; NaN if it is undefined in all."""
+    values = run[name].sel(_TRAIN) if "split" in run[name].dims else run[name]
+    return float(values.astype(np.float64).mean())
 
 
 def _least(history: xr.Dataset) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ncjax.metrics import closed_forms
-from ncjax.metrics.vocabulary import BUDGET_TERMS
+from ncjax.metrics.vocabulary import BUDGET_TERMS, GRAM_CAUSES
 from ncjax.report import panels
 from ncjax.report.figures import setting_words
 from ncjax.report.panels import Panel, number
@@ -241,6 +241,82 @@ def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     remark += f"training split, {panels.caption_of([history])}"
     panels.legend(figure, handles, remark)
     return figure
+
+
+_CAUSE_WORDS = (
+    "asymmetry",
+    "within classes",
+    "gradient",
+    "class-mean outputs",
+)
+# A measure, its upper bound and, if there is one, its floor.
+_BOUNDED = (
+    ("NC1", "nc1", "nc1_bound", ""),
+    ("NC2: distance to a simplex ETF", "etf_error", "nc2_bound_etf", ""),
+    ("NC3: self-duality", "nc3", "nc3_bound", "nc3_floor"),
+)
+
+
+def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
+    """Draws NC1 to NC3 beside their proved bounds, and the causes of the bound on NC2.
+
+    The left panels are of the last epoch against weight decay, the right ones of one weight decay
+    against epochs.
+    """
+    title = ", ".join(["Measured, and proved to be at most", *setting_words(history)])
+    figure, all_axes = panels.frame(2 * len(_BOUNDED) + 2, "", title)
+    final = panels.training(_decayed(history).sortby("weight_decay")).isel(epoch=-1)
+    run = panels.training(history.sel(weight_decay=weight_decay))
+    sides = (
+        (final, "weight_decay", r"weight decay $\lambda$", "at the last epoch"),
+        (run, "epoch", "epoch", rf"at $\lambda$ = {number(weight_decay)}"),
+    )
+    for row, (words, *names) in enumerate(_BOUNDED):
+        for (one, axis, _, where), axes in zip(sides, all_axes[2 * row :], strict=False):
+            _draw_bounded(axes, one, axis, names, Panel(f"{words}, {where}", "", ()))
+    handles = all_axes[0].get_lines()[:2] + all_axes[2 * len(_BOUNDED) - 1].get_lines()[2:]
+    for (one, axis, label, where), axes in zip(sides, all_axes[-2:], strict=True):
+        handles[3:] = _draw_causes(axes, one, axis, f"Causes of the bound on NC2, {where}")
+        axes.set_xlabel(label, size=panels.SIZE)
+    remark = "bounds hold at any weights, no equilibrium assumed (docs/theory.md); training split, "
+    panels.legend(figure, handles, remark + panels.caption_of([history]))
+    return figure
+
+
+def _draw_bounded(
+    axes: "Axes", run: xr.Dataset, axis: str, names: Sequence[str], panel: Panel
+) -> None:
+    """Draws a measure, its bound and its floor against weight decay or epochs."""
+    looks: tuple[dict[str, Any], ...] = (
+        {"color": panels.COLOURS[0], "label": "measured"},
+        {"color": "black", "linestyle": "--", "label": "at most"},
+        {"color": "black", "linestyle": ":", "label": "at least"},
+    )
+    drawn = []
+    for name, look in zip(names, looks, strict=True):
+        if name:
+            mean, least, greatest = panels.over_seeds(run[name])
+            axes.plot(run[axis].values, mean, marker="o", markersize=1.5, linewidth=1, **look)
+            axes.fill_between(
+                run[axis].values, least, greatest, color=look["color"], alpha=0.15, linewidth=0
+            )
+            drawn.append(mean)
+    panels.scale_x(axes, run[axis].values)
+    panels.finish(axes, panel, np.concatenate(drawn))
+
+
+def _draw_causes(axes: "Axes", run: xr.Dataset, axis: str, title: str) -> list:
+    """Draws the share of every cause in the bound on NC2, stacked; returns the areas."""
+    values = [panels.over_seeds(run[f"nc2_share_{cause}"])[0] for cause in GRAM_CAUSES]
+    colours = (panels.COLOURS[2], panels.COLOURS[3], "0.7", panels.COLOURS[1])
+    shares = np.nan_to_num(np.stack(values))
+    areas = axes.stackplot(
+        run[axis].values, shares, colors=colours, labels=_CAUSE_WORDS, linewidth=0
+    )
+    panels.scale_x(axes, run[axis].values)
+    panels.finish(axes, Panel(title, "share", ()), np.array([]))
+    axes.set_ylim(0, 1)
+    return areas
 
 
 def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":

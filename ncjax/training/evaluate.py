@@ -126,15 +126,18 @@ def evaluate(
             frame: collapse.Frame,
             held: tuple,
         ) -> Statistics:
+            reach = collapse.certificate_of_split(means, frame)
+
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 h, f = held if held else _forward(variables, data.normalize(images), model)
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
+                predictions, is_linear = jnp.argmax(f, 1), objective.loss == "square"
                 return collapse.class_scatter(
-                    h, residuals, jnp.argmax(f, 1), labels, means, frame, frame_head
+                    h, residuals, predictions, labels, means, frame, frame_head, reach, is_linear
                 ), ()
 
             scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            return statistics_of_passes(means, frame, scatter, head, first.correct)
+            return statistics_of_passes(means, frame, frame_head, scatter, head, first.correct)
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
         train = dataclasses.replace(

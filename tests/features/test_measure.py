@@ -26,7 +26,7 @@ from ncjax.features import files, measure, measurement, reference, streaming
 from ncjax.metrics import collapse
 from ncjax.metrics.statistics import class_statistics
 from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY, Quantities, assemble
-from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_split
+from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_nc4_bounds, oracle_split
 
 DATA = ROOT / "tests" / "data"
 
@@ -56,6 +56,7 @@ def oracle(h, labels, head, bias, outputs=None, residuals=None):
         "accuracy": np.mean(outputs.argmax(1) == labels),
         "weight_norm_sq": np.sum(np.float64(head) ** 2),
         "nc3_floor": oracle_nc3_floor(head),
+        **oracle_nc4_bounds(h, outputs, labels, head),
         **oracle_of_class_means(h, labels, head),
     }
 

@@ -20,10 +20,10 @@ from tests.helpers import (
 )
 
 
-def assembled(means, scatter, frame, head):
+def assembled(means, scatter, frame, frame_head, head):
     """The metrics of what both passes have summed, and the cosines of the class means."""
     with jax.enable_x64(True):
-        statistics = statistics_of_passes(means, frame, scatter, head)
+        statistics = statistics_of_passes(means, frame, frame_head, scatter, head)
         cosines = collapse.cosines(statistics.means - statistics.center[None])
         metrics = assemble(Quantities(statistics)) | {"class_mean_cosine": cosines}
         del metrics["weight_norm_sq"]  # the one that has a unit
@@ -40,8 +40,11 @@ def two_passes(features, outputs, labels, head):
     )
     means = collapse.class_means(collapse.class_sums(features, residuals, labels))
     frame, frame_head = collapse.frames((means,), head)
-    scatter = collapse.class_scatter(features, residuals, winners, labels, means, frame, frame_head)
-    return assembled(means, scatter, frame, head)
+    reach = collapse.certificate_of_split(means, frame)
+    scatter = collapse.class_scatter(
+        features, residuals, winners, labels, means, frame, frame_head, reach, is_linear=False
+    )
+    return assembled(means, scatter, frame, frame_head, head)
 
 
 two_passes_in_jit = jax.jit(two_passes)
@@ -141,8 +144,11 @@ def test_sums_over_uneven_batches_with_padding_equal_the_whole_split():
             total(lambda h, r, _, labels: collapse.class_sums(h, r, labels))
         )
         frame, frame_head = collapse.frames((means,), head)
-        scatter = total(lambda *batch: collapse.class_scatter(*batch, means, frame, frame_head))
-        return assembled(means, scatter, frame, head)
+        reach = collapse.certificate_of_split(means, frame)
+        scatter = total(
+            lambda *batch: collapse.class_scatter(*batch, means, frame, frame_head, reach, True)
+        )
+        return assembled(means, scatter, frame, frame_head, head)
 
     got = measured(features_padded, outputs_padded, padded, head, dtype=np.float64, f=in_batches)
     assert_equal(got, oracle_split(features, outputs, labels, head), 1e-11, atol=1e-12)
@@ -359,7 +365,9 @@ def test_covariance_within_classes_equals_its_definition_and_is_minus_w_sigma_w_
         h, r, w = (jnp.asarray(a) for a in (features, residuals, head))
         y, winners = jnp.asarray(labels, jnp.int32), jnp.asarray(outputs.argmax(1))
         means = collapse.class_means(collapse.class_sums(h, r, y))
-        scatter = collapse.class_scatter(h, r, winners, y, means, *collapse.frames((means,), w))
+        frames = collapse.frames((means,), w)
+        reach = collapse.certificate_of_split(means, frames[0])
+        scatter = collapse.class_scatter(h, r, winners, y, means, *frames, reach, True)
         covariance = np.asarray(scatter.covariance)
     np.testing.assert_allclose(covariance, expected, atol=1e-12 * np.abs(expected).max())
     within = (features - mu).T @ (features - mu)

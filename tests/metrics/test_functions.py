@@ -10,7 +10,7 @@ import pytest
 from ncjax import metrics
 from ncjax.errors import InputError
 from ncjax.metrics import functions
-from tests.helpers import oracle_nc3_floor, oracle_split
+from tests.helpers import oracle_bounds, oracle_nc3_floor, oracle_nc4_bounds, oracle_split
 
 # Names here -> names of the vocabulary.
 OF_FEATURES = {
@@ -23,6 +23,11 @@ OF_FEATURES = {
 }
 
 
+OF_HEAD = ("nc3", "nc4", "nc4_bound")
+# Of a head at a weight decay.
+OF_EQUILIBRIUM = {"nc1_bound": "nc1_bound", "nc2_bound": "nc2_bound_etf", "nc3_bound": "nc3_bound"}
+
+
 def split(num_classes=5, dim=8, examples=60):
     rng = np.random.default_rng(0)
     labels = np.arange(examples) % num_classes
@@ -33,25 +38,36 @@ def split(num_classes=5, dim=8, examples=60):
 
 
 def test_every_public_metric_is_tested_here():
-    assert {*metrics.__all__} == {*OF_FEATURES, "nc3", "nc3_floor", "nc4"}
+    assert {*metrics.__all__} == {*OF_FEATURES, *OF_HEAD, *OF_EQUILIBRIUM, "nc3_floor"}
     assert dir(metrics) == metrics.__all__
 
 
-@pytest.mark.parametrize("name", metrics.__all__)
+@pytest.mark.parametrize("name", [*OF_FEATURES, *OF_HEAD])
 def test_a_metric_equals_its_definition(name):
     features, labels, head = split()
     expected = oracle_split(features, features @ head.T, labels, head)
-    expected["nc3_floor"] = oracle_nc3_floor(head)
-    match name:
-        case "nc3" | "nc4":
-            arguments = (features, labels, head)
-        case "nc3_floor":
-            arguments = (head,)
-        case _:
-            arguments = (features, labels)
-    got = getattr(metrics, name)(*arguments)
+    expected |= oracle_nc4_bounds(features, features @ head.T, labels, head)
+    arguments = () if name in OF_FEATURES else (head,)
+    got = getattr(metrics, name)(features, labels, *arguments)
     assert type(got) is float
     assert got == pytest.approx(expected[OF_FEATURES.get(name, name)], rel=1e-11)
+
+
+@pytest.mark.parametrize("name", OF_EQUILIBRIUM)
+def test_a_bound_equals_its_definition(name):
+    features, labels, head = split()
+    head, bias, weight_decay = head / 10, np.arange(5) / 20, 0.05
+    residuals = np.eye(5)[labels] - features @ head.T - bias
+    expected = oracle_bounds(features, residuals, labels, head, weight_decay)
+    got = getattr(metrics, name)(features, labels, head, bias, weight_decay=weight_decay)
+    assert type(got) is float
+    assert got == pytest.approx(expected[OF_EQUILIBRIUM[name]], rel=1e-9)
+
+
+def test_a_bound_of_classes_of_different_sizes_is_refused():
+    features, labels, head = split(examples=61)
+    with pytest.raises(InputError, match=r"^labels: got .12 to 13 examples"):
+        metrics.nc2_bound(features, labels, head, weight_decay=0.05)
 
 
 def test_lists_and_integers_are_arrays():
@@ -96,6 +112,12 @@ def test_bad_input_is_named(field, change):
     arguments = {"features": features, "labels": labels, "head": head, "num_classes": 5} | change
     with pytest.raises(InputError, match=f"^{field}: got "):
         metrics.nc3(**arguments)
+
+
+def test_the_floor_of_nc3_equals_its_definition():
+    head = split()[2]
+    assert metrics.nc3_floor(head) == pytest.approx(oracle_nc3_floor(head), rel=1e-11)
+    assert jax.jit(metrics.nc3_floor)(head) == pytest.approx(metrics.nc3_floor(head), rel=1e-5)
 
 
 @pytest.mark.parametrize("head", [np.ones(5), np.ones((1, 5)), np.full((2, 5), np.inf)])

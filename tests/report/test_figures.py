@@ -37,6 +37,7 @@ WITHOUT_CLOCK = {
     "equilibrium_against_epoch.png",
     "theory_against_lambda.png",
     "budget_against_epoch.png",
+    "bounds_against_lambda_and_epoch.png",
     "modes_against_lambda.png",
 }
 EVERY_FIGURE = {*WITHOUT_CLOCK, "collapse_against_clock.png"}

@@ -10,9 +10,12 @@ import pytest
 from ncjax.training import evaluate, layers, models
 from ncjax.training.objective import Objective
 from tests.helpers import (
+    oracle_bounds,
     oracle_by_class,
     oracle_geometry,
     oracle_nc3_floor,
+    oracle_nc4_bounds,
+    oracle_row_space_bound,
     oracle_split,
     oracle_symmetric_part,
 )
@@ -24,6 +27,7 @@ SQUARE, CENTERED, CROSS_ENTROPY = (
     Objective(targets="centered"),
     Objective("cross_entropy"),
 )
+SCATTER = {"nc1_bound", "nc1_bound_outputs"}
 SYMMETRIC = {"predicted_head_norm_sq", "predicted_head_cosine", "symmetric_nc3"}
 
 
@@ -80,6 +84,8 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
             "fit_loss": fit,
             "loss": fit + penalty,
             "accuracy": np.mean(f.argmax(1) == labels),
+            **oracle_nc4_bounds(h, f, labels, w[2].T),
+            "nc1_row_space_bound": oracle_row_space_bound(h, labels, w[2].T),
         }
         by_split.append(metrics)
         if not by_split[1:]:
@@ -96,6 +102,7 @@ def oracle(params, splits, center, scale, weight_decay, head_bias, objective=SQU
                 for k in range(3)
             ]
             predictions = oracle_predictions(h, residual, labels, w, gradients[2].T, weight_decay)
+            predictions |= oracle_bounds(h, residual, labels, w[2].T, weight_decay)
     expected = {name: [metrics[name] for metrics in by_split] for name in by_split[0]}
     for name in ("class_mean_cosine", "class_norm_head", "class_cosine_head"):
         expected[name] = by_split[0][name]
@@ -272,7 +279,9 @@ def test_without_decay_only_the_equilibrium_is_undefined():
     shares = {f"budget_{term}" for term in terms}
     assert (
         undefined
-        == {"equilibrium_residual", "norm_target", "theorem_residual"} | SYMMETRIC | shares
+        == {"equilibrium_residual", "norm_target", "theorem_residual", *SCATTER}
+        | SYMMETRIC
+        | shares
     )
     assert got["budget_residual"] < 1e-12
     np.testing.assert_array_equal(got["loss"], got["fit_loss"])
