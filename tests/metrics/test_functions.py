@@ -66,7 +66,7 @@ def test_a_bound_equals_its_definition(name):
 
 def test_a_bound_of_classes_of_different_sizes_is_refused():
     features, labels, head = split(examples=61)
-    with pytest.raises(InputError, match="^labels: got .12 to 13 examples"):
+    with pytest.raises(InputError, match=r"^labels: got .12 to 13 examples"):
         metrics.nc2_bound(features, labels, head, weight_decay=0.05)
 
 
