@@ -254,11 +254,12 @@ _BOUNDED = (
     ("NC1", "nc1", "nc1_bound", ""),
     ("NC2: distance to a simplex ETF", "etf_error", "nc2_bound_etf", ""),
     ("NC3: self-duality", "nc3", "nc3_bound", "nc3_floor"),
+    ("NC4: nearest class mean", "nc4", "nc4_bound", ""),
 )
 
 
 def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
-    """Draws NC1 to NC3 beside their proved bounds, and the causes of the bound on NC2.
+    """Draws NC1 to NC4 beside their proved bounds, and the causes of the bound on NC2.
 
     The left panels are of the last epoch against weight decay, the right ones of one weight decay
     against epochs.
@@ -306,7 +307,7 @@ def _draw_bounded(
             axes.fill_between(
                 run[axis].values, least, greatest, color=look["color"], alpha=0.15, linewidth=0
             )
-            drawn.append(mean)
+            drawn.append(np.concatenate([mean, least, greatest]))
     panels.scale_x(axes, run[axis].values)
     panels.finish(axes, panel, np.concatenate(drawn))
     return lines
