@@ -254,55 +254,63 @@ _BOUNDED = (
     ("NC1", "nc1", "nc1_bound", ""),
     ("NC2: distance to a simplex ETF", "etf_error", "nc2_bound_etf", ""),
     ("NC3: self-duality", "nc3", "nc3_bound", "nc3_floor"),
+    ("NC4: nearest class mean", "nc4", "nc4_bound", ""),
 )
 
 
 def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
-    """Draws NC1 to NC3 beside their proved bounds, and the causes of the bound on NC2.
+    """Draws NC1 to NC4 beside their proved bounds, and the causes of the bound on NC2.
 
     The left panels are of the last epoch against weight decay, the right ones of one weight decay
     against epochs.
     """
     title = ", ".join(["Measured, and proved to be at most", *setting_words(history)])
-    figure, all_axes = panels.frame(2 * len(_BOUNDED) + 2, "", title)
     final = panels.training(_decayed(history).sortby("weight_decay")).isel(epoch=-1)
     run = panels.training(history.sel(weight_decay=weight_decay))
-    sides = (
-        (final, "weight_decay", r"weight decay $\lambda$", "at the last epoch"),
-        (run, "epoch", "epoch", rf"at $\lambda$ = {number(weight_decay)}"),
-    )
-    for row, (words, *names) in enumerate(_BOUNDED):
-        for (one, axis, _, where), axes in zip(sides, all_axes[2 * row :], strict=False):
-            _draw_bounded(axes, one, axis, names, Panel(f"{words}, {where}", "", ()))
-    handles = all_axes[0].get_lines()[:2] + all_axes[2 * len(_BOUNDED) - 1].get_lines()[2:]
-    for (one, axis, label, where), axes in zip(sides, all_axes[-2:], strict=True):
-        handles[3:] = _draw_causes(axes, one, axis, f"Causes of the bound on NC2, {where}")
-        axes.set_xlabel(label, size=panels.SIZE)
+    by_epoch = (run, "epoch", "epoch", rf"at $\lambda$ = {number(weight_decay)}")
+    by_lambda = (final, "weight_decay", r"weight decay $\lambda$", "at the last epoch")
+    # A single weight decay or epoch is no line.
+    sides = [side for side in (by_lambda, by_epoch) if side[0].sizes[side[1]] > 1] or [by_epoch]
+    pairs = [(row, side) for row in (*_BOUNDED, None) for side in sides]
+    figure, all_axes = panels.frame(len(pairs), "", title)
+    drawn: dict[str, Any] = {}
+    for axes, (row, (one, axis, label, where)) in zip(all_axes, pairs, strict=True):
+        if row is None:
+            areas = _draw_causes(axes, one, axis, f"Causes of the bound on NC2, {where}")
+        else:
+            areas = _draw_bounded(axes, one, axis, row[1:], Panel(f"{row[0]}, {where}", "", ()))
+        drawn |= {str(area.get_label()): area for area in areas}
+        axes.set_xlabel(label if len(sides) == 1 or row is None else "", size=panels.SIZE)
     remark = "bounds hold at any weights, no equilibrium assumed (docs/theory.md); training split, "
-    panels.legend(figure, handles, remark + panels.caption_of([history]))
+    panels.legend(figure, list(drawn.values()), remark + panels.caption_of([history]))
     return figure
 
 
 def _draw_bounded(
     axes: "Axes", run: xr.Dataset, axis: str, names: Sequence[str], panel: Panel
-) -> None:
-    """Draws a measure, its bound and its floor against weight decay or epochs."""
+) -> list:
+    """Draws a measure, its bound and its floor against weight decay or epochs; returns the
+    lines.
+    """
     looks: tuple[dict[str, Any], ...] = (
         {"color": panels.COLOURS[0], "label": "measured"},
         {"color": "black", "linestyle": "--", "label": "at most"},
         {"color": "black", "linestyle": ":", "label": "at least"},
     )
-    drawn = []
+    drawn, lines = [], []
     for name, look in zip(names, looks, strict=True):
         if name:
             mean, least, greatest = panels.over_seeds(run[name])
-            axes.plot(run[axis].values, mean, marker="o", markersize=1.5, linewidth=1, **look)
+            lines += axes.plot(
+                run[axis].values, mean, marker="o", markersize=1.5, linewidth=1, **look
+            )
             axes.fill_between(
                 run[axis].values, least, greatest, color=look["color"], alpha=0.15, linewidth=0
             )
-            drawn.append(mean)
+            drawn.append(np.concatenate([mean, least, greatest]))
     panels.scale_x(axes, run[axis].values)
     panels.finish(axes, panel, np.concatenate(drawn))
+    return lines
 
 
 def _draw_causes(axes: "Axes", run: xr.Dataset, axis: str, title: str) -> list:

@@ -26,7 +26,15 @@ from ncjax.features import files, measure, measurement, reference, streaming
 from ncjax.metrics import collapse
 from ncjax.metrics.statistics import class_statistics
 from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY, Quantities, assemble
-from tests.helpers import ROOT, oracle_geometry, oracle_nc3_floor, oracle_nc4_bounds, oracle_split
+from tests.helpers import (
+    ROOT,
+    oracle_bounds,
+    oracle_geometry,
+    oracle_nc3_floor,
+    oracle_nc4_bounds,
+    oracle_row_space_bound,
+    oracle_split,
+)
 
 DATA = ROOT / "tests" / "data"
 
@@ -190,6 +198,23 @@ def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
     assert got["nc3"] > 0.1
     other = measure.measure(h, labels, head=head[::-1].copy(), global_mean=global_mean)
     assert other["nc3_floor"] < other["nc3"] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("loss", "given_logits"), [("square", False), ("square", True), ("cross_entropy", False)]
+)
+def test_bounds_of_a_head_at_a_weight_decay_equal_their_definition(loss, given_logits):
+    h, labels, head, bias = split(per_class=20)
+    outputs = outputs_of(h, head, bias)
+    fitted = softmax(outputs) if loss == "cross_entropy" else outputs
+    expected = oracle_bounds(h, np.eye(5)[labels] - fitted, labels, head, 0.02)
+    expected["nc1_row_space_bound"] = oracle_row_space_bound(h, labels, head)
+    expected |= oracle_nc4_bounds(h, outputs, labels, head)
+    logits = outputs if given_logits else None
+    bias = None if given_logits else bias
+    got = measure.measure(h, labels, logits, head=head, bias=bias, loss=loss, weight_decay=0.02)
+    assert_same(got, expected, 1e-9)
+    assert got["nc4"] <= got["nc4_bound"] <= got["nc4_bound_nc1"]
 
 
 def softmax(f):

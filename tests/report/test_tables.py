@@ -88,6 +88,28 @@ def test_a_run_that_is_long_enough_or_has_no_clock_is_not_called_short(clock):
     assert tables._short(make_history(relaxation_time=clock)) == []
 
 
+def test_bounds_and_causes_are_said_at_the_decay_of_least_nc3_that_has_them():
+    bounds = {"nc1_bound": 0.35, "nc2_bound_etf": 0.276, "nc3_bound": 0.5, "nc4_bound": 0.0}
+    shares = {"asymmetry": 0.72, "within": 0.23, "gradient": 0.04}
+    values = bounds | {f"nc2_share_{cause}": share for cause, share in shares.items()}
+    values |= {"nc1_bound_outputs": 0.6, "nc3_floor": 0.05, "etf_error": 0.248, "nc4": 0.0}
+    undefined = np.array([[np.nan] * 2, [1.0] * 2, [1.0] * 2])
+    values = {name: value * undefined for name, value in values.items()}
+    history = make_history(nc3=[[0.1, 0.1], [0.4, 0.2], [0.5, 0.5]], **values)
+    for name in ("nc4", "nc4_bound", "etf_error"):
+        history[name] = history[name].expand_dims(split=["train", "test"])
+    where, *lines = tables._bounds(history)
+    assert "lambda=0.001" in where
+    numbers = [re.findall(r"\d+(?:\.\d+)?%?", line) for line in lines]
+    assert numbers == [
+        ["1", "0.3", "0.35", "60%", "40%"],
+        ["2", "0.248", "0.276", "72%", "23%", "4%", "1%"],
+        ["3", "0.3", "0.5", "0.05"],
+        ["4", "0", "0"],
+    ]
+    assert "certified" in lines[-1]
+
+
 def closed_form_history(error=0.0, **changes):
     """An unconstrained-feature model: predictions at the decays above 0, met but for a relative
     error of epsilon.
