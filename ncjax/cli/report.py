@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _out(given: Path | None, workdirs: list[Path]) -> Path:
     """Returns the file to write, or raises InputError where it is none of a report."""
     if given is None:
-        return workdirs[0] / "report.html" if len(workdirs) == 1 else Path("compare.html")
+        return workdirs[0] / page.FILE if len(workdirs) == 1 else Path("compare.html")
     out = expanded("--out", given)
     if out.suffix.lower() not in _SUFFIXES:
         raise InputError("--out", str(given), f"its name must end in {' or '.join(_SUFFIXES)}")
@@ -68,10 +68,8 @@ def _out(given: Path | None, workdirs: list[Path]) -> Path:
 def _sources(workdirs: list[Path]) -> list[page.Source]:
     names = [workdir.name for workdir in workdirs]
     return [
-        page.Source(
-            workdir.name if names.count(workdir.name) == 1 else str(workdir),
-            _load(workdir),
-            page.read_checksums(workdir),
+        page.describe(
+            workdir, _load(workdir), "" if names.count(workdir.name) == 1 else str(workdir)
         )
         for workdir in workdirs
     ]

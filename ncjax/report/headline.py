@@ -18,7 +18,10 @@ def sentences(history: xr.Dataset) -> list[str]:
     if monitored.is_monitored(history):
         return [*_monitored(history), *history.attrs["remarks"].splitlines()]
     lines = [_what_ran(history), *_fitted(history)]
-    lines += tables.least(history, [name for name in _MEASURES if name in history])
+    for name in _MEASURES:
+        if name in history:
+            title = FEATURE_VOCABULARY[name].title
+            lines += [line.replace(name, title, 1) for line in tables.least(history, [name])]
     lines += _held_back(history)
     for describe in (tables.short, tables.degenerate, tables.closed_form):
         # An older history lacks some variables.

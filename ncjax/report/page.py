@@ -24,6 +24,8 @@ from ncjax.storage import history as histories_on_disk
 from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
 
+FILE = "report.html"  # of one run, in its WORKDIR
+
 _PANELS = ("nc1", "nc2_equinorm_means", "nc2_equiangular_means", "nc3", "nc4", "accuracy")
 _COLUMNS = (
     *_PANELS,
@@ -55,7 +57,12 @@ class Source(NamedTuple):
     checksums: Mapping[str, str]
 
 
-def read_checksums(workdir: Path) -> dict[str, str]:
+def describe(workdir: Path, history: xr.Dataset, name: str = "") -> Source:
+    """Returns the history of a WORKDIR as a page shows it, by default under the folder's name."""
+    return Source(name or workdir.resolve().name, history, _read_checksums(workdir))
+
+
+def _read_checksums(workdir: Path) -> dict[str, str]:
     """Returns the checksum of a WORKDIR's history, and those of its data where a checkpoint says
     them.
     """

@@ -340,8 +340,10 @@ def least(history: xr.Dataset, variables: Sequence[str] = ("nc1", "nc3")) -> lis
         undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
         if undecayed and undecayed[0] != best:
             zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
-            ratio = np.nanmean(values[zero]) / np.nanmean(values[best])
-            line += f"; {mean_and_sd(values[zero])} at lambda=0, {ratio:.1f} times as much"
+            line += f"; {mean_and_sd(values[zero])} at lambda=0"
+            least_mean = np.nanmean(values[best])
+            if least_mean > 0:
+                line += f", {np.nanmean(values[zero]) / least_mean:.1f} times as much"
         lines.append(line)
     return lines
 

@@ -13,7 +13,7 @@ import xarray as xr
 
 from ncjax import config as configuration
 from ncjax.plan import Plan
-from ncjax.report import draw, tables
+from ncjax.report import draw, page, tables
 from ncjax.runs import growth, listeners, processes, signals, summary
 from ncjax.runs.resume import make_metadata, resume
 from ncjax.runs.schedule import Schedule, make_schedule
@@ -28,12 +28,18 @@ _CHUNK_SECONDS = 2.0
 
 
 def run(plan: Plan) -> xr.Dataset:
-    """Calls `record`, draws WORKDIR/figures and prints the results; returns the history."""
+    """Calls `record`, draws WORKDIR/figures, writes the report and prints the results; returns the
+    history.
+    """
     recorded = record(plan)
     if processes.is_leader():
         draw.draw_all(recorded, plan.workdir / "figures")
         tables.show_results(recorded, tables.make_console())
-        _say(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+        left = "history.nc, metrics.jsonl, checkpoints/"
+        if plan.config.report.enabled:
+            page.write([page.describe(plan.workdir, recorded)], plan.workdir / page.FILE)
+            left += f", {page.FILE}"
+        _say(f"{left} and figures/ are in {plan.workdir}")
     return recorded
 
 

@@ -311,6 +311,16 @@
     };
   }
 
+  /* Limits of a logarithmic axis: 1, 2 or 5 times a power of ten, where ECharts takes whole decades. */
+  function reach(values) {
+    if (!values.length) return {};
+    const decade = (x) => 10 ** Math.floor(Math.log10(x));
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const below = [5, 2, 1].find((k) => k * decade(low) <= low * 1.001) * decade(low);
+    const above = [1, 2, 5, 10].find((k) => k * decade(high) >= high * 0.999) * decade(high);
+    return {min: below, max: above > below ? above : 2 * above};
+  }
+
   function tooltip(trigger, rows) {
     const {paper, ink, line} = theme();
     return {
@@ -327,11 +337,12 @@
   }
 
   /* Curves of (x, mean, least, greatest). On a logarithmic axis what is not above 0 is left out. */
-  function drawLines(holder, name, heading, curves, {xName, xLog, yLog, categories, note = ""}) {
+  function drawLines(holder, name, heading, curves, {xName, xLog, yLog, categories}) {
     const drawn = curves.flatMap((curve) => curve.points.map((point) => point[1]));
-    const logarithmic = yLog && finite(drawn).length > 0 && finite(drawn).every((y) => y > 0);
-    const remarks = [note];
-    if (yLog && !logarithmic && finite(drawn).length) remarks.push("linear: it reaches 0");
+    // Decades say nothing of a share that goes to 1, as accuracy does.
+    const wanted = yLog && !(page.metrics[name]?.most === 1 && page.metrics[name].best !== 0);
+    const logarithmic = wanted && finite(drawn).length > 0 && finite(drawn).every((y) => y > 0);
+    const remark = wanted && !logarithmic && finite(drawn).length ? "linear: it reaches 0" : "";
     const visible = ([x, y]) => Number.isFinite(y) && (categories || (Number.isFinite(x) && (!xLog || x > 0)));
     const marks = curves.length <= MANY;
     const series = curves.flatMap((curve) => {
@@ -349,13 +360,15 @@
       const last = curve.points.filter(visible).at(-1);
       return last ? `${curve.label} ends at ${short(last[1])}` : `${curve.label} has no value`;
     });
+    const shown = curves.flatMap((curve) => curve.points.filter(visible));
+    const [times, heights] = [0, 1].map((i) => shown.map((point) => point[i]));
     const nothing = series.every((one) => one.data.length === 0);
     put(holder, {
       ...frame(name, heading, `${heading} against ${xName}: ${ends.join("; ")}`),
       xAxis: categories
         ? {...axis(xName, false), type: "category", data: categories, axisLabel: {color: soft}}
-        : axis(xName, xLog),
-      yAxis: axis("", logarithmic),
+        : axis(xName, xLog, xLog ? reach(times) : {}),
+      yAxis: axis("", logarithmic, logarithmic ? reach(heights) : {}),
       tooltip: tooltip(!categories && (curves.length > MANY || xName !== "epoch") ? "item" : "axis", (shown) => {
         const of = shown.filter((one) => one.seriesType === "line");
         if (!of.length) return [];
@@ -363,7 +376,7 @@
           ...of.map((one) => [one.seriesName, short(one.value[1], 5)])];
       }),
       graphic: [
-        {type: "text", right: 18, top: 4, style: {text: remarks.filter(Boolean).join("; "), fill: soft, fontSize: 11}},
+        {type: "text", right: 18, top: 4, style: {text: remark, fill: soft, fontSize: 11}},
         ...(nothing ? [{type: "text", left: "center", top: "middle", style: {text: "no number here", fill: soft}}] : []),
       ],
       series,
