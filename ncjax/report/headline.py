@@ -88,7 +88,7 @@ def _held_back(history: xr.Dataset) -> list[str]:
     return [
         f"what holds it back at {where}, where nc3 is least: the theorem's part is "
         f"{float(best['budget_theorem']):.0%} of lambda W_L; the largest other, {largest} "
-        f"({meaning}), {shares[largest]:.0%}"
+        f"({meaning}), {shares[largest]:+.0%}"
     ]
 
 

@@ -275,7 +275,7 @@
   }
 
   /* What every chart has: a title that hovers its definition, texts in the colours of the page. */
-  function frame(name, heading, words) {
+  function frame(heading, words) {
     const {ink} = theme();
     return {
       animation: false,
@@ -291,13 +291,11 @@
 
   function put(holder, option, hover) {
     const chart = chartOf(holder);
-    holder.title = hover || "";
-    // ECharts' own tooltip would stand beside the browser's on data: that is of the title alone.
-    chart.off("mouseover");
-    chart.off("mouseout");
-    holder.removeAttribute("title");
-    chart.on("mouseover", {componentType: "title"}, () => { holder.title = hover || ""; });
+    // The browser shows a definition over the title alone: over data stands the tooltip of ECharts.
+    chart.off("mouseover").off("mouseout");
+    chart.on("mouseover", {componentType: "title"}, () => { holder.title = hover; });
     chart.on("mouseout", {componentType: "title"}, () => holder.removeAttribute("title"));
+    Object.assign(option.title.textStyle, {width: holder.clientWidth - 12, overflow: "truncate"});
     chart.setOption(option, true);
   }
 
@@ -308,6 +306,17 @@
       nameTextStyle: {color: soft}, axisLabel: {color: soft, formatter: (x) => short(x, 3), hideOverlap: true},
       axisLine: {lineStyle: {color: line}}, splitLine: {lineStyle: {color: line, opacity: 0.5}},
       scale: true, ...more,
+    };
+  }
+
+  function legendBelowTitle() {
+    const {ink, soft} = theme();
+    return {
+      grid: {left: 62, right: 18, top: 58, bottom: 46},
+      legend: {
+        type: "scroll", top: 22, left: 0, textStyle: {color: ink}, itemWidth: 22, itemHeight: 8,
+        pageTextStyle: {color: soft}, pageIconColor: ink, pageIconInactiveColor: soft,
+      },
     };
   }
 
@@ -337,47 +346,50 @@
   }
 
   /* Curves of (x, mean, least, greatest). On a logarithmic axis what is not above 0 is left out. */
-  function drawLines(holder, name, heading, curves, {xName, xLog, yLog, categories}) {
-    const drawn = curves.flatMap((curve) => curve.points.map((point) => point[1]));
+  function drawLines(holder, name, heading, curves, {xName, xLog, yLog, categories, named = false}) {
+    const visible = ([x, y]) => Number.isFinite(y) && (categories || (Number.isFinite(x) && (!xLog || x > 0)));
+    const shown = curves.flatMap((curve) => curve.points.filter(visible));
+    const drawn = shown.map((point) => point[1]);
     // Decades say nothing of a share that goes to 1, as accuracy does.
     const wanted = yLog && !(page.metrics[name]?.most === 1 && page.metrics[name].best !== 0);
-    const logarithmic = wanted && finite(drawn).length > 0 && finite(drawn).every((y) => y > 0);
-    const remark = wanted && !logarithmic && finite(drawn).length ? "linear: it reaches 0" : "";
-    const visible = ([x, y]) => Number.isFinite(y) && (categories || (Number.isFinite(x) && (!xLog || x > 0)));
+    const logarithmic = wanted && drawn.length > 0 && drawn.every((y) => y > 0);
+    const remark = wanted && !logarithmic && drawn.length ? "linear: it reaches 0" : "";
     const marks = curves.length <= MANY;
     const series = curves.flatMap((curve) => {
       const points = curve.points.filter(visible);
       const line = {
         type: "line", name: curve.label, data: points.map(([x, y]) => [x, y]), color: curve.colour,
         lineStyle: {width: 1.6, type: curve.dash || "solid"}, symbol: "circle", symbolSize: 5,
-        showSymbol: marks || points.length === 1, emphasis: {focus: "none"}, curve,
+        showSymbol: marks || points.length === 1, emphasis: {focus: "none"},
       };
-      const spread = points.filter(([, , low, high]) => high > low && (!logarithmic || low > 0));
-      return marks && spread.length > 1 && !categories ? [band(curve, spread), line] : [line];
+      const spread = points.filter(([, , low]) => !logarithmic || low > 0);
+      const isBand = marks && !categories && spread.some(([, , low, high]) => high > low);
+      return isBand ? [band(curve, spread), line] : [line];
     });
     const {soft} = theme();
     const ends = curves.slice(0, MANY).map((curve) => {
       const last = curve.points.filter(visible).at(-1);
       return last ? `${curve.label} ends at ${short(last[1])}` : `${curve.label} has no value`;
     });
-    const shown = curves.flatMap((curve) => curve.points.filter(visible));
-    const [times, heights] = [0, 1].map((i) => shown.map((point) => point[i]));
-    const nothing = series.every((one) => one.data.length === 0);
+    const heights = marks && !categories ? shown.flatMap((point) => point.slice(1).filter((y) => y > 0)) : drawn;
+    const most = page.metrics[name]?.most;
+    const ceiling = most && Math.max(...drawn) > 0.7 * most ? {max: most} : {};
     put(holder, {
-      ...frame(name, heading, `${heading} against ${xName}: ${ends.join("; ")}`),
+      ...frame(heading, `${heading} against ${xName}: ${ends.join("; ")}`),
       xAxis: categories
         ? {...axis(xName, false), type: "category", data: categories, axisLabel: {color: soft}}
-        : axis(xName, xLog, xLog ? reach(times) : {}),
-      yAxis: axis("", logarithmic, logarithmic ? reach(heights) : {}),
-      tooltip: tooltip(!categories && (curves.length > MANY || xName !== "epoch") ? "item" : "axis", (shown) => {
-        const of = shown.filter((one) => one.seriesType === "line");
+        : axis(xName, xLog, xLog ? reach(shown.map((point) => point[0])) : {}),
+      yAxis: axis("", logarithmic, logarithmic ? reach(heights) : ceiling),
+      ...(named ? legendBelowTitle() : {}),
+      tooltip: tooltip(!categories && (curves.length > MANY || xName !== "epoch") ? "item" : "axis", (hovered) => {
+        const of = hovered.filter((one) => one.seriesType === "line");
         if (!of.length) return [];
         return [[xName, categories ? of[0].name : short(of[0].value[0])],
           ...of.map((one) => [one.seriesName, short(one.value[1], 5)])];
       }),
       graphic: [
         {type: "text", right: 18, top: 4, style: {text: remark, fill: soft, fontSize: 11}},
-        ...(nothing ? [{type: "text", left: "center", top: "middle", style: {text: "no number here", fill: soft}}] : []),
+        ...(shown.length ? [] : [{type: "text", left: "center", top: "middle", style: {text: "no number here", fill: soft}}]),
       ],
       series,
     }, name in page.metrics ? definition(name) : "");
@@ -508,8 +520,8 @@
         points: along.map((runs, x) => [x, meanAt(source, name, runs, {split: splits(source, name)[0]})]),
       });
       const curves = [measured, ...predicted].filter((name) => source.has(name)).map(curve);
-      drawLines(holder, measured, `${title(measured)} and ${predicted.map(title).join(", ")}`, curves, {
-        xName: lambda(first.name), categories: first.labels, yLog: byId("y-scale").value === "log",
+      drawLines(holder, measured, `${title(measured)}, bounds and predictions`, curves, {
+        xName: lambda(first.name), categories: first.labels, yLog: byId("y-scale").value === "log", named: true,
       });
     }
   }
@@ -520,7 +532,7 @@
     byId("causes-section").hidden = !names.length;
     if (!names.length) return;
     const along = alongFirstAxis();
-    const {soft, ink} = theme();
+    const {soft} = theme();
     const series = names.map((name, i) => ({
       type: "bar", stack: "shares", stackStrategy: "samesign", name: title(name).replace("budget: ", ""), color: COLOURS[i % COLOURS.length],
       barMaxWidth: 60, data: along.map((runs) => { const x = meanAt(source, name, runs, {}); return Number.isFinite(x) ? x : null; }),
@@ -528,9 +540,8 @@
     const heading = `Shares at epoch ${source.epochs[source.epoch]}`;
     const words = series.map((one) => `${one.name} ${one.data.map((x) => x === null ? "none" : short(x, 2)).join(", ")}`).join("; ");
     put(byId("causes"), {
-      ...frame("causes", heading, `${heading}, stacked by ${source.axes[0].name}: ${words}`),
-      grid: {left: 62, right: 18, top: 60, bottom: 46},
-      legend: {top: 26, left: 0, textStyle: {color: ink}},
+      ...frame(heading, `${heading}, stacked by ${source.axes[0].name}: ${words}`),
+      ...legendBelowTitle(),
       xAxis: {...axis(lambda(source.axes[0].name), false), type: "category", data: source.axes[0].labels, axisLabel: {color: soft}},
       yAxis: axis("", false, {scale: false}),
       tooltip: tooltip("axis", (shown) => [[lambda(source.axes[0].name), shown[0].name], ...shown.map((one) => [one.seriesName, short(one.value)])]),
@@ -550,7 +561,7 @@
         label: dim === "mode" ? `mode ${text}` : text, colour: along(labels.length, i),
         points: pointsOf({source, runs: [run]}, name, {[dim]: i}),
       }));
-      drawLines(holder, name, `${title(name)} by ${dim}`, curves, scales());
+      drawLines(holder, name, `${title(name)} by ${dim}`, curves, {...scales(), named: true});
     };
     const layered = byId("layer-metric").value;
     byId("layers-part").hidden = !source.depends(layered, "layer") || source.axes[0].name === "layer";
@@ -578,10 +589,10 @@
     }
     const {soft, ink} = theme();
     const category = {type: "category", data: labels, axisLabel: {color: soft, hideOverlap: true}, splitArea: {show: false}};
-    const heading = `Cosines between class means; simplex ETF: ${short(etf, 3)}`;
+    const heading = `Cosines of class means; ETF: ${short(etf, 3)}`;
     put(byId("cosines"), {
-      ...frame(name, heading, `${heading}. The furthest is ${short(reach, 3)} away.`),
-      grid: {left: 50, right: 80, top: 34, bottom: 40},
+      ...frame(heading, `${heading}. The furthest is ${short(reach, 3)} away.`),
+      grid: {left: 50, right: 104, top: 34, bottom: 40},
       xAxis: category, yAxis: {...category, inverse: true},
       visualMap: {
         min: etf - reach, max: etf + reach, calculable: true, right: 0, top: "center", itemHeight: 180, precision: 3,
@@ -611,7 +622,7 @@
     const colourBy = runs.map((run) => value(page.panels[0], run));
     const positions = scaled(colourBy);
     put(byId("parallel"), {
-      ...frame("parallel", heading, `${runs.length} runs over ${axes.map((a) => a.name).join(", ")} and ${names.join(", ")}`),
+      ...frame(heading, `${runs.length} runs over ${axes.map((a) => a.name).join(", ")} and ${names.join(", ")}`),
       parallel: {left: 50, right: 80, top: 100, bottom: 30},
       parallelAxis: [...axes.map((axis, i) => ({...look, dim: i, name: lambda(axis.name), type: "category", data: axis.labels, nameRotate: 20})), ...numbers],
       series: [{
