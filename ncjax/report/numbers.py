@@ -153,7 +153,7 @@ def _by_importance(history: xr.Dataset, grid: Iterable[str]) -> Iterator[str]:
 
 
 def _ordered_dims(variable: xr.DataArray, grid: Iterable[str]) -> list[str]:
-    return [dim for dim in (*grid, "epoch", *_INNER) if dim in variable.dims]
+    return [dim for dim in dict.fromkeys((*grid, "epoch", *_INNER)) if dim in variable.dims]
 
 
 def describe_metrics(histories: Iterable[xr.Dataset]) -> dict[str, dict[str, Any]]:
@@ -176,5 +176,5 @@ def describe_metrics(histories: Iterable[xr.Dataset]) -> dict[str, dict[str, Any
     return found
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | int) -> float | int | None:
     return value if math.isfinite(value) else None

@@ -160,9 +160,10 @@ def _predictions(variables: set[str]) -> list[dict[str, Any]]:
         measure, bound, which = name.partition("_bound")
         if not bound:
             continue
-        of_its_own = f"{which.removeprefix('_')}_error"
-        measured = next((one for one in (of_its_own, measure) if one in variables), None)
-        pairs.setdefault(measured or "nc2_equiangular_means", []).append(name)
+        # NC2 has several measures: nc2_bound_etf is of etf_error.
+        candidates = (f"{which.removeprefix('_')}_error", measure, f"{measure}_equiangular_means")
+        measured = next((one for one in candidates if one in variables), "")
+        pairs.setdefault(measured, []).append(name)
     found = {
         measured: [name for name in predicted if name in variables]
         for measured, predicted in pairs.items()

@@ -107,6 +107,7 @@
   // ---- numbers and words
 
   const finite = (values) => values.filter(Number.isFinite);
+  const extent = (values) => values.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
   const mean = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
   function short(x, digits = 4) {
     if (Number.isNaN(x)) return "\u2013";
@@ -146,8 +147,8 @@
   /* Position of values between 0 and 1, by logarithm where all are positive. */
   function scaled(values) {
     const known = finite(values);
-    const map = known.length && Math.min(...known) > 0 ? Math.log : (x) => x;
-    const [low, high] = [map(Math.min(...known)), map(Math.max(...known))];
+    const map = extent(known)[0] > 0 ? Math.log : (x) => x;
+    const [low, high] = extent(known).map(map);
     return values.map((x) => Number.isFinite(x) ? (high > low ? (map(x) - low) / (high - low) : 0.5) : NaN);
   }
 
@@ -324,7 +325,7 @@
   function reach(values) {
     if (!values.length) return {};
     const decade = (x) => 10 ** Math.floor(Math.log10(x));
-    const [low, high] = [Math.min(...values), Math.max(...values)];
+    const [low, high] = extent(values);
     const below = [5, 2, 1].find((k) => k * decade(low) <= low * 1.001) * decade(low);
     const above = [1, 2, 5, 10].find((k) => k * decade(high) >= high * 0.999) * decade(high);
     return {min: below, max: above > below ? above : 2 * above};
@@ -373,7 +374,7 @@
     });
     const heights = marks && !categories ? shown.flatMap((point) => point.slice(1).filter((y) => y > 0)) : drawn;
     const most = page.metrics[name]?.most;
-    const ceiling = most && Math.max(...drawn) > 0.7 * most ? {max: most} : {};
+    const ceiling = most && drawn.length && extent(drawn)[1] > 0.7 * most ? {max: most} : {};
     put(holder, {
       ...frame(heading, `${heading} against ${xName}: ${ends.join("; ")}`),
       xAxis: categories
@@ -413,16 +414,21 @@
   function groups() {
     const made = sources.flatMap((source) => source.settings().map((runs) => ({source, runs})));
     const {ink, scale} = theme();
-    // Colours run along lambda where one WORKDIR is drawn; 0 is none of them.
-    const isZero = (group) => group.source.axes[0].labels[group.source.places[group.runs[0]][group.source.axes[0].name]] === "0";
-    const coloured = made.filter((group) => !isZero(group));
+    // Colours run along lambda where one WORKDIR is drawn; a single curve at 0 has none of them.
+    const isZero = ({source, runs}) => {
+      const first = source.axes[0];
+      return first.name === "weight_decay" && first.labels[source.places[runs[0]][first.name]] === "0";
+    };
+    const atZero = made.filter(isZero);
+    const coloured = made.filter((group) => atZero.length > 1 || !isZero(group));
     for (const [i, group] of made.entries()) {
       const {source, runs} = group;
       const words = source.label(runs[0], runs.length > 1 ? ["seed"] : []);
       group.label = [several ? source.name : "", words].filter(Boolean).join(": ") || source.name;
       const at = coloured.indexOf(group);
+      if (atZero.length < made.length && isZero(group)) group.dash = "dashed";
       if (several && made.length <= COLOURS.length) group.colour = COLOURS[i];
-      else if (at < 0) [group.colour, group.dash] = [ink, "dashed"];
+      else if (at < 0) group.colour = ink;
       else group.colour = echarts.color.lerp(coloured.length > 1 ? at / (coloured.length - 1) : 0.5, scale);
     }
     return made;
@@ -433,7 +439,7 @@
     return source.epochs.map((epoch, i) => {
       const values = finite(runs.map((run) => source.value(name, run, {...at, epoch: i})));
       const times = clock === "epoch" ? [epoch] : finite(runs.map((run) => source.value(clock, run, {epoch: i})));
-      return values.length ? [mean(times), mean(values), Math.min(...values), Math.max(...values)] : [epoch, NaN];
+      return values.length ? [mean(times), mean(values), ...extent(values)] : [epoch, NaN];
     });
   }
 
@@ -679,7 +685,8 @@
   function numberCell(source, runs, {name, at}) {
     const values = finite(runs.map((run) => source.value(name, run, {...at, epoch: source.epoch})));
     if (!values.length) return dataCell("td", "\u2013", "");
-    if (values.length === 1 || Math.max(...values) === Math.min(...values)) return dataCell("td", short(values[0]), values[0]);
+    const [low, high] = extent(values);
+    if (low === high) return dataCell("td", short(values[0]), values[0]);
     const centre = mean(values);
     const deviation = Math.sqrt(values.reduce((sum, x) => sum + (x - centre) ** 2, 0) / (values.length - 1));
     const made = dataCell("td", `${short(centre)} \u00b1 ${short(deviation, 2)}`, centre);
@@ -763,7 +770,7 @@
       });
       return button;
     };
-    const tools = element("div", {className: "tools"}, copier("CSV", asCsv), copier("LaTeX", asLatex), said, area);
+    const tools = element("div", {className: "tools", id: table.id ? `${table.id}-tools` : ""}, copier("CSV", asCsv), copier("LaTeX", asLatex), said, area);
     table.closest(".scroll").after(tools);
     if (table.tHead.rows.length) makeSortable(table);
   }
@@ -827,6 +834,9 @@
     byId("rows").closest("label").hidden = !sources.some((source) => source.axes.some((axis) => axis.name === "seed" && axis.labels.length > 1));
     const left = sources.filter((source) => source.omitted.length);
     byId("omitted").textContent = left.map((source) => `Left out of this page for their size, and in history.nc of ${source.name}: ${source.omitted.join(", ")}.`).join(" ");
+    const trained = sources.flatMap((source) => source.epochs).filter((epoch) => epoch > 0);
+    // From 1 to 10 epochs, say, the initialization is worth more than decades.
+    if (!trained.length || extent(trained)[1] < 20 * extent(trained)[0]) byId("x-scale").value = "linear";
     drawGrids();
     for (const table of document.querySelectorAll("table[data-tools]")) addTools(table);
     drawAll();
