@@ -147,9 +147,7 @@ def _by_importance(history: xr.Dataset, grid: Iterable[str]) -> Iterator[str]:
         for name, variable in history.data_vars.items()
         if set(map(str, variable.dims)) <= known and np.issubdtype(variable.dtype, np.number)
     ]
-    return (
-        name for name in sorted(names, key=rank) if np.isfinite(history[name].values).any()
-    )
+    return (name for name in sorted(names, key=rank) if np.isfinite(history[name].values).any())
 
 
 def _ordered_dims(variable: xr.DataArray, grid: Iterable[str]) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import xarray as xr
 
-import ncjax
 from ncjax import config as configuration
 from ncjax.config import Config
 from ncjax.errors import printable
@@ -108,7 +107,6 @@ def render(sources: list[Source]) -> str:
         echarts=scripts["echarts.min"],
         script=scripts["report"],
         hashes=[_hash(script) for script in scripts.values()],
-        version=ncjax.__version__,
         page=_page(sources, packed),
         numbers=packed.numbers,
         sources=[_described(source) for source in sources],
@@ -191,7 +189,10 @@ def _described(source: Source) -> dict[str, Any]:
         return described
     config = configuration.from_json(history.attrs["config"])
     versions = histories_on_disk.versions(history)
-    origin = {"device": history.attrs.get("device"), "git revision": history.attrs.get("git_revision")}
+    origin = {
+        "device": history.attrs.get("device"),
+        "git revision": history.attrs.get("git_revision"),
+    }
     return described | {
         "config": {name: printable(_text(v)) for name, v in _flat(config).items()},
         "config_file": _config_file(config),
@@ -208,7 +209,7 @@ def _text(value: Any) -> str:
 
 
 def _config_file(config: Config) -> str:
-    """Returns a config file that trains the same sweep: the fields that are not at their default."""
+    """Returns a config file that trains the same sweep: the fields not at their default."""
     defaults = _flat(Config())
     lines = [
         f"    config.{name} = {value!r}"

@@ -4,6 +4,7 @@ fetches, what a click and a key do. Skipped where chromium or selenium is missin
 
 import csv
 import io
+import itertools
 import json
 import shutil
 
@@ -71,7 +72,9 @@ class Opened:
         return self.browser.find_element("css selector", selector)
 
     def choose(self, name, value):
-        script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        script = (
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
+        )
         self.browser.execute_script(script, self.find(f"#{name}"), value)
 
     def lines(self, panel="nc1"):
@@ -116,7 +119,9 @@ def opened(browser, tmp_path):
 
 
 def sweep(**axes):
-    return make_history(epochs=EPOCHS, classes=10, **{"weight_decay": DECAYS, "seed": (0, 1, 2)} | axes)
+    return make_history(
+        epochs=EPOCHS, classes=10, **{"weight_decay": DECAYS, "seed": (0, 1, 2)} | axes
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_clock_scales_and_split_change_the_curves(opened):
     ):
         shown.choose(name, value)
         seen.append(shown.lines())
-    assert all(before != after for before, after in zip(seen, seen[1:], strict=False))
+    assert all(before != after for before, after in itertools.pairwise(seen))
     for name in ("layer-metric", "any-metric", "grid-metric"):
         values = shown.js(f"[...document.querySelectorAll('#{name} option')].map(o => o.value)")
         for value in values[:: max(1, len(values) // 8)]:
@@ -198,7 +203,10 @@ def test_the_pointer_shows_numbers_and_definitions(opened):
     shown.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
     ActionChains(shown.browser).move_to_element(panel).perform()
     shown.wait("document.querySelector('.tip') && document.querySelector('.tip').textContent")
-    rows = shown.js("[...document.querySelectorAll('.tip div')].map(d => [...d.children].map(c => c.textContent))")
+    rows = shown.js(
+        "[...document.querySelectorAll('.tip div')]"
+        ".map(row => [...row.children].map(cell => cell.textContent))"
+    )
     epoch = int(rows[0][1])
     wanted = history["nc3"].sel(split="train", epoch=epoch).mean("seed").values
     np.testing.assert_allclose([float(number) for _, number in rows[1:]], wanted, rtol=1e-4)
@@ -241,7 +249,9 @@ def test_tables_sort_and_copy_means_and_deviations(opened):
     np.testing.assert_allclose(found, np.stack([nc1.mean(1), nc1.std(1, ddof=1)], 1), rtol=1e-6)
     heading = shown.find("#results thead th:nth-child(2) button")
     heading.click()
-    script = "[...document.querySelectorAll('#results tbody tr')].map(r => r.cells[1].dataset.value)"
+    script = (
+        "[...document.querySelectorAll('#results tbody tr')].map(r => r.cells[1].dataset.value)"
+    )
     assert [float(value) for value in shown.js(script)] == sorted(found[:, 0])
     heading.click()
     assert [float(value) for value in shown.js(script)] == sorted(found[:, 0], reverse=True)

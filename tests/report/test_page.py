@@ -117,7 +117,9 @@ def hostile_history():
 
 def test_names_are_shown_and_never_executed():
     parsed = render(**{HOSTILE: hostile_history(), "\ud800\x1b": make_history()})
-    assert [attrs.get("type") for attrs, _ in parsed.scripts] == ["application/json"] * 2 + [None] * 2
+    assert [attrs.get("type") for attrs, _ in parsed.scripts] == ["application/json"] * 2 + [
+        None
+    ] * 2
     assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "embed")]
     assert not [name for _, attrs in parsed.tags for name in attrs if name.startswith("on")]
     assert HOSTILE in "".join(parsed.words)
@@ -190,7 +192,9 @@ def test_the_headline_says_how_far_training_is_and_where_collapse_is_most():
     lines = headline.sentences(history)
     assert "4 networks" in lines[0]
     assert "10 of 300" in lines[0]
-    assert any("NC3" in line and "lambda=0.001: 0.125" in line and "4.0 times" in line for line in lines)
+    assert any(
+        "NC3" in line and "lambda=0.001: 0.125" in line and "4.0 times" in line for line in lines
+    )
     assert "epoch 0 at lambda = 0, 0 at lambda = 0.001" in lines[1]
     lost = headline.sentences(diverge(history, seed=1))
     assert "2 diverged" in lost[0]

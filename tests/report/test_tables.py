@@ -140,22 +140,22 @@ def test_diverged_runs_and_decays_without_a_closed_form_do_not_count():
 
 
 def test_least_compares_with_no_decay():
-    nc1, nc3 = tables._least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
+    nc1, nc3 = tables.least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
     assert nc1 == "nc1 is least at lambda=0.001: 0.3; 0.6 at lambda=0, 2.0 times as much"
     assert nc3 == "nc3 is least at lambda=0: 0.1"
 
 
 def test_least_ignores_runs_that_decay_has_put_out_and_runs_that_diverged():
     out = [[0.1, 0.1], [0.1, 0.9995], [1.0, 1.0]]
-    nc1, _ = tables._least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
+    nc1, _ = tables.least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    nc1, _ = tables._least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
+    nc1, _ = tables.least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    assert tables._least(make_history(epsilon=1.0)) == []
+    assert tables.least(make_history(epsilon=1.0)) == []
 
 
 def test_least_names_other_settings():
-    nc1, _ = tables._least(
+    nc1, _ = tables.least(
         make_history(
             seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2]
         )
@@ -200,7 +200,7 @@ def shown(history):
         re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()
     ]
     header, *rows = [row for row in cells if len(row) > 1]
-    return [dict(zip(header, row, strict=True)) for row in rows], tables._degenerate(
+    return [dict(zip(header, row, strict=True)) for row in rows], tables.degenerate(
         history.assign_attrs(PROVENANCE)
     )
 
@@ -228,16 +228,16 @@ def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_coll
 
 
 def test_class_means_of_lower_rank_are_named_with_their_decays():
-    (line,) = tables._degenerate(
+    (line,) = tables.degenerate(
         make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE)
     )
     assert line.startswith("nc1_rank is below 9 in 3 runs at lambda = 0.001, 0.01: ")
     narrow = PROVENANCE | {"config": json.dumps({"model": {"widths": [64, 3]}})}
-    assert tables._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
+    assert tables.degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
 
 
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
-    (line,) = tables._degenerate(
+    (line,) = tables.degenerate(
         make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"})
     )
     assert line.startswith("one example in each class: nc1 and cdnv ")
