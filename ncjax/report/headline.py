@@ -17,7 +17,20 @@ def sentences(history: xr.Dataset) -> list[str]:
     """Returns what a reader should know of a history first, a line each."""
     if monitored.is_monitored(history):
         return [*_monitored(history), *history.attrs["remarks"].splitlines()]
-    lines = [_what_ran(history), *_fitted(history)]
+    lines = [_what_ran(history)]
+    for variant in numbers.variants(history):
+        words = ", ".join(
+            f"{name}={numbers.label(variant[name].values[()])}"
+            for name in numbers.grid_of(history)
+            if not variant[name].ndim
+        )
+        lines += [f"{words}: {line}" if words else line for line in _of_variant(variant)]
+    return lines
+
+
+def _of_variant(history: xr.Dataset) -> list[str]:
+    """Returns the lines on runs that share what is no number."""
+    lines = _fitted(history)
     for name in _MEASURES:
         if name in history:
             title = FEATURE_VOCABULARY[name].title

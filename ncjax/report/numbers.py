@@ -38,10 +38,20 @@ class Packed(NamedTuple):
 
 
 def grid_of(history: xr.Dataset) -> list[str]:
-    """Returns the dimensions that tell runs apart; of a monitored model, its layers."""
+    """Returns the dimensions that tell runs apart, weight decay first and the seed last; of a
+    monitored model, its layers.
+    """
     if monitored.is_monitored(history):
         return ["layer"]
-    return [str(dim) for dim in history["nc1"].dims if dim not in ("epoch", *_INNER)]
+    dims = [str(dim) for dim in history["nc1"].dims if dim not in ("epoch", *_INNER)]
+    return sorted(dims, key=lambda dim: (dim != "weight_decay", dim == "seed"))
+
+
+def variants(history: xr.Dataset) -> Iterator[xr.Dataset]:
+    """Yields the parts of a history that differ in axes whose values are no numbers."""
+    named = [dim for dim in grid_of(history) if not np.issubdtype(history[dim].dtype, np.number)]
+    for at in np.ndindex(*(history.sizes[dim] for dim in named)):
+        yield history.isel(dict(zip(named, at, strict=True)))
 
 
 def pack(histories: dict[str, xr.Dataset]) -> Packed:
@@ -72,9 +82,10 @@ def unpack(packed: Packed, index: int, name: str) -> xr.DataArray:
 
 
 def label(value: Any) -> str:
-    """Returns a value of an axis as it is read: numbers in short, names printable."""
+    """Returns a value of an axis as text: numbers in short, names printable."""
     value = value.item() if isinstance(value, np.generic) else value
-    return printable(value) if isinstance(value, str) else f"{value:.10g}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.10g}" if is_number else printable(str(value))
 
 
 def _describe(

@@ -7,6 +7,7 @@ policy names the hashes of the two scripts, so that nothing else is executed and
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ import xarray as xr
 from ncjax import config as configuration
 from ncjax.config import Config
 from ncjax.errors import printable
-from ncjax.metrics.vocabulary import BUDGET_TERMS
+from ncjax.metrics.vocabulary import BUDGET_TERMS, VOCABULARY
 from ncjax.report import headline, numbers
 from ncjax.storage import history as histories_on_disk
 from ncjax.storage import monitored
@@ -34,12 +35,8 @@ _COLUMNS = (
     "theorem_residual",
     "relaxation_time",
 )
-# Measured beside what no network passes, or what theory predicts; `*_bound*` are found by name.
-_PREDICTED = {
-    "nc3": ("nc3_floor", "symmetric_nc3", "closed_form_nc3"),
-    "epsilon": ("closed_form_epsilon",),
-    "theorem_residual": (),
-}
+# Predictions of theory, by what is measured beside them; bounds and floors are found by name.
+_PREDICTED = {"nc3": ("symmetric_nc3", "closed_form_nc3"), "epsilon": ("closed_form_epsilon",)}
 
 
 class Source(NamedTuple):
@@ -135,7 +132,7 @@ def _page(sources: list[Source], packed: numbers.Packed) -> dict[str, Any]:
         "metrics": {name: metrics[name] for name in sorted(variables)},
         "panels": [name for name in _PANELS if name in variables],
         "columns": [name for name in _COLUMNS if name in variables],
-        "causes": [f"budget_{term}" for term in BUDGET_TERMS if f"budget_{term}" in variables],
+        "causes": _causes(variables),
         "predictions": _predictions(variables),
     }
 
@@ -155,11 +152,13 @@ def _predictions(variables: set[str]) -> list[dict[str, Any]]:
     """Returns pairs of what is measured and what bounds or predicts it."""
     pairs = {name: list(predicted) for name, predicted in _PREDICTED.items()}
     for name in sorted(variables):
-        measure, bound, which = name.partition("_bound")
-        if not bound:
+        found = re.fullmatch(r"(\w+?)_(?:bound|floor)(_\w+)?", name)
+        if found is None or _is_share(name):
             continue
-        # NC2 has several measures: nc2_bound_etf is of etf_error.
-        candidates = (f"{which.removeprefix('_')}_error", measure, f"{measure}_equiangular_means")
+        measure, which = found[1], found[2] or ""
+        # NC2 has several measures: nc2_bound_equinorm is of nc2_equinorm_means, nc2_bound_etf of
+        # etf_error.
+        candidates = (f"{measure}{which}_means", f"{which.removeprefix('_')}_error", measure)
         measured = next((one for one in candidates if one in variables), "")
         pairs.setdefault(measured, []).append(name)
     found = {
@@ -171,6 +170,22 @@ def _predictions(variables: set[str]) -> list[dict[str, Any]]:
         for measured, predicted in found.items()
         if measured in variables and predicted
     ]
+
+
+def _causes(variables: set[str]) -> list[list[str]]:
+    """Returns groups of shares that are stacked: those of the head's budget, then `*_share_*`."""
+    groups = {"budget": [f"budget_{term}" for term in BUDGET_TERMS]}
+    for name in VOCABULARY:
+        whole, share, _ = name.partition("_share_")
+        if share:
+            groups.setdefault(whole, []).append(name)
+    found = [[name for name in group if name in variables] for group in groups.values()]
+    return [group for group in found if group]
+
+
+def _is_share(name: str) -> bool:
+    """Returns whether a metric is a part of something, as a bound's term is of the bound."""
+    return name in VOCABULARY and VOCABULARY[name].definition.startswith("share")
 
 
 def _described(source: Source) -> dict[str, Any]:

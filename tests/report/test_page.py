@@ -174,13 +174,16 @@ def test_the_config_file_of_a_page_is_the_config():
 
 def test_bounds_are_drawn_beside_what_they_bound():
     variables = {"nc1", "nc1_bound", "nc3", "nc3_floor", "nc3_bound", "nc4_bound"}
-    variables |= {"etf_error", "nc2_bound_etf", "nc2_bound_norms", "nc2_equiangular_means"}
+    variables |= {"etf_error", "nc2_bound_etf", "nc2_bound_equinorm", "nc2_equinorm_means"}
+    variables |= {"nc4_bound_nc1", "nc4", "nc3_centered", "nc3_centered_bound", "fit_loss_floor"}
     found = {pair["measured"]: pair["predicted"] for pair in page._predictions(variables)}
     assert found == {
         "nc1": ["nc1_bound"],
-        "nc3": ["nc3_floor", "nc3_bound"],
+        "nc3": ["nc3_bound", "nc3_floor"],
+        "nc3_centered": ["nc3_centered_bound"],
+        "nc4": ["nc4_bound", "nc4_bound_nc1"],
         "etf_error": ["nc2_bound_etf"],
-        "nc2_equiangular_means": ["nc2_bound_norms"],
+        "nc2_equinorm_means": ["nc2_bound_equinorm"],
     }
 
 
@@ -208,6 +211,19 @@ def test_what_holds_collapse_back_is_the_largest_other_share():
     assert "125%" in line
     assert "within" in line
     assert "-40%" in line
+
+
+def test_an_axis_of_names_is_an_axis_and_each_has_its_own_headline():
+    history = make_history(learning_rate=(0.1, 0.2)).rename(learning_rate="optimizer")
+    history = history.assign_coords(optimizer=["sgd", HOSTILE])
+    history = history.transpose("optimizer", ...)
+    parsed = render(run=history)
+    (source,) = parsed.data("page")["sources"]
+    assert [axis["name"] for axis in source["axes"]] == ["weight_decay", "optimizer", "seed"]
+    assert source["axes"][1]["labels"] == ["sgd", HOSTILE]
+    lines = headline.sentences(history)
+    for name in ("sgd", HOSTILE):
+        assert any(line.startswith(f"optimizer={name}: NC3 is least at lambda=") for line in lines)
 
 
 def test_a_monitored_model_has_its_layers_for_runs():

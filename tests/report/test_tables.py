@@ -237,9 +237,7 @@ def test_class_means_of_lower_rank_are_named_with_their_decays():
 
 
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
-    (line,) = tables.degenerate(
-        make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"})
-    )
+    (line,) = tables.degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
     assert line.startswith("one example in each class: nc1 and cdnv ")
 
 

@@ -533,19 +533,23 @@
   }
 
   function drawCauses() {
+    for (const holder of byId("causes").children) drawStack(holder, page.causes[holder.dataset.index]);
+  }
+
+  function drawStack(holder, wanted) {
     const source = sources[state.focus.source];
-    const names = page.causes.filter((name) => source.has(name));
-    byId("causes-section").hidden = !names.length;
+    const names = wanted.filter((name) => source.has(name));
+    holder.hidden = !names.length;
     if (!names.length) return;
     const along = alongFirstAxis();
     const {soft} = theme();
     const series = names.map((name, i) => ({
-      type: "bar", stack: "shares", stackStrategy: "samesign", name: title(name).replace("budget: ", ""), color: COLOURS[i % COLOURS.length],
+      type: "bar", stack: "shares", stackStrategy: "samesign", name: title(name).split(": ").at(-1), color: COLOURS[i % COLOURS.length],
       barMaxWidth: 60, data: along.map((runs) => { const x = meanAt(source, name, runs, {}); return Number.isFinite(x) ? x : null; }),
     }));
-    const heading = `Shares at epoch ${source.epochs[source.epoch]}`;
+    const heading = `${title(names[0]).split(": ")[0]}, shares at epoch ${source.epochs[source.epoch]}`;
     const words = series.map((one) => `${one.name} ${one.data.map((x) => x === null ? "none" : short(x, 2)).join(", ")}`).join("; ");
-    put(byId("causes"), {
+    put(holder, {
       ...frame(heading, `${heading}, stacked by ${source.axes[0].name}: ${words}`),
       ...legendBelowTitle(),
       xAxis: {...axis(lambda(source.axes[0].name), false), type: "category", data: source.axes[0].labels, axisLabel: {color: soft}},
@@ -822,12 +826,14 @@
       holder.dataset.metric = name;
       return holder;
     }));
-    byId("predictions").append(...page.predictions.map((_, i) => {
-      const holder = element("div", {className: "chart"});
-      holder.dataset.index = i;
-      return holder;
-    }));
-    byId("predictions-section").hidden = !page.predictions.length;
+    for (const part of ["predictions", "causes"]) {
+      byId(part).append(...page[part].map((_, i) => {
+        const holder = element("div", {className: "chart"});
+        holder.dataset.index = i;
+        return holder;
+      }));
+      byId(`${part}-section`).hidden = !page[part].length;
+    }
     const clocks = sources.some((source) => source.has("relaxation_time"));
     byId("clock").options[1].hidden = !clocks;
     byId("split").closest("label").hidden = !sources.some((source) => "split" in source.coordinates);
