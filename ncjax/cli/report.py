@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = (expanded("WORKDIR", workdir) for workdir in arguments.workdirs)
         workdirs = list(dict.fromkeys(Path(os.path.realpath(workdir)) for workdir in given))
         out = _out(arguments.out, workdirs)
-        page.write(_sources(workdirs), out)
+        _write(_sources(workdirs), out)
     except (InputError, OSError) as error:
         return command.refuse(error)
     tables.say(tables.make_console(), str(out))
@@ -65,6 +65,14 @@ def _out(given: Path | None, workdirs: list[Path]) -> Path:
     return out
 
 
+def _write(sources: list[page.Source], out: Path) -> None:
+    try:
+        page.write(sources, out)
+    except OSError as error:
+        way_out = f"it cannot be written ({error.strerror}); name another file by --out"
+        raise InputError("report", str(out), way_out) from error
+
+
 def _sources(workdirs: list[Path]) -> list[page.Source]:
     names = [workdir.name for workdir in workdirs]
     return [
@@ -76,6 +84,8 @@ def _sources(workdirs: list[Path]) -> list[page.Source]:
 
 
 def _load(workdir: Path) -> xr.Dataset:
+    if workdir.is_file():
+        raise InputError("WORKDIR", str(workdir), "it is a file; name the folder of a run")
     path = workdir / "history.nc"
     history = histories_on_disk.read(path)
     if monitored.is_monitored(history):

@@ -51,10 +51,12 @@ def _what_ran(history: xr.Dataset) -> str:
     sizes = " x ".join(f"{history.sizes[dim]} {dim}" for dim in grid)
     runs = math.prod(history.sizes[dim] for dim in grid)
     done, asked = int(history["epoch"][-1]), config.train.epochs
-    epochs = f"{done} epochs" if done >= asked else f"{done} of {asked} epochs, as yet,"
+    epochs = (
+        f"for {done} epochs" if done >= asked else f"and measured up to epoch {done} of {asked}"
+    )
     finite = history["finite"].isel(epoch=-1) if "finite" in history else None
     lost = 0 if finite is None else int(finite.size - finite.sum())
-    line = f"{runs} networks ({sizes}) trained {epochs} on {config.data.name}"
+    line = f"{runs} networks ({sizes}) trained on {config.data.name} {epochs}"
     return f"{line}; {lost} diverged" if lost else line
 
 

@@ -258,7 +258,9 @@ def test_the_command_writes_one_file_in_workdir_or_where_it_is_told(tmp_path, ca
         (["a", "--out", "a"], "--out"),
         (["a", "--out", "a/history.nc"], "--out"),
         (["a", "--out", "folder.html"], "--out"),
-        (["a", "--out", "a/history.nc/x.html"], ""),
+        (["a", "--out", "a/history.nc/x.html"], "report"),
+        (["a", "--out", "/proc/x.html"], "report"),
+        (["a/history.nc"], "WORKDIR"),
         (["a", "--out", "~nobody_of_this_name/x.html"], "--out"),
     ],
 )
