@@ -164,11 +164,12 @@ def _predictions(variables: set[str]) -> list[dict[str, Any]]:
     found = {
         measured: [name for name in predicted if name in variables]
         for measured, predicted in pairs.items()
+        if measured in variables
     }
     return [
         {"measured": measured, "predicted": predicted}
-        for measured, predicted in found.items()
-        if measured in variables and predicted
+        for measured in VOCABULARY
+        if (predicted := found.get(measured))
     ]
 
 

@@ -544,7 +544,7 @@
     const along = alongFirstAxis();
     const {soft} = theme();
     const series = names.map((name, i) => ({
-      type: "bar", stack: "shares", stackStrategy: "samesign", name: title(name).split(": ").at(-1), color: COLOURS[i % COLOURS.length],
+      type: "bar", stack: "shares", stackStrategy: "samesign", name: title(name).split(": ").at(-1).replace("share of ", ""), color: COLOURS[i % COLOURS.length],
       barMaxWidth: 60, data: along.map((runs) => { const x = meanAt(source, name, runs, {}); return Number.isFinite(x) ? x : null; }),
     }));
     const heading = `${title(names[0]).split(": ")[0]}, shares at epoch ${source.epochs[source.epoch]}`;
