@@ -435,7 +435,7 @@ def _described_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Fie
 SCHEMA: dict[str, Field] = dict(_described_fields(Config))
 
 # Fields that say where and how a run is computed, not what: a WORKDIR goes on whatever they are.
-_MACHINE = (
+MACHINE = (
     "sweep.runs_per_program",
     "mesh.run",
     "mesh.data",
@@ -761,7 +761,7 @@ def _difference(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -
 
 def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Returns the names of fields that differ and decide what is trained."""
-    names = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
+    names = sorted((mine.keys() | theirs.keys()) - set(MACHINE))
     is_constant = mine["train.schedule"] == "constant"
     lengths = [one["train.schedule_epochs"] or one["train.epochs"] for one in (mine, theirs)]
     if is_constant or lengths[0] == lengths[1]:  # the schedule is the same function

@@ -237,7 +237,9 @@ def _config_file(config: Config) -> str:
 
 
 def _differences(sources: list[Source]) -> dict[str, list[str]]:
-    """Returns the fields of configs in which sources differ, with the value in each."""
+    """Returns the fields of configs in which sources differ, with the value in each; those that
+    say where and how runs are computed are left out.
+    """
     configs = [
         {}
         if monitored.is_monitored(source.history)
@@ -245,7 +247,11 @@ def _differences(sources: list[Source]) -> dict[str, list[str]]:
         for source in sources
     ]
     names = dict.fromkeys(name for config in configs for name in config)
-    rows = {name: [config.get(name) for config in configs] for name in names}
+    rows = {
+        name: [config.get(name) for config in configs]
+        for name in names
+        if name not in configuration.MACHINE
+    }
     return {
         name: ["" if value is None else printable(_text(value)) for value in row]
         for name, row in rows.items()

@@ -142,6 +142,12 @@ def test_only_the_scripts_that_the_policy_names_may_run_and_nothing_is_fetched()
     assert addresses == ["data:,"]
 
 
+def test_the_script_that_draws_is_the_published_one():
+    published = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"  # of echarts 6.1.0 on npm, dist/echarts.min.js
+    found = hashlib.sha256(page._asset("echarts.min.js").encode()).hexdigest()
+    assert found == published
+
+
 def test_what_makes_the_page_too_large_is_left_out_and_named(monkeypatch):
     history = make_history(classes=9, seed=(0, 1, 2))
     monkeypatch.setattr(numbers, "MOST_CHARACTERS", 20_000)
@@ -154,7 +160,8 @@ def test_what_makes_the_page_too_large_is_left_out_and_named(monkeypatch):
 
 
 def test_configs_are_compared_field_by_field():
-    other = make_history(fields={"loss": "cross_entropy", "model.widths": (8, 8)})
+    fields = {"loss": "cross_entropy", "model.widths": (8, 8), "report.enabled": False}
+    other = make_history(fields=fields)
     sources = [page.Source(n, h, {}) for n, h in (("a", make_history()), ("b", other))]
     found = page._differences(sources)
     assert found == {
