@@ -3,20 +3,25 @@
     ncjax report runs/digits
     ncjax report runs/digits runs/digits_bias --out compare.html
 
-A WORKDIR is of a sweep, finished or not, or of ncjax.Monitor.
+    ncjax report runs/digits --watch
+
+A WORKDIR is of a sweep, finished or not, or of ncjax.Monitor. --watch writes nothing: it serves the
+report to a browser on this machine, and renews it as measurements arrive, until Ctrl-C.
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import xarray as xr
 
 from ncjax.cli import command
 from ncjax.errors import InputError
 from ncjax.paths import expanded
-from ncjax.report import page, tables
+from ncjax.report import page, tables, watch
 from ncjax.storage import history as histories_on_disk
 from ncjax.storage import monitored
 
@@ -29,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = (expanded("WORKDIR", workdir) for workdir in arguments.workdirs)
         workdirs = list(dict.fromkeys(Path(os.path.realpath(workdir)) for workdir in given))
+        if arguments.watch:
+            _watch(arguments.out, workdirs)
         out = _out(arguments.out, workdirs)
         _write(_sources(workdirs), out)
     except (InputError, OSError) as error:
@@ -50,6 +57,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="the report (default: WORKDIR/report.html; of several WORKDIRs, compare.html)",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the report to a browser on this machine; Ctrl-C ends it",
+    )
     return parser.parse_args(argv)
 
 
@@ -63,6 +75,21 @@ def _out(given: Path | None, workdirs: list[Path]) -> Path:
     if out.is_dir():
         raise InputError("--out", str(given), "it is a folder; name a file in it")
     return out
+
+
+def _watch(out: Path | None, workdirs: list[Path]) -> NoReturn:
+    """Serves the report until a signal ends the command."""
+    if out is not None:
+        raise InputError("--out", str(out), "--watch writes no file; leave one of them out")
+    for workdir in workdirs:
+        if not workdir.is_dir():
+            raise InputError("WORKDIR", str(workdir), "no such folder; begin to train first")
+    files = [workdir / "history.nc" for workdir in workdirs]
+    with watch.Server(files, lambda: _sources(workdirs)) as server:
+        tables.say(tables.make_console(), f"{server.address} shows it until Ctrl-C")
+        sys.stdout.flush()
+        while True:
+            server.serve_forever()
 
 
 def _write(sources: list[page.Source], out: Path) -> None:

@@ -85,8 +85,12 @@ def write(sources: list[Source], path: Path) -> None:
     write_atomically(path, render(sources).encode())
 
 
-def render(sources: list[Source]) -> str:
-    """Returns the report of some histories as HTML."""
+def render(sources: list[Source], version: str = "") -> str:
+    """Returns the report of some histories as HTML.
+
+    Args:
+      version: of what a server shows that is asked for newer ones; empty: there is none to ask.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -104,7 +108,8 @@ def render(sources: list[Source]) -> str:
         echarts=scripts["echarts.min"],
         script=scripts["report"],
         hashes=[_hash(script) for script in scripts.values()],
-        page=_page(sources, packed),
+        page=_page(sources, packed) | {"version": version},
+        is_watched=bool(version),
         numbers=packed.numbers,
         sources=[_described(source) for source in sources],
         differences=_differences(sources),

@@ -207,6 +207,8 @@ x y
 {run} --out {run}/config.json
 {run} --out {folder}/x.pdf
 {run} {run}/. --out /dev/null/x.html
+{run} --watch --out {folder}/x.html
+{folder}/nowhere --watch
 {run} --colour
 """,
     "measure": """

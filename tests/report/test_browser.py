@@ -6,13 +6,15 @@ import csv
 import io
 import itertools
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 from ncjax.metrics.vocabulary import VOCABULARY
-from ncjax.report import page
+from ncjax.report import page, watch
 from tests.report.test_figures import make_history
 from tests.report.test_page import HOSTILE, hostile_history, monitor_history
 
@@ -52,11 +54,11 @@ def browser(tmp_path_factory):
 class Opened:
     """A report that the browser shows."""
 
-    def __init__(self, browser, path):
+    def __init__(self, browser, address):
         self.browser = browser
         browser.get_log("browser")
         browser.get_log("performance")
-        browser.get(path.as_uri())
+        browser.get(address)
         self.wait("document.documentElement.dataset.ready")
 
     def wait(self, condition):
@@ -113,7 +115,7 @@ def opened(browser, tmp_path):
     def call(**histories):
         sources = [page.Source(name, history, {}) for name, history in histories.items()]
         page.write(sources, tmp_path / "report.html")
-        return Opened(browser, tmp_path / "report.html")
+        return Opened(browser, (tmp_path / "report.html").as_uri())
 
     return call
 
@@ -282,7 +284,8 @@ def test_it_fits_the_screen_in_light_and_dark(opened, width, scheme):
     shown.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     feature = {"name": "prefers-color-scheme", "value": scheme}
     shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    assert shown.js("document.documentElement.scrollWidth") <= width
+    # Charts follow the width a moment later.
+    shown.wait(f"document.documentElement.scrollWidth <= {width}")
     ink = shown.js("getComputedStyle(document.body).color")
     assert (min(json.loads(ink.removeprefix("rgb").translate({40: 91, 41: 93}))) > 128) == (
         scheme == "dark"
@@ -327,3 +330,30 @@ def test_unusual_histories_are_drawn(opened, history):
     assert "ends at" in described
     assert "no value" not in described
     assert shown.errors() == []
+
+
+def test_a_watched_page_renews_itself_and_keeps_what_was_chosen(browser, tmp_path):
+    file = tmp_path / "history.nc"
+    file.touch()
+    whole = sweep()
+    newest = [whole.isel(epoch=slice(0, 6))]
+    with watch.Server([file], lambda: [page.Source("run", newest[0], {})]) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        shown = Opened(browser, server.address)
+        shown.choose("grid-metric", "nc3")
+        shown.choose("y-scale", "linear")
+        shown.find(".grid td button[data-run='10']").click()
+        chosen = shown.legend()
+        newest[0] = whole
+        later = file.stat().st_mtime_ns + 10**9
+        os.utime(file, ns=(later, later))
+        shown.wait("document.querySelector('output').textContent === 'epoch 300'")
+        shown.wait("document.documentElement.dataset.ready")
+        assert shown.legend() == chosen
+        wanted = whole["nc3"].isel(epoch=-1).sel(split="train").values.ravel()
+        np.testing.assert_array_equal(shown.cells(), wanted)
+        assert shown.js("document.querySelector('#y-scale').value") == "linear"
+        assert shown.errors() == []
+        server.shutdown()
+        thread.join()

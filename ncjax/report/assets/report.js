@@ -843,6 +843,7 @@
     const trained = sources.flatMap((source) => source.epochs).filter((epoch) => epoch > 0);
     // From 1 to 10 epochs, say, the initialization is worth more than decades.
     if (!trained.length || extent(trained)[1] < 20 * extent(trained)[0]) byId("x-scale").value = "linear";
+    if (page.version) restore();
     drawGrids();
     for (const table of document.querySelectorAll("table[data-tools]")) addTools(table);
     drawAll();
@@ -866,5 +867,39 @@
     for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", drawAll);
   }
 
+  // ---- a page that a server renews
+
+  const KEPT = ["grid-metric", "clock", "x-scale", "y-scale", "split", "any-metric", "layer-metric", "rows"];
+
+  /* Asks for newer measurements, and loads them under the choices that were made. */
+  function watch() {
+    setInterval(async () => {
+      try {
+        const newest = await (await fetch("version")).text();
+        if (newest === page.version) return;
+      } catch {
+        return; // The server has ended: what is shown stays.
+      }
+      const selected = sources.map((source) => (source.selected.size < source.runs ? [...source.selected] : null));
+      const chosen = KEPT.map((id) => byId(id).value);
+      sessionStorage.setItem("kept", JSON.stringify({selected, chosen, focus: state.focus}));
+      location.reload();
+    }, 2000);
+  }
+
+  function restore() {
+    const kept = JSON.parse(sessionStorage.getItem("kept") || "null");
+    if (!kept) return;
+    KEPT.forEach((id, i) => { if (kept.chosen[i]) byId(id).value = kept.chosen[i]; });
+    state.metric = byId("grid-metric").value;
+    for (const [i, source] of sources.entries()) {
+      const runs = (kept.selected[i] || []).filter((run) => run < source.runs);
+      if (runs.length) source.selected = new Set(runs);
+    }
+    const {source, run} = kept.focus;
+    if (source < sources.length && run < sources[source].runs) state.focus = kept.focus;
+  }
+
   start();
+  if (page.version) watch();
 })();
