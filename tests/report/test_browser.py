@@ -15,7 +15,8 @@ import pytest
 
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import page, watch
-from tests.report.test_figures import make_history
+from ncjax.storage.history import COSINES
+from tests.report.test_figures import changed, make_history
 from tests.report.test_page import HOSTILE, hostile_history, monitor_history
 
 pytestmark = pytest.mark.slow
@@ -329,6 +330,14 @@ def test_unusual_histories_are_drawn(opened, history):
     described = shown.find("[data-metric=nc1]").get_attribute("aria-label")
     assert "ends at" in described
     assert "no value" not in described
+    assert shown.errors() == []
+
+
+def test_a_history_without_a_finite_measurement_is_shown(opened):
+    clocks = {"finite", "effective_decay", "flow_time", "relaxation_time"}
+    names = {*VOCABULARY, COSINES} - clocks
+    shown = opened(run=changed(make_history(), **dict.fromkeys(names, np.nan)))
+    assert shown.cells().size == 4
     assert shown.errors() == []
 
 

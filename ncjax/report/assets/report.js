@@ -96,7 +96,7 @@
 
   const sources = await unpack();
   const several = sources.length > 1;
-  const state = {metric: page.panels[0], focus: {source: 0, run: page.sources[0].focus}};
+  const state = {metric: "", focus: {source: 0, run: page.sources[0].focus}};
   // Several WORKDIRs are compared at their most collapsed settings first.
   if (several) for (const source of sources) source.selected = new Set(seedsOf(source, source.focus));
 
@@ -816,6 +816,7 @@
 
   function start() {
     fillSelect(byId("grid-metric"), [...new Set([...page.panels, ...names.filter(isScalar)])].map((name) => [name, `${title(name)} (${name})`, definition(name)]));
+    state.metric = byId("grid-metric").value;
     const any = anyOptions();
     fillSelect(byId("any-metric"), any);
     byId("any-metric").value = ["loss", "cdnv"].find((name) => any.some(([value]) => value === name)) || any[0][0];
