@@ -348,6 +348,16 @@ class CompileConfig(_Section):
 
 
 @dataclass
+class ReportConfig(_Section):
+    enabled: bool = _described(
+        True,
+        "write WORKDIR/report.html at the end, see `ncjax report`",
+        "must be True or False",
+        lambda v: isinstance(v, bool),
+    )
+
+
+@dataclass
 class Config(_Section):
     """Holds every field of a sweep, in sections: `config.train.epochs = 100`.
 
@@ -369,6 +379,7 @@ class Config(_Section):
       checkpoint: how often checkpoints are made, and how many are kept.
       profile: where a profiler trace goes.
       compile: whether compiled programs are kept.
+      report: whether a report is written at the end.
 
     Examples:
       >>> import ncjax
@@ -394,6 +405,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Sets fields by their dotted names.
@@ -421,7 +433,14 @@ def _described_fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Fie
 SCHEMA: dict[str, Field] = dict(_described_fields(Config))
 
 # Fields that say where and how a run is computed, not what: a WORKDIR goes on whatever they are.
-_MACHINE = ("sweep.runs_per_program", "mesh.run", "mesh.data", "profile.dir", "compile.cache")
+MACHINE = (
+    "sweep.runs_per_program",
+    "mesh.run",
+    "mesh.data",
+    "profile.dir",
+    "compile.cache",
+    "report.enabled",
+)
 
 # The axes of a grid, in their order in every output; seed is last, so that statistics over seeds
 # reduce the trailing axis.
@@ -740,7 +759,7 @@ def _difference(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -
 
 def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Returns the names of fields that differ and decide what is trained."""
-    names = sorted((mine.keys() | theirs.keys()) - set(_MACHINE))
+    names = sorted((mine.keys() | theirs.keys()) - set(MACHINE))
     is_constant = mine["train.schedule"] == "constant"
     lengths = [one["train.schedule_epochs"] or one["train.epochs"] for one in (mine, theirs)]
     if is_constant or lengths[0] == lengths[1]:  # the schedule is the same function

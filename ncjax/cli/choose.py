@@ -10,6 +10,7 @@ from ncjax.cli import command
 COMMANDS = {
     "train": "trains a sweep and measures collapse as it goes, or continues one",
     "plot": "draws the figures of runs again, or lays several runs over one another",
+    "report": "writes one HTML file that explains a run, or compares several",
     "show": "says what a run holds; measures it again, exports its weights",
     "merge": "joins runs of one config, but for values of the axes of its grid",
     "measure": "measures collapse in features that any model has left in a file",

@@ -8,12 +8,15 @@ An entry point is this line. It stands above the command's imports, which can ta
 import argparse
 import importlib
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from ncjax.runs import signals
+
+_WIDTHS = (2.0, 40.0)  # inches; a narrower figure has no room for its text
 
 
 def run(module: str) -> NoReturn:
@@ -76,6 +79,26 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
         default="png",
         help="of the figures (default: png)",
     )
+    parser.add_argument(
+        "--width",
+        metavar="LENGTH",
+        type=inches,
+        help="of the figures, as in 3.25in or 8.5cm; text keeps its size",
+    )
+
+
+def inches(length: str) -> float:
+    """Returns the inches of a length such as 3.25in or 8.5cm, or raises argparse's error."""
+    number, unit = length[:-2], length[-2:]
+    try:
+        found = float(number) * {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4}[unit]
+    except (ValueError, KeyError):
+        found = math.nan
+    if not _WIDTHS[0] <= found <= _WIDTHS[1]:
+        least, most = _WIDTHS
+        reason = f"{length!r} is no length from {least:g}in to {most:g}in; write 3.25in or 8.5cm"
+        raise argparse.ArgumentTypeError(reason)
+    return found
 
 
 def refuse(error: Exception) -> int:

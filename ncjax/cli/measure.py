@@ -296,7 +296,7 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        style = draw.Style(arguments.only, arguments.format)
+        style = draw.Style(arguments.only, arguments.format, arguments.width)
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0

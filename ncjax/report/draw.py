@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import InputError
-from ncjax.report import figures, imbalance_figures, monitor_figures, theory_figures
+from ncjax.report import figures, imbalance_figures, monitor_figures, panels, theory_figures
 from ncjax.storage.files import write_atomically
 from ncjax.storage.history import imbalance_ratio
 
@@ -33,10 +33,13 @@ FIGURES = (
 
 
 class Style(NamedTuple):
-    """Says which figures are written and how: names (none: all of them), and a format."""
+    """Says which figures are written and how: names (none: all of them), a format, and a width in
+    inches (None: that of their panels).
+    """
 
     only: Sequence[str] = ()
     format: str = "png"
+    width: float | None = None
 
 
 STYLE = Style()
@@ -143,11 +146,12 @@ def write_figures(
     drawn: "Mapping[str, Callable[[], Figure]]", folder: Path, style: Style, suffix: str = ""
 ) -> list[Path]:
     """Draws the figures of these that a style asks for, and writes them; returns their paths."""
-    return [
-        _write(draw(), folder / f"{name}{suffix}.{style.format}")
-        for name, draw in drawn.items()
-        if not style.only or name in style.only
-    ]
+    with panels.page_width(style.width):
+        return [
+            _write(draw(), folder / f"{name}{suffix}.{style.format}")
+            for name, draw in drawn.items()
+            if not style.only or name in style.only
+        ]
 
 
 def _write(figure: "Figure", path: Path) -> Path:

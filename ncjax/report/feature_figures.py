@@ -103,9 +103,8 @@ def angles(found: "Measurement") -> "Figure":
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = np.where(np.eye(num_classes), np.nan, cosines)
     reach = float(np.nan_to_num(np.abs(off - etf)).max(initial=0.01))
-    figure = Figure(
-        figsize=(panels.WIDTH + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained"
-    )
+    size = panels.figure_size(panels.WIDTH + 0.9, panels.WIDTH)
+    figure = Figure(figsize=size, dpi=panels.DPI, layout="constrained")
     figure.suptitle(caption, size=panels.SIZE)
     axes = figure.add_subplot()
     axes.imshow(off, cmap="PuOr", norm=CenteredNorm(etf, reach))

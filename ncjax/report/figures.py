@@ -90,9 +90,8 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = [np.where(np.eye(len(names)), np.nan, run[COSINES].squeeze("seed")) for run in shown]
     reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
-    figure = Figure(
-        figsize=(panels.WIDTH * len(off) + 0.9, panels.WIDTH), dpi=panels.DPI, layout="constrained"
-    )
+    size = panels.figure_size(panels.WIDTH * len(off) + 0.9, panels.WIDTH)
+    figure = Figure(figsize=size, dpi=panels.DPI, layout="constrained")
     figure.suptitle(", ".join(setting_words(history)), size=panels.SIZE)
     all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)
     for axes, run, matrix in zip(all_axes, shown, off, strict=True):

@@ -5,10 +5,12 @@ standard deviation stays positive on a log axis. Matplotlib is imported late, so
 bad input answer at once, and pyplot never is, so that no global state changes.
 """
 
+import contextlib
 import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 
 # The size of a panel in inches: two fill the text width of a two-column page.
 WIDTH, HEIGHT, DPI = 3.4, 2.1, 200
-SIZE, SMALL = 8, 7  # points
+SIZE, SMALL, _TINY = 8, 7, 6  # points
+_LEAST_WIDTH = 2.6  # of a panel that has another beside it
+_LEAST_HEIGHT = 2.3  # of a figure, whose colour bar has a label
+_LOW = 1.4  # the height of panels that stand below one another in a narrow column
+_page_width: ContextVar[float | None] = ContextVar("page_width", default=None)
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 60  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
@@ -291,12 +297,41 @@ def against_lambda(
     return figure, all_axes
 
 
+@contextlib.contextmanager
+def page_width(inches: float | None) -> Iterator[None]:
+    """Makes the figures that are drawn in this context as wide as that; None: as wide as they ask.
+
+    Text keeps its size. Two panels that would be too narrow stand below one another.
+    """
+    token = _page_width.set(inches)
+    try:
+        yield
+    finally:
+        _page_width.reset(token)
+
+
+def _is_narrow() -> bool:
+    """Returns whether a page has no room for two panels side by side."""
+    page = _page_width.get()
+    return page is not None and page < 2 * _LEAST_WIDTH
+
+
+def figure_size(width: float, height: float) -> tuple[float, float]:
+    """Returns the size of a figure that asks for some inches, as `page_width` changes it."""
+    page = _page_width.get()
+    return (width, height) if page is None else (page, max(height * page / width, _LEAST_HEIGHT))
+
+
 def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]:
     from matplotlib.figure import Figure
 
-    columns = min(2, count)
+    page = _page_width.get()
+    columns = 1 if _is_narrow() else min(2, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.6), dpi=DPI, layout="constrained")
+    width = WIDTH * columns if page is None else page
+    # Six panels below one another fit on a page.
+    height = _LOW if _is_narrow() and rows > 2 else HEIGHT
+    figure = Figure(figsize=(width, height * rows + 0.6), dpi=DPI, layout="constrained")
     figure.suptitle(title, size=SIZE)
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for i, axes in enumerate(panels):
@@ -355,7 +390,8 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     The axis is linear if no value is positive.
     """
     axes.set_title(panel.title, size=SIZE)
-    axes.set_ylabel(panel.label, size=SIZE)
+    # Panels that stand below one another are lower than some labels at full size.
+    axes.set_ylabel(panel.label, size=_TINY if _is_narrow() else SIZE)
     positive = values[(values > 0) & np.isfinite(values)]
     # Autoscaling would misplace the lines that are moved by points.
     axes.set_autoscaley_on(False)

@@ -249,7 +249,7 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         _BOUNDS,
         "Measured beside proved bounds; the causes of nc2 as shares of its bound",
     )
-    for line in (*_bounds(history), *_least(history), *_short(history), *_closed_form(history)):
+    for line in (*_bounds(history), *least(history), *short(history), *closed_form(history)):
         say(console, line)
 
 
@@ -260,7 +260,7 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
     _show(
         history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}"
     )
-    for line in _degenerate(history):
+    for line in degenerate(history):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -404,13 +404,13 @@ def _mean(run: xr.Dataset, name: str) -> float:
     return float(values.astype(np.float64).mean())
 
 
-def _least(history: xr.Dataset) -> list[str]:
-    """Returns lines on where nc1 and nc3 are least, and on their values without weight decay."""
+def least(history: xr.Dataset, variables: Sequence[str] = ("nc1", "nc3")) -> list[str]:
+    """Returns lines on where variables are least, and on their values without weight decay."""
     final = history.isel(epoch=-1).sel(split="train")
     alive = ~extinct(history.isel(epoch=-1))
     names, settings = _settings(history)
     lines = []
-    for variable in ("nc1", "nc3"):
+    for variable in variables:
         values = final[variable].where(alive).values
         finite = [index for index in settings if np.isfinite(values[index]).any()]
         if not finite:
@@ -424,13 +424,15 @@ def _least(history: xr.Dataset) -> list[str]:
         undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
         if undecayed and undecayed[0] != best:
             zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
-            ratio = np.nanmean(values[zero]) / np.nanmean(values[best])
-            line += f"; {mean_and_sd(values[zero])} at lambda=0, {ratio:.1f} times as much"
+            line += f"; {mean_and_sd(values[zero])} at lambda=0"
+            least_mean = np.nanmean(values[best])
+            if least_mean > 0:
+                line += f", {np.nanmean(values[zero]) / least_mean:.1f} times as much"
         lines.append(line)
     return lines
 
 
-def _degenerate(history: xr.Dataset) -> list[str]:
+def degenerate(history: xr.Dataset) -> list[str]:
     """Returns lines on the numbers in the table of collapse that are misleading."""
     final = history.isel(epoch=-1)
     out, lines = extinct(final), []
@@ -469,7 +471,7 @@ def _decays_where(condition: xr.DataArray) -> str:
     return ", ".join(f"{value:g}" for value in condition["weight_decay"].values[met.values])
 
 
-def _short(history: xr.Dataset) -> list[str]:
+def short(history: xr.Dataset) -> list[str]:
     """Returns a line on the lambdas for which the run is too short, and on the epochs they need.
 
     The relaxation clock is proportional to the number of epochs.
@@ -486,7 +488,7 @@ def _short(history: xr.Dataset) -> list[str]:
     return [f"{short_of} at lambda = {decays}: the same schedule needs {needed} epochs"]
 
 
-def _closed_form(history: xr.Dataset) -> list[str]:
+def closed_form(history: xr.Dataset) -> list[str]:
     """Returns a line on how many unconstrained-feature runs met their closed form, and how closely.
 
     It also names the lambdas at which runs did not.

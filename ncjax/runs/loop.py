@@ -14,7 +14,7 @@ import xarray as xr
 
 from ncjax import config as configuration
 from ncjax.plan import Plan
-from ncjax.report import draw, tables
+from ncjax.report import draw, page, tables
 from ncjax.runs import growth, listeners, processes, signals, summary
 from ncjax.runs.resume import make_metadata, resume
 from ncjax.runs.schedule import Schedule, make_schedule
@@ -29,12 +29,18 @@ _CHUNK_SECONDS = 2.0
 
 
 def train_and_show(plan: Plan) -> xr.Dataset:
-    """Calls `train`, draws WORKDIR/figures and prints the results; returns the history."""
+    """Calls `train`, draws WORKDIR/figures, writes the report and prints the results; returns the
+    history.
+    """
     recorded = train(plan)
     if processes.is_leader():
         draw.draw_all(recorded, plan.workdir / "figures")
         tables.show_results(recorded, tables.make_console())
-        _say(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+        left = "history.nc, metrics.jsonl, checkpoints/"
+        if plan.config.report.enabled:
+            page.write([page.describe(plan.workdir, recorded)], plan.workdir / page.FILE)
+            left += f", {page.FILE}"
+        _say(f"{left} and figures/ are in {plan.workdir}")
     return recorded
 
 

@@ -109,6 +109,14 @@ def class_sizes(history: xr.Dataset) -> np.ndarray:
     return np.array(sizes or [int(history.attrs["per_class"])] * history.sizes["label"])
 
 
+def versions(history: xr.Dataset) -> dict[str, str]:
+    """Returns the versions of Python and packages that trained a history; none if it says none."""
+    try:
+        return dict(json.loads(history.attrs["versions"]))
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
 def imbalance_ratio(history: xr.Dataset) -> float:
     """Returns the size of the largest class over that of the smallest."""
     sizes = class_sizes(history)

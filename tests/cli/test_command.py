@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 
 from ncjax import environment, plan
-from ncjax.cli import measure, plot, show, train
+from ncjax.cli import measure, plot, report, show, train
 from ncjax.config import default_config
 from ncjax.errors import InputError
 from ncjax.report import draw, panels
@@ -65,6 +65,7 @@ IMPORTS = [
     ("measure", "jax._src.config", "SIGINT"),
     ("plot", "xarray", "SIGINT"),
     ("plot", "pandas", "SIGTERM"),
+    ("report", "ncjax.report.page", "SIGTERM"),
 ]
 COMMANDS = {
     "main": ("ncjax.main", *chaos.SMALL, "--dry-run"),
@@ -72,6 +73,7 @@ COMMANDS = {
     "show": ("ncjax", "show", "nowhere"),
     "measure": ("ncjax", "measure", "tests/data/features.npz"),
     "plot": ("ncjax", "plot", "nowhere"),
+    "report": ("ncjax", "report", "nowhere"),
 }
 
 
@@ -242,6 +244,11 @@ def test_training_loses_nothing_where_nobody_reads(redirections, code, tmp_path)
         (measure, ["a.npz", "--loss", "hinge"], "--loss"),
         (measure, ["a.npz", "--batch=\n"], "--batch"),
         (plot, ["run", "--weight-decay", "x"], "--weight-decay"),
+        (plot, ["run", "--width", "3.25"], "--width"),
+        (plot, ["run", "--width", "0.1in"], "--width"),
+        (measure, ["a.npz", "--width", "nanin"], "--width"),
+        (report, [], "WORKDIR"),
+        (report, ["run", "--colour"], "--colour"),
     ],
 )
 def test_a_mistake_is_one_line_without_the_usage(command, arguments, word, capsys):

@@ -13,7 +13,7 @@ import safetensors.numpy
 import xarray as xr
 
 from ncjax import load_run
-from ncjax.cli import show
+from ncjax.cli import report, show
 from ncjax.config import SWEPT
 from ncjax.data import preparation
 from ncjax.errors import InputError
@@ -408,3 +408,10 @@ def test_whatever_config_json_holds_is_shown_or_refused_in_one_line(copied, show
     assert code == (2 if alone else 0)
     assert err.count("\n") == (1 if alone else 0)
     assert ("config.json is damaged" in out) != alone
+
+
+def test_a_report_of_a_run_has_the_checksums_of_its_data(copied):
+    assert report.main([str(copied)]) == 0
+    text = (copied / "report.html").read_text()
+    assert "crc32 of train_images" in text
+    assert hashlib.sha256((copied / "history.nc").read_bytes()).hexdigest() in text

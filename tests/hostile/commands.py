@@ -196,6 +196,21 @@ x y
 {run} --only nothing
 {run} {unfinished} --out {run}/config.json
 """,
+    "report": """
+{folder}
+{folder}/nowhere
+/dev/null
+{run}/history.nc
+{run} {folder}
+{run} --out
+{run} --out {folder}
+{run} --out {run}/config.json
+{run} --out {folder}/x.pdf
+{run} {run}/. --out /dev/null/x.html
+{run} --watch --out {folder}/x.html
+{folder}/nowhere --watch
+{run} --colour
+""",
     "measure": """
 {folder}
 nowhere.npz
@@ -296,7 +311,7 @@ def cases(_: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for name in _NO_CONFIGS:
         yield f"--config={name!a}", functools.partial(_no_config, name)
     yield "train --config.model.widths=1000000,1000000", _too_wide
-    for command in ("show", "plot", "measure"):
+    for command in ("show", "plot", "report", "measure"):
         yield f"{command} of nothing", functools.partial(_bad_line, command, "")
     for command, lines in _BAD_LINES.items():
         for line in lines.strip().splitlines():

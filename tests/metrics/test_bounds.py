@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax import plan as preflight
 from ncjax.cli.train import load_config
 from ncjax.metrics import bounds, collapse, theory
 from ncjax.metrics.statistics import class_statistics
 from ncjax.metrics.vocabulary import Quantities, assemble
+from ncjax.plan import prepare
 from ncjax.runs import loop
 from ncjax.storage import history as histories
 from tests.helpers import (
@@ -224,7 +224,7 @@ def test_on_digits_at_1e_3_the_bounds_are_tight(tmp_path):
     """The README's networks, one seed."""
     config = load_config("digits")
     config.sweep.weight_decay, config.sweep.seed = (1e-3,), (0,)
-    final = loop.run(preflight.prepare(config, tmp_path / "run")).isel(epoch=-1).sel(split="train")
+    final = loop.train(prepare(config, tmp_path / "run")).isel(epoch=-1).sel(split="train")
     for bound, most in {"nc2_bound_etf": 1.2, "nc3_centered_bound": 2.0, "nc1_bound": 3.0}.items():
         ratio = float(final[bound].squeeze() / final[BOUNDED[bound]].squeeze())
         assert 1 <= ratio <= most, bound

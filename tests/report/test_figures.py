@@ -275,6 +275,30 @@ def test_diverged_runs_are_counted_and_the_others_drawn():
     np.testing.assert_allclose(solid[0].get_ydata()[1:], survivor[1:])
 
 
+@pytest.mark.parametrize(
+    ("width", "points", "columns"),
+    [("3.25in", 234, 1), ("16cm", 16 / 2.54 * 72, 2), ("90mm", 255, 1)],
+)
+@pytest.mark.usefixtures("without_layout")
+def test_a_figure_is_as_wide_as_it_is_asked_to_be(width, points, columns, tmp_path, monkeypatch):
+    drawn = []
+    write = draw._write
+    monkeypatch.setattr(
+        draw, "_write", lambda figure, path: drawn.append(figure) or write(figure, path)
+    )
+    save(make_history(), tmp_path / "a")
+    only = ["--only", "collapse_against_lambda", "--format", "pdf", "--width", width]
+    assert plot.main([str(tmp_path / "a"), *only]) == 0
+    content = (tmp_path / "a" / "figures" / "collapse_against_lambda.pdf").read_bytes()
+    box = content.partition(b"/MediaBox [ 0 0 ")[2].split()
+    assert float(box[0]) == pytest.approx(points, abs=0.2)
+    (figure,) = drawn
+    lefts = {round(axes.get_position().x0, 3) for axes in figure.axes}
+    assert len(lefts) == columns
+    assert figure.get_figheight() < 11
+    assert panels._page_width.get() is None
+
+
 def test_many_weight_decays_share_a_colour_bar():
     history = make_history(weight_decay=(0.0, *np.logspace(-5, -2, 11)))
     figure = figures.collapse_against_epoch(history)

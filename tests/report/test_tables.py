@@ -63,7 +63,7 @@ def make_history(seeds=2, learning_rates=None, **last):
 def test_a_run_that_is_too_short_names_the_decays_and_the_epochs_that_would_do():
     history = make_history(relaxation_time=[np.nan, 0.7, 7.0])
     # The clock is proportional to epochs: 100 * 3/0.7 = 428.6.
-    (line,) = tables._short(history)
+    (line,) = tables.short(history)
     assert (
         line == "short of equilibrium (2 lambda t below 3) at lambda = 0.001: "
         "the same schedule needs 429 epochs"
@@ -76,7 +76,7 @@ def test_every_short_decay_has_its_own_epochs_from_its_slowest_run():
         learning_rates=(0.1, 0.2),
         relaxation_time=[[[np.nan]] * 2, [[0.1], [0.2]], [[1.0], [2.0]]],
     )
-    (line,) = tables._short(history)
+    (line,) = tables.short(history)
     assert "at lambda = 0.001, 0.01" in line
     assert line.endswith("needs 3,000, 300 epochs")
 
@@ -85,7 +85,7 @@ def test_every_short_decay_has_its_own_epochs_from_its_slowest_run():
     "clock", [[np.nan, 3.0, 30.0], [np.nan] * 3, [0.0] * 3], ids=["long", "no_clock", "epoch_0"]
 )
 def test_a_run_that_is_long_enough_or_has_no_clock_is_not_called_short(clock):
-    assert tables._short(make_history(relaxation_time=clock)) == []
+    assert tables.short(make_history(relaxation_time=clock)) == []
 
 
 def test_bounds_and_causes_are_said_at_the_decay_of_least_nc3_that_has_them():
@@ -130,7 +130,7 @@ def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
     history = closed_form_history(
         error, weight_norm_sq=[[2, 2], [2, 2 + 2e-8], [2, 2]], nc3=[0.4, 0.4, 0.4 + 5e-10]
     )
-    (line,) = tables._closed_form(history)
+    (line,) = tables.closed_form(history)
     assert line.startswith(
         "closed form: epsilon met to 1e-06 by 4 of 4 finite runs that have one; "
     )
@@ -146,38 +146,38 @@ def test_a_closed_form_that_all_runs_meet_is_said_with_the_largest_errors():
 
 def test_a_closed_form_missed_names_the_decays_and_leaves_their_errors_out():
     history = closed_form_history(np.array([[0, 0], [1e-9, 1e-9], [1e-9, 0.3]]))
-    (line,) = tables._closed_form(history)
+    (line,) = tables.closed_form(history)
     assert "by 3 of 4 finite runs" in line
     assert "epsilon 1e-09" in line
     assert line.endswith("not by all at lambda = 0.01, where modes died or the run is short")
-    (none,) = tables._closed_form(closed_form_history(np.full((3, 2), 0.1)))
+    (none,) = tables.closed_form(closed_form_history(np.full((3, 2), 0.1)))
     assert "by 0 of 4" in none
     assert "largest error" not in none
 
 
 def test_diverged_runs_and_decays_without_a_closed_form_do_not_count():
     history = closed_form_history(np.array([[0.0, 0.0], [0.0, np.nan], [0.0, 0.0]]))
-    assert "by 3 of 3 finite runs" in tables._closed_form(history)[0]
-    assert tables._closed_form(make_history()) == []
+    assert "by 3 of 3 finite runs" in tables.closed_form(history)[0]
+    assert tables.closed_form(make_history()) == []
 
 
 def test_least_compares_with_no_decay():
-    nc1, nc3 = tables._least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
+    nc1, nc3 = tables.least(make_history(nc1=[0.6, 0.3, 0.4], nc3=[0.1, 0.3, 0.2]))
     assert nc1 == "nc1 is least at lambda=0.001: 0.3; 0.6 at lambda=0, 2.0 times as much"
     assert nc3 == "nc3 is least at lambda=0: 0.1"
 
 
 def test_least_ignores_runs_that_decay_has_put_out_and_runs_that_diverged():
     out = [[0.1, 0.1], [0.1, 0.9995], [1.0, 1.0]]
-    nc1, _ = tables._least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
+    nc1, _ = tables.least(make_history(epsilon=out, nc1=[[0.6, 0.6], [0.3, 0.0], [0.0, 0.0]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    nc1, _ = tables._least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
+    nc1, _ = tables.least(make_history(nc1=[[0.6, 0.6], [np.nan, 0.3], [np.nan, np.nan]]))
     assert nc1.startswith("nc1 is least at lambda=0.001: 0.3;")
-    assert tables._least(make_history(epsilon=1.0)) == []
+    assert tables.least(make_history(epsilon=1.0)) == []
 
 
 def test_least_names_other_settings():
-    nc1, _ = tables._least(
+    nc1, _ = tables.least(
         make_history(
             seeds=1, learning_rates=(0.1, 0.2), nc1=[[[0.6]] * 2, [[0.3], [0.2]], [[0.4]] * 2]
         )
@@ -222,7 +222,7 @@ def shown(history):
         re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in console.file.getvalue().splitlines()
     ]
     header, *rows = [row for row in cells if len(row) > 1]
-    return [dict(zip(header, row, strict=True)) for row in rows], tables._degenerate(
+    return [dict(zip(header, row, strict=True)) for row in rows], tables.degenerate(
         history.assign_attrs(PROVENANCE)
     )
 
@@ -250,18 +250,16 @@ def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_coll
 
 
 def test_class_means_of_lower_rank_are_named_with_their_decays():
-    (line,) = tables._degenerate(
+    (line,) = tables.degenerate(
         make_history(nc1_rank=[[9, 9], [9, 8], [3, 3]]).assign_attrs(PROVENANCE)
     )
     assert line.startswith("nc1_rank is below 9 in 3 runs at lambda = 0.001, 0.01: ")
     narrow = PROVENANCE | {"config": json.dumps({"model": {"widths": [64, 3]}})}
-    assert tables._degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
+    assert tables.degenerate(make_history(nc1_rank=3).assign_attrs(narrow)) == []
 
 
 def test_single_examples_of_a_class_are_said_to_have_no_scatter():
-    (line,) = tables._degenerate(
-        make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"})
-    )
+    (line,) = tables.degenerate(make_history(nc1=0.0).assign_attrs(PROVENANCE | {"per_class": "1"}))
     assert line.startswith("one example in each class: nc1 and cdnv ")
 
 
