@@ -7,6 +7,7 @@
 import contextlib
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import xarray as xr
@@ -30,16 +31,31 @@ _CHUNK_SECONDS = 2.0
 def run(plan: Plan) -> xr.Dataset:
     """Calls `record`, draws WORKDIR/figures and prints the results; returns the history."""
     recorded = record(plan)
-    if processes.is_leader():
-        draw.draw_all(recorded, plan.workdir / "figures")
-        tables.show_results(recorded, tables.make_console())
-        _say(f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}")
+    report(
+        recorded,
+        plan.workdir,
+        f"history.nc, metrics.jsonl, checkpoints/ and figures/ are in {plan.workdir}",
+    )
     return recorded
+
+
+def report(recorded: xr.Dataset, workdir: Path, where: str) -> None:
+    """Draws WORKDIR/figures and prints the results of a history, and where they are."""
+    if processes.is_leader():
+        draw.draw_all(recorded, workdir / "figures")
+        tables.show_results(recorded, tables.make_console())
+        say(where)
 
 
 def preview(plan: Plan) -> None:
     """Compiles what a plan would train and prints what is known before training; writes nothing."""
-    _start_jax(plan)
+    describe(plan)
+    say("nothing was trained and nothing was written")
+
+
+def describe(plan: Plan) -> None:
+    """Compiles what a plan would train and prints what is known of it."""
+    start_jax(plan)
     summary.show(plan, make_program(plan), tables.make_console(quiet=not processes.is_leader()))
 
 
@@ -60,9 +76,9 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
       Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
-    _start_jax(plan)
+    start_jax(plan)
     if plan.grown_from is not None:
-        growth.grow(plan, record, _say)
+        growth.grow(plan, record, say)
     config, workdir = plan.config, plan.workdir
     owned = lock.owned(workdir) if processes.is_leader() else contextlib.nullcontext(lambda: None)
     with owned as check_owner, signals.Requests() as requests:
@@ -79,7 +95,7 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
             if processes.is_leader():
                 write_atomically(workdir / "config.json", configuration.to_json(config).encode())
             if recorded is not None and sweep.epoch == config.train.epochs:
-                _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
+                say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
                 callback = listeners.Callback(on_measurement)
                 recorded = _train(sweep, recorded, saved, metadata, callback, check_owner, requests)
@@ -96,14 +112,15 @@ def record(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = N
     return recorded
 
 
-def _start_jax(plan: Plan) -> None:
+def start_jax(plan: Plan) -> None:
     """Sets what must be set before JAX computes, and checks that all processes do the same."""
     mesh.use_every_core()
     compilation.use_cache(plan.config.compile.cache)
     processes.check_same(plan)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line, in the first of several processes alone."""
     if processes.is_leader():
         tables.say(tables.make_console(), line)
 
