@@ -32,7 +32,7 @@ WIDTH, HEIGHT, DPI = (
 )
 SIZE, SMALL = 8, 7  # points
 _MOST_IN_LEGEND = 10
-_MOST_IN_NAME = 60  # characters; a longer name leaves no room for panels
+_MOST_IN_NAME = 90  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.
