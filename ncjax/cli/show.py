@@ -11,6 +11,7 @@ input.
 """
 
 import argparse
+import functools
 import json
 import math
 import warnings
@@ -121,16 +122,18 @@ def _show(arguments: argparse.Namespace, coordinates: dict[str, float | str]) ->
         mesh.find_devices()
     held = variants.find(expanded("workdir", arguments.workdir))
     if held is not None and not coordinates and not arguments.export:
-        return _show_variants(arguments, held)
-    if held is not None:
-        _, arguments.workdir, coordinates = held.find(coordinates)
+        show = functools.partial(_show_variants, arguments, held)
+    else:
+        if held is not None:
+            _, arguments.workdir, coordinates = held.find(coordinates)
+        show = functools.partial(_show_once, arguments, coordinates)
     for _ in range(runs.ATTEMPTS - 1):
         try:
-            return _show_once(arguments, coordinates)
+            return show()
         except runs.Removed:
             if arguments.epoch is not None:
                 raise
-    return _show_once(arguments, coordinates)
+    return show()
 
 
 def _show_variants(arguments: argparse.Namespace, held: "Variants") -> int:
@@ -140,7 +143,7 @@ def _show_variants(arguments: argparse.Namespace, held: "Variants") -> int:
 
     shown, problem = [], variants.joined_problem(held)
     for labels, folder in held.folders:
-        if not (folder / "config.json").exists():
+        if not any((folder / name).exists() for name in ("config.json", "checkpoints")):
             shown.append({"variant": labels, "workdir": str(folder), "state": "not begun yet"})
             continue
         holdings = inspect.read(folder, {})
