@@ -35,12 +35,6 @@ def test_a_figure_that_compares_names_every_variant_and_draws_its_numbers(joined
     }
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
     assert {round(float(line.get_ydata()[0]), 6) for line in lines} == expected
-    figure = drawn["compare_against_epoch"]()
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [name.split(r", $\lambda$")[0] for name in names] == [
-        "optimizer=sgd, widths=8-8",
-        "optimizer=adamw, widths=8-8",
-    ]
 
 
 def test_every_variant_is_a_setting_with_its_own_layers(joined):

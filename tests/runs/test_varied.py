@@ -23,10 +23,10 @@ from tests.runs.test_growth import config_of, count_compiled
 ONE = {"train.optimizer": ("sgd",)}
 
 
-@pytest.fixture
-def one_variant(trained, tmp_path):
-    """A finished WORKDIR of one variant, whose runs are those of `trained`."""
-    workdir = tmp_path / "varied"
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    """A finished WORKDIR of one variant, whose runs are those of `trained`; not to be changed."""
+    workdir = tmp_path_factory.mktemp("varied")
     shutil.copytree(trained, workdir / "optimizer=sgd")
     config = configuration.from_json((trained / "config.json").read_text())
     made = variation.make(ONE)
@@ -35,6 +35,11 @@ def one_variant(trained, tmp_path):
     own = history.load(trained / "history.nc")
     history.save(stored.join([own], made.labels, text), workdir / "history.nc")
     return workdir
+
+
+@pytest.fixture
+def one_variant(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def test_a_run_of_a_variant_is_loaded_by_its_labels(one_variant, trained):
@@ -100,6 +105,7 @@ def test_a_variant_that_has_not_begun_is_said(one_variant, capsys):
     assert "not begun yet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plot_draws_a_set_of_every_variant_and_the_comparison(one_variant, tmp_path):
     only = ["--only", "collapse_against_lambda"]
     assert plot.main([str(one_variant), "--out", str(tmp_path / "figures"), *only]) == 0

@@ -1,5 +1,6 @@
 """One history of several variants: every number of each is where its labels say, or NaN."""
 
+import functools
 import json
 
 import numpy as np
@@ -52,6 +53,7 @@ def assert_same(found, expected):
             assert found[dim].values.tolist() == values[dim].values.tolist()
 
 
+@functools.cache
 def differing():
     """Variants of other layers, classes, lambdas, epochs, precision and attributes."""
     deep = recorded(DEEP, THREE, per_class="20")
@@ -63,14 +65,20 @@ def differing():
 LABELS = {"depth": [2, 4], "kind": ["a", "b"]}
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_every_number_is_where_its_labels_say_and_the_rest_is_nan(saved, tmp_path):
+@functools.cache
+def joined_and_saved(folder):
+    joined = varied.join(differing(), LABELS, configuration.to_json(configuration.default_config()))
+    history.save(joined, folder / "history.nc")
+    return history.load(folder / "history.nc")
+
+
+@pytest.fixture
+def joined(tmp_path_factory):
+    return joined_and_saved(tmp_path_factory.getbasetemp())
+
+
+def test_every_number_is_where_its_labels_say_and_the_rest_is_nan(joined):
     parts = differing()
-    joined = varied.join(parts, LABELS, "{}")
-    if saved:
-        config = configuration.to_json(configuration.default_config())
-        history.save(joined.assign_attrs(config=config), tmp_path / "history.nc")
-        joined = history.load(tmp_path / "history.nc")
     assert joined["layer"].values.tolist() == list(DEEP)
     assert joined["label"].values.tolist() == list(THREE)
     assert joined["epoch"].values.tolist() == [0, 1, 2]
@@ -85,15 +93,9 @@ def test_every_number_is_where_its_labels_say_and_the_rest_is_nan(saved, tmp_pat
             assert finite == part[name].size, name
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_a_joined_history_splits_into_those_that_it_joins(saved, tmp_path):
+def test_a_joined_history_splits_into_those_that_it_joins(joined):
     parts = differing()
     before = [part.copy(deep=True) for part in parts]
-    config = configuration.to_json(configuration.default_config())
-    joined = varied.join(parts, LABELS, config)
-    if saved:
-        history.save(joined, tmp_path / "history.nc")
-        joined = history.load(tmp_path / "history.nc")
     split = varied.split(joined)
     assert [varied.words(one) for one in split] == [
         ["depth=2", "kind=a"],
@@ -124,8 +126,7 @@ def test_variants_that_are_alike_are_joined_without_a_change_of_type():
     assert len(json.loads(joined.attrs["variants"])) == 2
 
 
-def test_epochs_that_are_cut_off_are_cut_off_in_every_part():
-    joined = varied.join(differing(), LABELS, "{}")
+def test_epochs_that_are_cut_off_are_cut_off_in_every_part(joined):
     for part in varied.split(history.up_to(joined, 1)):
         assert part["epoch"].values.max() <= 1
 
