@@ -136,11 +136,11 @@ def examine(
     config: configuration.Config,
     workdir: str | Path | None,
     given: Dataset | None = None,
-    load: Callable[..., PreparedDataset] = preparation.load,
+    load: Callable[..., PreparedDataset] | None = None,
 ) -> Plan:
     """Returns the plan of `prepare` without making a folder; `workdir` may be None.
 
-    `load`: loads the data set that settings name, or that is given.
+    `load`: in place of `preparation.load`.
     """
     if sys.platform == "win32":
         way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
@@ -152,7 +152,7 @@ def examine(
     if config.model.network:
         check_importable(config.model.network)
     checked, old = (Path(), None) if workdir is None else _check_workdir(workdir, config)
-    dataset = load(config.data, given)
+    dataset = (load or preparation.load)(config.data, given)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
         raise InputError(
