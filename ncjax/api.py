@@ -1,6 +1,6 @@
 """Trains from Python what `ncjax train` trains from a command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ def train(
     config: "Config | str",
     workdir: str | Path,
     *,
+    vary: Mapping[str, Sequence] | None = None,
     dataset: Dataset | None = None,
     on_measurement: "Callable[[xr.Dataset], object] | None" = None,
 ) -> "xr.Dataset":
@@ -31,6 +32,11 @@ def train(
         "mnist:smoke"; or the path of a Python file with `get_config()`.
       workdir: the folder for config.json, history.nc, metrics.jsonl and checkpoints/. It is made
         where it is missing.
+      vary: fields of the config with several values each, as in `{"train.optimizer": ("sgd",
+        "adamw"), "model.widths": ((256, 256), (512, 512))}`. Every combination of them is trained
+        in a program and a folder of its own below `workdir`, and the history has a dimension
+        named after each field (`optimizer`, `widths`; `loss_function` of `loss`, `data_name` of
+        `data.name`). What a combination does not have, as layers of another depth, is NaN.
       dataset: arrays of your own to train on, in place of the data set that `config.data.name`
         names; the other fields of `config.data` apply to it. A folder of such a run is continued
         with the same arrays alone.
@@ -65,6 +71,12 @@ def train(
         from ncjax.cli.train import load_config
 
         config = load_config(config)
+    if vary:
+        prepared = plan.prepare_varied(config, vary, workdir, dataset)
+        environment.import_jax()
+        from ncjax.runs import varied
+
+        return varied.train(prepared, on_measurement)
     prepared = plan.prepare(config, workdir, dataset)
     environment.import_jax()
     from ncjax.runs import loop

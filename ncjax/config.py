@@ -523,7 +523,7 @@ def validate(config: Config) -> Config:
     """
     valid = from_mapping(to_mapping(config))
     for name, value in flatten(to_mapping(valid)).items():
-        valid.update({name: _checked(name, value)})
+        valid.update({name: checked_value(name, value)})
     _check_sweep(valid)
     check_held("config.data.input_scale", (valid.data.input_scale,), valid.train.precision)
     _check_combinations(valid)
@@ -537,11 +537,16 @@ def validate(config: Config) -> Config:
     return valid
 
 
-def _checked(name: str, value: Any) -> Any:
-    """Returns a value as its field holds it, or raises InputError."""
+def checked_value(name: str, value: Any) -> Any:
+    """Returns a value as its field holds it, or raises InputError; a class as its import path."""
     described = SCHEMA[name]
+    if isinstance(value, type):
+        value = _import_path(value)
     if isinstance(described.default, tuple):
         value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    elif isinstance(value, tuple | list):
+        way_out = "it has one value here; `vary`, and a command line, give it several"
+        raise InputError(f"config.{name}", value, way_out)
     if not described.holds(value):
         raise InputError(f"config.{name}", value, described.must)
     return _plain(value, described.default)

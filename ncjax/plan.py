@@ -10,17 +10,18 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ncjax import config as configuration
-from ncjax import environment
+from ncjax import environment, variation
 from ncjax.data import preparation
 from ncjax.data.dataset import Dataset
 from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.paths import check_importable, check_name, expanded
+from ncjax.variation import Label, Variation
 
 # The files of a run in WORKDIR. A folder that has other files, and no config.json, is refused.
 _OWN = {"history.nc", "history.nc.sha256", "metrics.jsonl", "checkpoints", "figures"}
@@ -45,6 +46,25 @@ class Plan(NamedTuple):
     grown_from: configuration.Config | None = None
 
 
+class VariedPlan(NamedTuple):
+    """Holds the plans of the variants of a config, each in its folder of a WORKDIR.
+
+    Attributes:
+      workdir: the folder of all.
+      variation: the fields that vary.
+      plans: of every variant, in the order of `variation.combinations`.
+    """
+
+    workdir: Path
+    variation: Variation
+    plans: list[Plan]
+
+    @property
+    def named(self) -> list[tuple[dict[str, Label], Plan]]:
+        """Returns the labels and the plan of every variant."""
+        return list(zip(self.variation.combinations(), self.plans, strict=True))
+
+
 class Processes(NamedTuple):
     """Holds arguments of `jax.distributed.initialize`, which finds out those that are None."""
 
@@ -67,10 +87,61 @@ def prepare(
     return plan
 
 
+def prepare_varied(
+    config: configuration.Config,
+    vary: Mapping[str, Sequence],
+    workdir: str | Path,
+    dataset: Dataset | None = None,
+) -> VariedPlan:
+    """Does what `prepare` does for every variant of a config; see `ncjax.train`."""
+    plan = examine_varied(config, vary, workdir, dataset)
+    _make_folder("--workdir", plan.workdir)
+    if profile := plan.plans[0].config.profile.dir:
+        _make_folder("config.profile.dir", Path(profile))
+    return plan
+
+
+def examine_varied(
+    config: configuration.Config,
+    vary: Mapping[str, Sequence],
+    workdir: str | Path | None,
+    given: Dataset | None = None,
+) -> VariedPlan:
+    """Returns the plan of `prepare_varied` without making a folder; `workdir` may be None."""
+    varied = variation.make(vary)
+    if given is not None and "data.name" in varied.values:
+        raise InputError("vary", "data.name", "a dataset is given as arrays; leave one of them out")
+    variants = variation.make_variants(config, varied)
+    folder = Path() if workdir is None else _check_varied(workdir, varied)
+    loaded: dict[str, PreparedDataset] = {}
+
+    def load(settings: configuration.DataConfig, given: Dataset | None) -> PreparedDataset:
+        # Variants on the same data have one copy of them.
+        key = repr(settings)
+        if key not in loaded:
+            loaded[key] = preparation.load(settings, given)
+        return loaded[key]
+
+    plans = []
+    for variant in variants:
+        place = None if workdir is None else folder / variant.folder
+        try:
+            plans.append(examine(variant.config, place, given, load))
+        except InputError as error:
+            raise variation.of_variant(error, variant.words) from error
+    return VariedPlan(folder, varied, plans)
+
+
 def examine(
-    config: configuration.Config, workdir: str | Path | None, given: Dataset | None = None
+    config: configuration.Config,
+    workdir: str | Path | None,
+    given: Dataset | None = None,
+    load: Callable[..., PreparedDataset] | None = None,
 ) -> Plan:
-    """Returns the plan of `prepare` without making a folder; `workdir` may be None."""
+    """Returns the plan of `prepare` without making a folder; `workdir` may be None.
+
+    `load`: in place of `preparation.load`.
+    """
     if sys.platform == "win32":
         way_out = "WORKDIR is locked by flock, which Windows lacks; use WSL, Linux or macOS"
         raise InputError("platform", sys.platform, way_out)
@@ -81,7 +152,7 @@ def examine(
     if config.model.network:
         check_importable(config.model.network)
     checked, old = (Path(), None) if workdir is None else _check_workdir(workdir, config)
-    dataset = preparation.load(config.data, given)
+    dataset = (load or preparation.load)(config.data, given)
     train_size = len(dataset.train.labels)
     if config.train.batch_size > train_size:
         raise InputError(
@@ -184,6 +255,50 @@ def _check_workdir(
     name: str | Path, config: configuration.Config
 ) -> tuple[Path, configuration.Config | None]:
     """Returns the path of a WORKDIR, and the config of its runs if they are to grow."""
+    workdir, stored = _read_workdir(name)
+    if stored is None:
+        return workdir, None
+    if (held := _held(workdir, stored)) is not None:
+        fields = ", ".join(f"config.{field}" for field in held.values)
+        way_out = f"it holds variants of {fields}; vary the same, or choose another WORKDIR"
+        raise InputError("--workdir", str(workdir), way_out)
+    try:
+        differences = configuration.differences(config, stored)
+        if configuration.grows(config, stored):
+            return workdir, configuration.from_stored(stored)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(workdir) from error
+    if differences:
+        way_out = (
+            f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
+        )
+        if len(differences) == 1 and differences[0].startswith("config.train.epochs"):
+            way_out += (
+                " (a run never shrinks; it grows with train.schedule=constant, or "
+                "train.schedule_epochs set)"
+            )
+        raise InputError("--workdir", str(workdir), way_out)
+    return workdir, None
+
+
+def _check_varied(name: str | Path, varied: Variation) -> Path:
+    """Returns the path of a WORKDIR of variants, or raises InputError if it holds other ones."""
+    workdir, stored = _read_workdir(name)
+    if stored is not None:
+        variation.check_grows(varied, _held(workdir, stored), workdir)
+    return workdir
+
+
+def _held(workdir: Path, stored: Any) -> Variation | None:
+    """Returns the variation of a parsed config.json, or raises InputError where it is damaged."""
+    try:
+        return variation.from_stored(stored)
+    except InputError as error:
+        raise _damaged(workdir) from error
+
+
+def _read_workdir(name: str | Path) -> tuple[Path, Any]:
+    """Returns the path of a WORKDIR and its parsed config.json, None where there is none."""
     workdir = expanded("--workdir", name)
     try:
         check_name("--workdir", workdir)
@@ -207,30 +322,17 @@ def _check_workdir(
         ) from error
     try:
         stored = json.loads(content)
-        differences = configuration.differences(config, stored)
-        if configuration.grows(config, stored):
-            return workdir, configuration.from_stored(stored)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        # It is not JSON, or JSON that is not a config.
-        raise InputError(
-            "--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR"
-        ) from error
-    if differences:
-        way_out = (
-            f"it holds a run of another config: {'; '.join(differences)}; choose another WORKDIR"
-        )
-        if len(differences) == 1 and differences[0].startswith("config.train.epochs"):
-            way_out += (
-                " (a run never shrinks; it grows with train.schedule=constant, or "
-                "train.schedule_epochs set)"
-            )
-        raise InputError("--workdir", str(workdir), way_out)
-    return workdir, None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(workdir) from error
+    if stored is None:  # JSON, but no config
+        raise _damaged(workdir)
+    return workdir, stored
+
+
+def _damaged(workdir: Path) -> InputError:
+    return InputError(
+        "--workdir", str(workdir), "its config.json is damaged; choose another WORKDIR"
+    )
 
 
 def _check_profile(name: str) -> None:

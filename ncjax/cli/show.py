@@ -4,12 +4,14 @@ was measured.
     ncjax show runs/digits
     ncjax show runs/digits --run weight_decay=1e-3,seed=0 --verify
     ncjax show runs/digits --run weight_decay=1e-3,seed=0 --export digits.safetensors
+    ncjax show runs/optimizers --run optimizer=sgd
 
 Nothing is changed in it. Exit codes: 0; 1: --verify found something that does not hold; 2: bad
 input.
 """
 
 import argparse
+import functools
 import json
 import math
 import warnings
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncjax import environment
 from ncjax.cli import command
+from ncjax.config import AXES
 from ncjax.errors import InputError, listed, printable
 from ncjax.paths import check_name, expanded
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from ncjax.runs.inspect import WorkdirContents
+    from ncjax.runs.variants import Variants
 
 EXPORTS = (".safetensors", ".npz")
 
@@ -58,7 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--run",
         metavar="NAME=VALUE,...",
         default="",
-        help="one run of the grid, read and checked alone",
+        help="one run of the grid, read and checked alone; or, as in optimizer=sgd, one variant",
     )
     parser.add_argument(
         "--verify",
@@ -82,40 +86,120 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parse_coordinates(text: str) -> dict[str, float]:
-    """`weight_decay=1e-3,seed=0` -> {"weight_decay": 0.001, "seed": 0.0}, or InputError."""
-    coordinates: dict[str, float] = {}
+def parse_coordinates(text: str) -> dict[str, float | str]:
+    """`optimizer=sgd,seed=0` -> {"optimizer": "sgd", "seed": 0.0}, or InputError."""
+    coordinates: dict[str, float | str] = {}
     for part in filter(None, text.split(",")):
         name, _, value = (word.strip() for word in part.partition("="))
-        try:
-            if name in coordinates:
-                raise ValueError
-            coordinates[name] = float(value)
-        except ValueError:
+        is_number = _is_number(value)
+        if not value or name in coordinates or (name in AXES and not is_number):
             raise InputError(
                 "--run", text, "write NAME=VALUE,..., as in --run weight_decay=1e-3,seed=0"
-            ) from None
+            )
+        coordinates[name] = float(value) if is_number else value
     return coordinates
 
 
-def _show(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _show(arguments: argparse.Namespace, coordinates: dict[str, float | str]) -> int:
     followed = _read_monitored(expanded("workdir", arguments.workdir))
     if followed is not None:
         return _show_monitored(arguments, followed)
     environment.import_jax()
-    from ncjax.runs import load
+    from ncjax.runs import load, variants
     from ncjax.training import parallel
 
     check_name("WORKDIR", arguments.workdir)
     if arguments.verify:
         parallel.find_devices()
+    held = variants.find(expanded("workdir", arguments.workdir))
+    if held is not None and not coordinates and not arguments.export:
+        show = functools.partial(_show_variants, arguments, held)
+    else:
+        if held is not None:
+            _, arguments.workdir, coordinates = held.find(coordinates)
+        show = functools.partial(_show_once, arguments, coordinates)
     for _ in range(load.ATTEMPTS - 1):
         try:
-            return _show_once(arguments, coordinates)
+            return show()
         except load.Removed:
             if arguments.epoch is not None:
                 raise
-    return _show_once(arguments, coordinates)
+    return show()
+
+
+def _show_variants(arguments: argparse.Namespace, held: "Variants") -> int:
+    """Prints what every variant of a WORKDIR holds, and the table of all."""
+    from ncjax.runs import inspect, variants
+    from ncjax.storage import journal
+
+    shown, problem = [], variants.joined_problem(held)
+    for labels, folder in held.folders:
+        if not any((folder / name).exists() for name in ("config.json", "checkpoints")):
+            shown.append({"variant": labels, "workdir": str(folder), "state": "not begun yet"})
+            continue
+        holdings = inspect.read(folder, {})
+        measured, saved = _epochs(holdings, arguments.epoch)
+        found = {"variant": labels, **_describe(holdings, measured, saved)}
+        if arguments.verify:
+            found["verification"] = _verify(holdings, arguments.epoch, arguments.data)
+        shown.append(found)
+    whole = {
+        "workdir": str(held.workdir),
+        "vary": {f"config.{name}": values for name, values in held.variation.values.items()},
+        "history": {"sound": problem is None, "problem": problem},
+        "variants": shown,
+    }
+    if arguments.json:
+        print(json.dumps(journal.strict(whole)))
+    else:
+        _print_variants(whole, held, arguments.epoch)
+    verified = [one.get("verification", {"passed": False})["passed"] for one in shown]
+    return 1 if arguments.verify and (problem is not None or not all(verified)) else 0
+
+
+def _print_variants(whole: dict[str, Any], held: "Variants", epoch: int | None) -> None:
+    from rich.table import Table
+
+    from ncjax.report import tables
+    from ncjax.storage import history
+    from ncjax.variation import shown
+
+    console = tables.make_console()
+    tables.say(console, f"{'WORKDIR':<12}{whole['workdir']}")
+    for (name, labels), field in zip(held.variation.labels.items(), whole["vary"], strict=True):
+        tables.say(console, f"{'varied':<12}{field}: {name} = {shown(labels)}")
+    problem = whole["history"]["problem"]
+    tables.say(console, f"{'history.nc':<12}{problem or 'it is that of all variants'}")
+    table = Table("variant", "runs", "epochs", "checkpoints", "history.nc")
+    for (_, folder), one in zip(held.folders, whole["variants"], strict=True):
+        if "state" in one:
+            table.add_row(printable(folder.name), "", one["state"], "", "")
+            continue
+        epochs = f"{one['epochs']['done']} of {one['epochs']['asked']}"
+        saved = [f"{c['epoch']}: {c['problem'] or 'sums hold'}" for c in one["checkpoints"]]
+        state = one["history"]["problem"] or ("sound" if one["history"]["sound"] else "not there")
+        cells = (folder.name, str(one["runs"]), epochs, "; ".join(saved), state)
+        table.add_row(*map(printable, cells))
+    console.print(table)
+    if problem is None:
+        recorded = history.load(held.workdir / "history.nc")
+        measured = recorded["epoch"].values.tolist()
+        if epoch is None or epoch in measured:
+            last = measured[-1] if epoch is None else epoch
+            tables.show_collapse(history.up_to(recorded, last), console)
+    for (_, folder), one in zip(held.folders, whole["variants"], strict=True):
+        for note in one.get("notes", ()):
+            tables.say(console, f"note: {folder.name}: {note}")
+        if "verification" in one:
+            tables.say(console, f"{folder.name}: {_verdict(one['verification'])}")
 
 
 def _read_monitored(workdir: Path) -> "xr.Dataset | None":
@@ -169,7 +253,7 @@ def _show_monitored(arguments: argparse.Namespace, history: "xr.Dataset") -> int
     return 0
 
 
-def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float]) -> int:
+def _show_once(arguments: argparse.Namespace, coordinates: dict[str, float | str]) -> int:
     from ncjax.runs import inspect, load
     from ncjax.storage import journal
 

@@ -5,8 +5,11 @@
 
 --config names a config that ships with ncjax (digits where it is left out) or the path of a Python
 file with get_config(); NAME:VARIANT and FILE:VARIANT choose a variant. --config.FIELD=VALUE
-overrides a field, a,b,c where it takes several values. The same command run again continues where
-it stopped, or says that the run is complete. `python -m ncjax.main` is `ncjax train`.
+overrides a field. Several values a,b,c of a number of `sweep` or `decay` train in one program; of
+any other field, as in --config.train.optimizer=sgd,adamw, in one program each, into one history
+(alternatives of a field that is itself a list are separated by semicolons, quoted for the shell:
+--config.model.widths="256,256;512,512"). The same command run again continues where it stopped, or
+says that the run is complete. `python -m ncjax.main` is `ncjax train`.
 
 --dry-run           checks config, data and devices, prints what would be trained, writes nothing
 --coordinator=HOST:PORT --processes=N --process=I
@@ -30,18 +33,28 @@ from ml_collections import config_dict, config_flags
 
 import ncjax
 from ncjax import config as configuration
-from ncjax import environment
+from ncjax import environment, variation
 from ncjax.errors import InputError, last_line, near
-from ncjax.plan import Plan, Processes, examine, find_processes, prepare
+from ncjax.plan import (
+    Plan,
+    Processes,
+    VariedPlan,
+    examine,
+    examine_varied,
+    find_processes,
+    prepare,
+    prepare_varied,
+)
 from ncjax.runs.signals import Interrupted, Stopped
 
 
 class _Arguments(NamedTuple):
     """A command line that can be parsed: workdir is empty only of a dry run; processes None of
-    one that is alone.
+    one that is alone; vary has the fields with several values.
     """
 
     config: configuration.Config
+    vary: dict[str, tuple]
     workdir: str
     dry_run: bool
     processes: Processes | None
@@ -63,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         arguments = _parse(argv)
-        if arguments.dry_run:
-            plan = examine(arguments.config, arguments.workdir or None)
-        else:
-            plan = prepare(arguments.config, arguments.workdir)
+        plan = _plan(arguments)
     except InputError as error:
         return _refuse(error)
     code = _run(arguments, plan, f"python -m ncjax.main {shlex.join(argv[1:])}")
@@ -77,14 +87,29 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: _Arguments, plan: Plan, command: str) -> int:
+def _plan(arguments: _Arguments) -> Plan | VariedPlan:
+    """Checks what is to be trained; a dry run makes no folder."""
+    config, vary, workdir = arguments.config, arguments.vary, arguments.workdir
+    if arguments.dry_run:
+        if vary:
+            return examine_varied(config, vary, workdir or None)
+        return examine(config, workdir or None)
+    if vary:
+        return prepare_varied(config, vary, workdir)
+    return prepare(config, workdir)
+
+
+def _run(arguments: _Arguments, plan: Plan | VariedPlan, command: str) -> int:
     """Trains, or says what would be trained; returns the exit code."""
     try:
         environment.import_jax()
-        from ncjax.runs import loop, processes
+        from ncjax.runs import loop, processes, varied
 
         with processes.joined(arguments.processes):
-            (loop.preview if arguments.dry_run else loop.train_and_show)(plan)
+            if isinstance(plan, VariedPlan):
+                (varied.preview if arguments.dry_run else varied.train_and_show)(plan)
+            else:
+                (loop.preview if arguments.dry_run else loop.train_and_show)(plan)
     except InputError as error:
         return _refuse(error)
     except (Interrupted, Stopped) as stop:
@@ -132,13 +157,13 @@ def _parse(argv: list[str]) -> _Arguments:
         overrides = values(argv, known_only=True)
     except (flags.Error, ValueError, OSError) as error:  # OSError: of --flagfile
         raise _illegal(error, argv) from error
-    config = load_config(file.value or "", overrides)
+    config, vary = _load_varied(file.value or "", overrides)
     if not workdir.value and not dry_run.value:
         raise InputError(
             "--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits"
         )
     processes = find_processes(coordinator.value, count.value, number.value, os.environ)
-    return _Arguments(config, workdir.value or "", bool(dry_run.value), processes)
+    return _Arguments(config, vary, workdir.value or "", bool(dry_run.value), processes)
 
 
 def load_config(named: str, overrides: Sequence[str] = ("ncjax",)) -> configuration.Config:
@@ -150,6 +175,25 @@ def load_config(named: str, overrides: Sequence[str] = ("ncjax",)) -> configurat
       overrides: a command line of `--config.FIELD=VALUE`, after the name of the program.
     """
     return _override(_load_config(named), list(overrides))
+
+
+def _load_varied(
+    named: str, overrides: Sequence[str]
+) -> tuple[configuration.Config, dict[str, tuple]]:
+    """Returns what `load_config` does, and the values of the fields that are given several."""
+    rest, texts = variation.split_arguments(overrides)
+    loaded = _load_config(named)
+    config = _override(loaded, rest)
+    vary = {}
+    for name, alternatives in texts.items():
+        values = []
+        for text in alternatives:
+            one = _override(loaded, [rest[0], f"--config.{name}={text}"])
+            values.append(configuration.flatten(configuration.to_mapping(one))[name])
+        if isinstance(configuration.SCHEMA[name].default, tuple):
+            values = [value if isinstance(value, tuple) else (value,) for value in values]
+        vary[name] = tuple(values)
+    return config, vary
 
 
 def shipped_configs() -> dict[str, Path]:

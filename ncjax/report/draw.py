@@ -10,8 +10,10 @@ import xarray as xr
 
 from ncjax.errors import InputError
 from ncjax.report import figures, imbalance_figures, monitor_figures, panels, theory_figures
+from ncjax.storage import varied
 from ncjax.storage.files import write_atomically
 from ncjax.storage.history import imbalance_ratio
+from ncjax.variation import path_word
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,14 +57,18 @@ def draw_all(
 ) -> list[Path]:
     """Writes the figures of one run, a set for each setting of axes but weight_decay and seed.
 
+    Those of variants are also compared, in figures without a setting in their names.
+
     Args:
       weight_decay: the weight decay whose equilibrium budget is drawn; None: the one that collapses
         most.
     """
     written = []
     for one in figures.settings(history):
-        suffix = "".join(f"-{word}" for word in figures.setting_words(one))
+        suffix = "".join(f"-{path_word(word)}" for word in figures.setting_words(one))
         written += write_figures(_of_setting(one, weight_decay), folder, style, suffix)
+    if varied.dimensions(history):
+        written += write_figures(_compared({"": history}), folder, style)
     if (history["weight_decay"] > 0).any():
         every = list(figures.settings(history))
         phases = {"modes_against_lambda": lambda: theory_figures.modes_against_lambda(every)}
@@ -115,11 +121,18 @@ def draw_comparison(
     histories: dict[str, xr.Dataset], folder: Path, style: Style = STYLE
 ) -> list[Path]:
     """Writes the figures that compare several runs; every setting of a run is drawn as a run."""
+    return write_figures(_compared(histories), folder, style)
+
+
+def _compared(histories: dict[str, xr.Dataset]) -> "dict[str, Callable[[], Figure]]":
+    """Returns by name what draws the figures that compare the settings of histories."""
     named = [
         (name, one) for name, history in histories.items() for one in figures.settings(history)
     ]
-    shown = {", ".join([name, *figures.setting_words(one)]): one for name, one in named}
-    drawn = {
+    shown = {
+        ", ".join(filter(None, [name, *figures.setting_words(one)])): one for name, one in named
+    }
+    drawn: dict[str, Callable[[], Figure]] = {
         "collapse_against_lambda": lambda: figures.collapse_against_lambda(shown),
         "compare_against_epoch": lambda: figures.compare_against_epoch(shown),
     }
@@ -127,7 +140,7 @@ def draw_comparison(
         drawn["theory_against_lambda"] = lambda: theory_figures.theory_against_lambda(shown)
     if imbalance_figures.can_compare(shown):
         drawn["minority_against_ratio"] = lambda: imbalance_figures.minority_against_ratio(shown)
-    return write_figures(drawn, folder, style)
+    return drawn
 
 
 def draw_monitored(

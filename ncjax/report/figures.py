@@ -1,7 +1,7 @@
 """Draws collapse: pure functions from histories to matplotlib figures.
 
-A history given to a figure has one setting of every axis but weight_decay and seed; `settings`
-splits a larger one.
+A history given to a figure is of one variant and one setting of every axis but weight_decay and
+seed; `settings` splits a larger one.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import xarray as xr
 from ncjax.config import AXES
 from ncjax.report import panels
 from ncjax.report.panels import Curve, Panel, number
+from ncjax.storage import varied
 from ncjax.storage.history import COSINES
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ PANELS = (
 
 def collapse_against_epoch(history: xr.Dataset) -> "Figure":
     """Draws NC1 to NC4 and the error during training, with a colour for each weight decay."""
-    return panels.against(panels.one_per_lambda(history), PANELS, ", ".join(setting_words(history)))
+    return panels.against(panels.one_per_lambda(history), PANELS, setting_title(history))
 
 
 def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
@@ -92,7 +93,7 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
     size = panels.figure_size(panels.WIDTH * len(off) + 0.9, panels.WIDTH)
     figure = Figure(figsize=size, dpi=panels.DPI, layout="constrained")
-    figure.suptitle(", ".join(setting_words(history)), size=panels.SIZE)
+    figure.suptitle(setting_title(history), size=panels.SIZE)
     all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)
     for axes, run, matrix in zip(all_axes, shown, off, strict=True):
         axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
@@ -119,18 +120,27 @@ def most_collapsed(history: xr.Dataset) -> int:
 
 
 def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
-    """Yields one history per setting of the swept axes other than weight_decay and seed.
+    """Yields one history per variant and setting of the swept axes but weight_decay and seed.
 
     These axes become scalar coordinates.
     """
-    extra = [name for name in AXES if name in history.dims and name not in ("weight_decay", "seed")]
-    for at in itertools.product(*(range(history.sizes[name]) for name in extra)):
-        yield history.isel(dict(zip(extra, at, strict=True)))
+    for variant in varied.split(history):
+        extra = [
+            name for name in AXES if name in variant.dims and name not in ("weight_decay", "seed")
+        ]
+        for at in itertools.product(*(range(variant.sizes[name]) for name in extra)):
+            yield variant.isel(dict(zip(extra, at, strict=True)))
 
 
 def setting_words(history: xr.Dataset) -> list[str]:
-    return [
+    """Returns the variant of a history of `settings` and its values, as in ["optimizer=sgd"]."""
+    return varied.words(history) + [
         f"{name}={history[name].item():g}"
         for name in AXES
         if name in history.coords and not history[name].ndim
     ]
+
+
+def setting_title(history: xr.Dataset) -> str:
+    """Returns `setting_words` as the title of a figure."""
+    return panels.literal(", ".join(setting_words(history)))

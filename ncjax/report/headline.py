@@ -8,7 +8,7 @@ import xarray as xr
 from ncjax import config as configuration
 from ncjax.metrics.vocabulary import BUDGET_TERMS, FEATURE_VOCABULARY
 from ncjax.report import numbers, tables
-from ncjax.storage import monitored
+from ncjax.storage import monitored, varied
 
 _MEASURES = ("nc1", "nc2_equinorm_means", "nc2_equiangular_means", "nc3", "nc4")
 
@@ -18,12 +18,8 @@ def sentences(history: xr.Dataset) -> list[str]:
     if monitored.is_monitored(history):
         return [*_monitored(history), *history.attrs["remarks"].splitlines()]
     lines = [_what_ran(history)]
-    for variant in numbers.variants(history):
-        words = ", ".join(
-            f"{name}={numbers.label(variant[name].values[()])}"
-            for name in numbers.grid_of(history)
-            if not variant[name].ndim
-        )
+    for variant in varied.split(history):
+        words = ", ".join(varied.words(variant))
         lines += [f"{words}: {line}" if words else line for line in _of_variant(variant)]
     return lines
 

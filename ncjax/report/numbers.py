@@ -47,13 +47,6 @@ def grid_of(history: xr.Dataset) -> list[str]:
     return sorted(dims, key=lambda dim: (dim != "weight_decay", dim == "seed"))
 
 
-def variants(history: xr.Dataset) -> Iterator[xr.Dataset]:
-    """Yields the parts of a history that differ in axes whose values are no numbers."""
-    named = [dim for dim in grid_of(history) if not np.issubdtype(history[dim].dtype, np.number)]
-    for at in np.ndindex(*(history.sizes[dim] for dim in named)):
-        yield history.isel(dict(zip(named, at, strict=True)))
-
-
 def pack(histories: dict[str, xr.Dataset]) -> Packed:
     """Packs named histories; variables that make the page too large are left out, and named.
 

@@ -7,7 +7,9 @@ policy names the hashes of the two scripts, so that nothing else is executed and
 
 import base64
 import hashlib
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,6 +25,7 @@ from ncjax.report import headline, numbers
 from ncjax.storage import history as histories_on_disk
 from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
+from ncjax.variation import Variation, from_stored
 
 FILE = "report.html"  # of one run, in its WORKDIR
 
@@ -202,13 +205,14 @@ def _described(source: Source) -> dict[str, Any]:
         "sentences": [printable(line) for line in headline.sentences(history)],
         "checksums": {printable(name): value for name, value in source.checksums.items()},
         "config": {},
-        "command": "",
+        "vary": [],
         "config_file": "",
         "origin": {},
     }
     if monitored.is_monitored(history):
         return described
     config = configuration.from_json(history.attrs["config"])
+    vary = _flags(from_stored(json.loads(history.attrs["config"])))
     versions = histories_on_disk.versions(history)
     origin = {
         "device": history.attrs.get("device"),
@@ -216,9 +220,19 @@ def _described(source: Source) -> dict[str, Any]:
     }
     return described | {
         "config": {name: printable(_text(v)) for name, v in _flat(config).items()},
+        "vary": [printable(flag) for flag in vary],
         "config_file": _config_file(config),
         "origin": {name: printable(str(v)) for name, v in (origin | versions).items() if v},
     }
+
+
+def _flags(variation: Variation | None) -> list[str]:
+    """Returns what a command line says of the fields that vary."""
+    flags = []
+    for name, values in variation.values.items() if variation else ():
+        between = ";" if any(isinstance(value, tuple) for value in values) else ","
+        flags.append(shlex.quote(f"--config.{name}={between.join(map(_text, values))}"))
+    return flags
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _LEAST_HEIGHT = 2.3  # of a figure, whose colour bar has a label
 _LOW = 1.4  # the height of panels that stand below one another in a narrow column
 _page_width: ContextVar[float | None] = ContextVar("page_width", default=None)
 _MOST_IN_LEGEND = 10
-_MOST_IN_NAME = 60  # characters; a longer name leaves no room for panels
+_MOST_IN_NAME = 90  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.

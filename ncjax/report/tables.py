@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.storage import varied
 from ncjax.storage.history import RELAXED, class_sizes, extinct
 
 if TYPE_CHECKING:
@@ -249,8 +250,10 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         _BOUNDS,
         "Measured beside proved bounds; the causes of nc2 as shares of its bound",
     )
-    for line in (*_bounds(history), *least(history), *short(history), *closed_form(history)):
-        say(console, line)
+    for variant in varied.split(history):
+        lines = (*_bounds(variant), *least(variant), *short(variant), *closed_form(variant))
+        for line in lines:
+            say(console, _of_variant(variant, line))
 
 
 def show_collapse(history: xr.Dataset, console: Console) -> None:
@@ -260,8 +263,14 @@ def show_collapse(history: xr.Dataset, console: Console) -> None:
     _show(
         history, console, _COLLAPSE, f"Epoch {epoch}, training split unless test is named, {spread}"
     )
-    for line in degenerate(history):
-        console.print(line, highlight=False, soft_wrap=True)
+    for variant in varied.split(history):
+        for line in degenerate(variant):
+            say(console, _of_variant(variant, line))
+
+
+def _of_variant(history: xr.Dataset, line: str) -> str:
+    """Returns a line that says which variant it is about, if there are several."""
+    return ": ".join(filter(None, [", ".join(varied.words(history)), line]))
 
 
 def show_layers(one: xr.Dataset, names: Sequence[str], title: str, console: Console) -> None:
@@ -317,27 +326,19 @@ def _escaped(match: re.Match) -> str:
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
-    """Prints a row of mean ± sd over seeds for each weight decay and other swept setting."""
-    names, settings = _settings(history)
-    final, seeds = history.isel(epoch=-1), history.sizes["seed"]
-    out = extinct(final)
-    keys = [
-        [f"{history[n].values[i]:g}" for n, i in zip(names, index, strict=True)]
-        for index in settings
-    ]
+    """Prints a row of mean ± sd over seeds for each variant, weight decay and other setting."""
+    variants = varied.split(history)
+    names = [*varied.dimensions(history), *_settings(variants[0])[0]]
+    keys = [key for variant in variants for key in _keys(variant)]
+    by_variant = [_cells(variant, chosen) for variant in variants]
+    headings = ["finite runs", "put out", *(heading for heading, *_ in chosen)]
+    seeds = history.sizes["seed"]
+    telling_nothing = {"finite runs": f"{seeds} of {seeds}", "put out": f"0 of {seeds}"}
     columns = []
-    for heading, variable, select in chosen:
-        values = final[variable].sel(select)
-        values = values.where(~out) if variable in _OF_OUTPUTS else values
-        cells = [mean_and_sd(values.values[index]) for index in settings]
-        if set(cells) != {"-"}:
+    for heading, *parts in zip(headings, *by_variant, strict=True):
+        cells = [cell for part in parts for cell in part]
+        if set(cells) != {telling_nothing.get(heading, "-")}:
             columns.append((heading, cells))
-    runs = [int(final["finite"].values[index].sum()) for index in settings]
-    put_out = [int(out.values[index].sum()) for index in settings]
-    if max(put_out) > 0:
-        columns.insert(0, ("put out", [f"{count} of {seeds}" for count in put_out]))
-    if min(runs) < seeds:
-        columns.insert(0, ("finite runs", [f"{count} of {seeds}" for count in runs]))
     for i, part in enumerate(_fit(columns, console.width - 14 * len(names))):
         table = Table(title=title if i == 0 else None)
         for name in names:
@@ -348,7 +349,35 @@ def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -
             table.add_column(heading, justify="right", no_wrap=True)
         for row, key in enumerate(keys):
             table.add_row(*key, *(cells[row] for _, cells in part))
+            if len(variants) > 1 and (row + 1) % (len(keys) // len(variants)) == 0:
+                table.add_section()
         console.print(table)
+
+
+def _keys(variant: xr.Dataset) -> list[list[str]]:
+    """Returns the first cells of the rows of a variant: its labels, and the values of a setting."""
+    names, settings = _settings(variant)
+    labels = [printable(str(variant[name].item())) for name in varied.dimensions(variant)]
+    return [
+        labels + [f"{variant[n].values[i]:g}" for n, i in zip(names, index, strict=True)]
+        for index in settings
+    ]
+
+
+def _cells(variant: xr.Dataset, chosen: _Columns) -> list[list[str]]:
+    """Returns the cells of every column; first those of runs that are finite, and put out."""
+    _, settings = _settings(variant)
+    final, seeds = variant.isel(epoch=-1), variant.sizes["seed"]
+    out = extinct(final)
+    columns = [
+        [f"{int(counted.values[index].sum())} of {seeds}" for index in settings]
+        for counted in (final["finite"], out)
+    ]
+    for _, variable, select in chosen:
+        values = final[variable].sel(select)
+        values = values.where(~out) if variable in _OF_OUTPUTS else values
+        columns.append([mean_and_sd(values.values[index]) for index in settings])
+    return columns
 
 
 def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tuple[str, list[str]]]]:

@@ -15,7 +15,7 @@ import xarray as xr
 from ncjax.metrics import closed_forms
 from ncjax.metrics.vocabulary import BUDGET_TERMS, GRAM_CAUSES
 from ncjax.report import panels
-from ncjax.report.figures import setting_words
+from ncjax.report.figures import setting_title
 from ncjax.report.panels import Panel, number
 from ncjax.storage.history import RELAXED, imbalance_ratio
 
@@ -40,9 +40,7 @@ def equilibrium_against_epoch(history: xr.Dataset) -> "Figure":
     label = r"$\Vert\lambda W_k+\nabla_{W_k}\mathrm{fit}\Vert\,/\,\Vert\lambda W_k\Vert$"
     layers = [str(layer) for layer in history["layer"].values]
     drawn = [Panel(layer.replace("_", " "), label, (layer,)) for layer in layers]
-    return panels.against(
-        panels.one_per_lambda(_decayed(history)), drawn, ", ".join(setting_words(history))
-    )
+    return panels.against(panels.one_per_lambda(_decayed(history)), drawn, setting_title(history))
 
 
 _CLOCK_PANELS = (
@@ -63,12 +61,8 @@ def collapse_against_clock(history: xr.Dataset) -> "Figure":
     Along gradient flow, norm balance is the same function of this clock for all lambdas.
     """
     curves = panels.one_per_lambda(_decayed(history))
-    title = ", ".join(
-        [
-            "What falls together is on the relaxation clock, what does not is not",
-            *setting_words(history),
-        ]
-    )
+    what = "What falls together is on the relaxation clock, what does not is not"
+    title = ", ".join(filter(None, [what, setting_title(history)]))
     figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time")
     times = np.concatenate([panels.clock_of(curve.run, "relaxation_time") for curve in curves])
     axes = figure.axes[0]
@@ -197,9 +191,8 @@ def fitted_law(history: xr.Dataset) -> Law | None:
 def budget_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
     """Draws the equilibrium budget of one lambda: shares of lambda W_L, stacked, and term norms."""
     run = history.sel(weight_decay=weight_decay)
-    title = ", ".join(
-        [rf"Equilibrium budget at $\lambda$ = {number(weight_decay)}", *setting_words(history)]
-    )
+    what = rf"Equilibrium budget at $\lambda$ = {number(weight_decay)}"
+    title = ", ".join(filter(None, [what, setting_title(history)]))
     figure, (shares, norms) = panels.frame(2, "epoch", title)
     epochs = run["epoch"].values
     colours = (panels.COLOURS[0], panels.COLOURS[1], panels.COLOURS[2], panels.COLOURS[3], "0.7")
@@ -264,7 +257,7 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
     The left panels are of the last epoch against weight decay, the right ones of one weight decay
     against epochs.
     """
-    title = ", ".join(["Measured, and proved to be at most", *setting_words(history)])
+    title = ", ".join(filter(None, ("Measured, and proved to be at most", setting_title(history))))
     final = panels.training(_decayed(history).sortby("weight_decay")).isel(epoch=-1)
     run = panels.training(history.sel(weight_decay=weight_decay))
     by_epoch = (run, "epoch", "epoch", rf"at $\lambda$ = {number(weight_decay)}")
@@ -350,9 +343,7 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
             )
         law = fitted_law(_decayed(history))
         panels.scale_x(axes, np.append(decay, 1.2 * law.greatest if law else []))
-        panels.finish(
-            axes, Panel(", ".join(setting_words(history)), "eigenvalue", ()), np.array([])
-        )
+        panels.finish(axes, Panel(setting_title(history), "eigenvalue", ()), np.array([]))
         axes.set_ylim(
             min(-0.05, 1.1 * np.nanmin(modes, initial=0)),
             max(1.05, 1.1 * np.nanmax(modes, initial=0)),

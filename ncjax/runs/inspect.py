@@ -139,7 +139,7 @@ class Verification(NamedTuple):
         return self.deviation <= self.tolerance
 
 
-def read(workdir: Path, coordinates: Mapping[str, float]) -> WorkdirContents:
+def read(workdir: Path, coordinates: Mapping[str, float | str]) -> WorkdirContents:
     """Reads what a WORKDIR holds, without computing metrics.
 
     Every checkpoint is read once, or only one run's part of it if `coordinates` names a run.

@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ncjax.data.dataset import Dataset
 from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.paths import expanded
+from ncjax.runs import variants
 from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.training import models, own
@@ -47,7 +48,8 @@ class Run:
     Attributes:
       workdir: the folder it was read from.
       epoch: the epoch of its weights.
-      coordinates: its value on every axis of the grid, in the project's units, as in history.nc.
+      coordinates: its value on every axis of the grid, in the project's units, and of every field
+        that varies, as in history.nc.
       config: the config of the whole sweep, as in config.json, from the checkpoint's own copy.
       model: the flax module: `model.apply(run.variables, run.normalize(images))`.
       variables: nested dicts of NumPy arrays: `params`, and `batch_stats` with batch normalization.
@@ -57,7 +59,7 @@ class Run:
 
     workdir: Path
     epoch: int
-    coordinates: dict[str, float | int]
+    coordinates: Mapping[str, float | int | str]
     config: dict[str, Any] = field(repr=False)
     model: nn.Module
     variables: dict = field(repr=False)
@@ -151,7 +153,8 @@ def load_run(
       dataset: the data of a run that was trained on arrays; they are compared with the run's
         checksums when they are first used.
       coordinates: the run's numbers on the axes of the grid, in the project's units, as in
-        history.nc. An axis of one value may be left out.
+        history.nc, and its values of fields that vary, as in `optimizer="sgd"`. An axis of one
+        value may be left out.
 
     Returns:
       A `Run`: its weights, its outputs on images, its data and its history.
@@ -178,6 +181,11 @@ def load_run(
             "workdir", str(workdir), "no such folder; name one that `ncjax train` has left"
         )
     plan.check_path("workdir", workdir)
+    found = variants.find(workdir)
+    if found is not None:
+        labels, folder, rest = found.find(coordinates)
+        run = load_run(folder, epoch=epoch, dataset=dataset, **rest)
+        return replace(run, coordinates={**labels, **run.coordinates})
     for _ in range(ATTEMPTS - 1):
         try:
             return _load_run(workdir, epoch, dataset, coordinates)
@@ -251,7 +259,7 @@ def check_present(folder: Path, epoch: int) -> None:
 
 
 def slice_of(
-    history: xr.Dataset, coordinates: Mapping[str, float | int], *, keep_axes: bool = False
+    history: xr.Dataset, coordinates: Mapping[str, float | int | str], *, keep_axes: bool = False
 ) -> xr.Dataset:
     """Returns one run of a history, with axes of length 1 if `keep_axes`."""
     at = {

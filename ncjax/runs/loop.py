@@ -6,7 +6,8 @@
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -29,24 +30,39 @@ _CHUNK_SECONDS = 2.0
 
 
 def train_and_show(plan: Plan) -> xr.Dataset:
-    """Calls `train`, draws WORKDIR/figures, writes the report and prints the results; returns the
-    history.
-    """
+    """Calls `train`, then `show`; returns the history."""
     recorded = train(plan)
-    if processes.is_leader():
-        draw.draw_all(recorded, plan.workdir / "figures")
-        tables.show_results(recorded, tables.make_console())
-        left = "history.nc, metrics.jsonl, checkpoints/"
-        if plan.config.report.enabled:
-            page.write([page.describe(plan.workdir, recorded)], plan.workdir / page.FILE)
-            left += f", {page.FILE}"
-        _say(f"{left} and figures/ are in {plan.workdir}")
+    files = ("history.nc", "metrics.jsonl", "checkpoints/")
+    show(recorded, plan.workdir, files, reports=plan.config.report.enabled)
     return recorded
+
+
+def show(recorded: xr.Dataset, workdir: Path, files: Sequence[str], *, reports: bool) -> None:
+    """Prints the results of a history, draws WORKDIR/figures and writes the report.
+
+    Args:
+      files: what else is in WORKDIR.
+      reports: whether a report is wanted.
+    """
+    if not processes.is_leader():
+        return
+    draw.draw_all(recorded, workdir / "figures")
+    tables.show_results(recorded, tables.make_console())
+    if reports:
+        page.write([page.describe(workdir, recorded)], workdir / page.FILE)
+        files = (*files, page.FILE)
+    say(f"{', '.join(files)} and figures/ are in {workdir}")
 
 
 def preview(plan: Plan) -> None:
     """Compiles what a plan would train and prints what is known before training; writes nothing."""
-    _start_jax(plan)
+    describe(plan)
+    say("nothing was trained and nothing was written")
+
+
+def describe(plan: Plan) -> None:
+    """Compiles what a plan would train and prints what is known of it."""
+    start_jax(plan)
     summary.show(plan, make_program(plan), tables.make_console(quiet=not processes.is_leader()))
 
 
@@ -67,9 +83,9 @@ def train(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = No
       Interrupted: by SIGINT or SIGTERM, once all that was computed is on disk.
       OSError: WORKDIR can be written no more; what is in it is whole.
     """
-    _start_jax(plan)
+    start_jax(plan)
     if plan.grown_from is not None:
-        growth.grow(plan, train, _say)
+        growth.grow(plan, train, say)
     config, workdir = plan.config, plan.workdir
     owned = lock.owned(workdir) if processes.is_leader() else contextlib.nullcontext(lambda: None)
     with owned as check_owner, signals.Requests() as requests:
@@ -86,7 +102,7 @@ def train(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = No
             if processes.is_leader():
                 write_atomically(workdir / "config.json", configuration.to_json(config).encode())
             if recorded is not None and sweep.epoch == config.train.epochs:
-                _say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
+                say(f"{workdir} is complete: {sweep.epoch} epochs, nothing is left to train")
             else:
                 told = _Listeners(
                     listeners.HistoryWriter(sweep, recorded, metadata.versions, check_owner),
@@ -107,14 +123,15 @@ def train(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = No
     return recorded
 
 
-def _start_jax(plan: Plan) -> None:
+def start_jax(plan: Plan) -> None:
     """Sets what must be set before JAX computes, and checks that all processes do the same."""
     parallel.use_every_core()
     compilation.use_cache(plan.config.compile.cache)
     processes.check_same(plan)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line, in the first of several processes alone."""
     if processes.is_leader():
         tables.say(tables.make_console(), line)
 

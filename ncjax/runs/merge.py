@@ -7,7 +7,7 @@ from typing import Any
 from ncjax import config as configuration
 from ncjax.config import Config, Grid
 from ncjax.errors import InputError
-from ncjax.runs import load
+from ncjax.runs import load, variants
 from ncjax.runs.growth import join
 from ncjax.storage import checkpoint, history, joining
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
@@ -44,6 +44,9 @@ def merge(workdirs: Sequence[Path], out: Path) -> Grid:
 
 def _newest(workdir: Path) -> CheckpointMetadata:
     """Returns the metadata of a WORKDIR's newest checkpoint."""
+    if held := variants.find(workdir):
+        way_out = f"it holds variants; name their folders, as in {held.folders[0][1]}"
+        raise InputError("WORKDIR", str(workdir), way_out)
     epochs = checkpoint.epochs_in(workdir / "checkpoints")
     if not epochs:
         raise InputError("WORKDIR", str(workdir), "it has no checkpoint, which is what is merged")

@@ -76,7 +76,6 @@ def show(plan: Plan, program: Program, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    tables.say(console, "nothing was trained and nothing was written")
 
 
 def device() -> str:

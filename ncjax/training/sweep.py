@@ -163,12 +163,10 @@ def make_program(plan: Plan) -> Program:
     Raises:
       InputError: not even one run per device fits, or there are fewer devices than asked for.
     """
-    program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
+    program = make_uncompiled(plan)
     limit = parallel.device_memory(program.mesh)
     # CPUs do not tell their memory, and waiting states would be in the same memory, so all runs are
     # trained at once.
-    if limit is None:
-        _check_host_memory(program, tuple(plan.config.model.widths))
     if plan.config.sweep.runs_per_program or limit is None:
         return program
     while program.bytes_per_device > _USABLE * limit:
@@ -182,6 +180,19 @@ def make_program(plan: Plan) -> Program:
             )
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
         program = Program(plan, fewer)
+    return program
+
+
+def make_uncompiled(plan: Plan) -> Program:
+    """Returns the program that trains all runs of a plan at once, as yet not compiled.
+
+    Raises:
+      InputError: its network cannot be made, there are fewer devices than asked for, or the memory
+        of a CPU cannot hold its states.
+    """
+    program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
+    if parallel.device_memory(program.mesh) is None:
+        _check_host_memory(program, tuple(plan.config.model.widths))
     return program
 
 

@@ -110,6 +110,20 @@ x y
 --config.train.epochs=10**9
 --config.sweep=1
 --config.sweep.seed=0,,1
+--config.train.optimizer=sgd,
+--config.train.optimizer=sgd,,adam
+--config.train.optimizer=sgd;adam
+--config.train.optimizer=sgd,sgd
+--config.train.optimizer=sgd,adam --config.train.decay=coupled,decoupled
+--config.train.optimizer=sgd,adamw --workdir={run}
+--config.train.batch_size=8,1e9
+--config.train.epochs=1,2
+--config.model.widths=8;;9
+--config.model.widths=8,8;8,8
+--config.model.kind=mlp,conv
+--config.model.network=a:B,c:D
+--config.data.name=synthetic,nowhere
+--config.compile.cache=user,off
 --config.sweep.seed=[0,1
 --config.sweep.seed=0-3
 --config.sweep.seed=0,0
