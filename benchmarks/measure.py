@@ -2,9 +2,9 @@
 where classes are many.
 
     pip install -e ".[bench]"
-    python -m benchmarks.measure # three minutes; 1 GiB files in the folder for temporary files
-    python -m benchmarks.measure --examples 1280000 # ImageNet's size, a file of 10 GB python -m
-    benchmarks.measure --quick # seconds: does it still work?
+    python -m benchmarks.measure                        # three minutes; 1 GiB of temporary files
+    python -m benchmarks.measure --examples 1280000     # ImageNet's size, a file of 10 GB
+    python -m benchmarks.measure --quick                # seconds: does it still work?
 
 PyTorch's way is the field's: class means, then one p x p GEMM a batch (the best of three batch
 sizes), then the pseudo-inverse. Both give nc1 of the same arrays, in turns, on as many threads as

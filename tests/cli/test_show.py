@@ -144,7 +144,7 @@ def test_what_was_measured_is_measured_again(trained, shown):
     assert (verification["epoch"], verification["runs"]) == (6, 4)
     assert verification["deviation"] < 1e-4
     # All but the two clocks and the three closed forms, which do not depend on weights.
-    assert verification["variables"] == len(VOCABULARY) + 1 - 5
+    assert verification["variables"] == len(VOCABULARY) + 1 - 6
     code, out, _ = shown(trained, "--verify", "--epoch=4", RUN)
     assert code == 0
     assert "variables of 1 run at epoch 4" in out

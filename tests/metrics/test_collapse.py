@@ -26,7 +26,7 @@ def assembled(means, scatter, frame, frame_head, head):
         statistics = statistics_of_passes(means, frame, frame_head, scatter, head)
         cosines = collapse.cosines(statistics.means - statistics.center[None])
         metrics = assemble(Quantities(statistics)) | {"class_mean_cosine": cosines}
-        del metrics["weight_norm_sq"]  # the one that has a unit
+        del metrics["weight_norm_sq"], metrics["nc0"]  # the ones that have a unit
         return metrics
 
 

@@ -16,7 +16,7 @@ from ncjax.cli import report
 from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY
 from ncjax.report import headline, numbers, page
 from ncjax.storage import history as histories
-from ncjax.storage import monitored
+from ncjax.storage import monitored, varied
 from tests.report.test_figures import changed, diverge, make_history, save
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'\"&"
@@ -222,9 +222,8 @@ def test_what_holds_collapse_back_is_the_largest_other_share():
 
 
 def test_an_axis_of_names_is_an_axis_and_each_has_its_own_headline():
-    history = make_history(learning_rate=(0.1, 0.2)).rename(learning_rate="optimizer")
-    history = history.assign_coords(optimizer=["sgd", HOSTILE])
-    history = history.transpose("optimizer", ...)
+    one = make_history()
+    history = varied.join([one, one], {"optimizer": ["sgd", HOSTILE]}, one.attrs["config"])
     parsed = render(run=history)
     (source,) = parsed.data("page")["sources"]
     assert [axis["name"] for axis in source["axes"]] == ["weight_decay", "optimizer", "seed"]

@@ -85,7 +85,7 @@ def test_a_run_its_features_and_its_verification_are_measured_alike(trained, spl
         for name in measured.metrics.keys() & recorded.keys()
         if split == "train" or "split" in recorded[name].dims
     ]
-    assert len(both) == {"train": 40, "test": 18}[split]
+    assert len(both) == {"train": 56, "test": 21}[split]
     for name in both:
         variable = recorded[name]
         one = variable.sel(split=split) if "split" in variable.dims else variable

@@ -35,6 +35,7 @@ def test_workdir_holds_what_the_readme_promises(finished):
         "equilibrium_against_epoch.png",
         "theory_against_lambda.png",
         "budget_against_epoch.png",
+        "bounds_against_lambda_and_epoch.png",
         "modes_against_lambda.png",
         "class_mean_cosines.png",
     }

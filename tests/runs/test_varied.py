@@ -139,7 +139,7 @@ def fake(monkeypatch, seen=None):
         (one.workdir / "config.json").write_text(config)
         return recorded
 
-    monkeypatch.setattr(loop, "record", record)
+    monkeypatch.setattr(loop, "train", record)
     monkeypatch.setattr(varied, "make_uncompiled", lambda plan: None)
 
 
@@ -189,7 +189,7 @@ def test_more_values_are_added_and_fewer_are_refused(trained, tmp_path, monkeypa
 
 
 def test_a_network_that_cannot_be_made_is_refused_before_another_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "record", pytest.fail)
+    monkeypatch.setattr(loop, "train", pytest.fail)
     vary = {"model.network": ("tests.networks:Own", "tests.networks:Featureless")}
     with pytest.raises(InputError, match=r"variant network=tests\.networks:Featureless\)$"):
         ncjax.train(config_of((0.0,), (0,)), tmp_path / "run", vary=vary)

@@ -315,7 +315,7 @@
     return {
       grid: {left: 62, right: 18, top: 58, bottom: 46},
       legend: {
-        type: "scroll", top: 22, left: 0, textStyle: {color: ink}, itemWidth: 22, itemHeight: 8,
+        type: "scroll", top: 22, left: 0, textStyle: {color: ink, fontSize: 11}, itemWidth: 18, itemHeight: 8, itemGap: 7,
         pageTextStyle: {color: soft}, pageIconColor: ink, pageIconInactiveColor: soft,
       },
     };
@@ -521,12 +521,16 @@
     const {ink} = theme();
     for (const holder of byId("predictions").children) {
       const {measured, predicted} = page.predictions[holder.dataset.index];
+      // The panel's title says of what.
+      const role = (name) => (title(name).startsWith(`${title(measured)} of`)
+        ? title(name).slice(title(measured).length + 1)
+        : title(name).replace(/^(bound|floor) (on|of) (the )?(.*?)( by .*)?$/, "$1$5"));
       const curve = (name, i) => ({
-        label: title(name), colour: i ? COLOURS[(i - 1) % COLOURS.length] : ink, dash: i ? "dashed" : "solid",
+        label: i ? role(name) : "measured", colour: i ? COLOURS[(i - 1) % COLOURS.length] : ink, dash: i ? "dashed" : "solid",
         points: along.map((runs, x) => [x, meanAt(source, name, runs, {split: splits(source, name)[0]})]),
       });
       const curves = [measured, ...predicted].filter((name) => source.has(name)).map(curve);
-      drawLines(holder, measured, `${title(measured)}, bounds and predictions`, curves, {
+      drawLines(holder, measured, title(measured), curves, {
         xName: lambda(first.name), categories: first.labels, yLog: byId("y-scale").value === "log", named: true,
       });
     }
