@@ -32,6 +32,8 @@ def _of_variant(history: xr.Dataset) -> list[str]:
             title = FEATURE_VOCABULARY[name].title
             lines += [line.replace(name, title, 1) for line in tables.least(history, [name])]
     lines += _held_back(history)
+    where, *bounded = tables.bounds(history) or [""]
+    lines += [f"{where.partition(',')[0]}: {line.strip()}" for line in bounded]
     for describe in (tables.short, tables.degenerate, tables.closed_form):
         # An older history lacks some variables.
         try:

@@ -251,7 +251,7 @@ def show_results(history: xr.Dataset, console: Console) -> None:
         "Measured beside proved bounds; the causes of nc2 as shares of its bound",
     )
     for variant in varied.split(history):
-        lines = (*_bounds(variant), *least(variant), *short(variant), *closed_form(variant))
+        lines = (*bounds(variant), *least(variant), *short(variant), *closed_form(variant))
         for line in lines:
             say(console, _of_variant(variant, line))
 
@@ -393,7 +393,7 @@ def _fit(columns: Sequence[tuple[str, list[str]]], width: int) -> list[list[tupl
     return parts
 
 
-def _bounds(history: xr.Dataset) -> list[str]:
+def bounds(history: xr.Dataset) -> list[str]:
     """Returns lines on each measure's bound and causes, at the weight decay of least nc3."""
     final = history.isel(epoch=-1)
     final = final.where(~extinct(final))
