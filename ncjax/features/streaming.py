@@ -508,6 +508,8 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
 
 def label_array(value: Any) -> np.ndarray:
     """Returns labels as NumPy's integers, (N,), from any form that `as_labels` reads."""
+    if value is None:
+        raise InputError("labels", None, "give one for every example, integers from 0 to C - 1")
     return as_labels(np.asarray(_converted("labels", value)))
 
 
