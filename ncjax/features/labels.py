@@ -4,6 +4,7 @@ import numbers
 
 import numpy as np
 
+from ncjax.data.dataset import of_one_hot
 from ncjax.errors import InputError
 
 _NAMES = "number the classes as the head's rows are, or np.unique(labels, return_inverse=True)[1]"
@@ -26,7 +27,7 @@ def as_labels(value: np.ndarray, name: str = "labels") -> np.ndarray:
     if kind not in "iubf":
         raise InputError(name, str(value.dtype), f"give integers, 0 to C - 1: {_NAMES}")
     if value.ndim == 2 and value.shape[1] > 1:
-        return _of_one_hot(value, name)
+        return of_one_hot(value, name)
     if kind == "f":
         if (lacking := np.isnan(value)).any():
             raise InputError(name, f"NaN in example {int(np.argmax(lacking))}", _MISSING)
@@ -49,11 +50,3 @@ def _check_objects(values: np.ndarray, name: str) -> None:
             raise InputError(name, shown, "give an integer for each, 0 to C - 1")
     if all(isinstance(value, whole) for value in values.flat):
         raise InputError(name, "integers as Python objects", "labels.astype(int)")
-
-
-def _of_one_hot(rows: np.ndarray, name: str) -> np.ndarray:
-    ones = rows == 1
-    if not ((ones | (rows == 0)).all() and (ones.sum(axis=1) == 1).all()):
-        way_out = "give one per example; rows that are not one-hot have no class but argmax(1)"
-        raise InputError(name, rows.shape, way_out)
-    return ones.argmax(axis=1)

@@ -360,7 +360,11 @@ def _exactly() -> Iterator[None]:
 
 
 def _fresh(batches: Iterable) -> Iterator:
-    iterator = iter(batches)
+    try:
+        iterator = iter(batches)
+    except TypeError as error:
+        way_out = "give a list of batches, a data loader, ..."
+        raise InputError("batches", type(batches).__name__, way_out) from error
     if iterator is batches:
         raise InputError(
             "batches",

@@ -15,6 +15,7 @@ import scipy.sparse
 import ncjax
 from ncjax.cli import measure as command_line
 from ncjax.errors import InputError
+from ncjax.features import streaming
 from tests.features.test_measure import split
 from tests.helpers import ROOT
 
@@ -161,6 +162,45 @@ def test_labels_that_are_missing_or_objects_are_one_line(labels, words):
             ncjax.measure_batches(batches, num_classes=5)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_decay", "1e-3"),
+        ("weight_decay", True),
+        ("weight_decay", -1.0),
+        ("weight_decay", np.nan),
+        ("loss", "hinge"),
+        ("global_mean", 3),
+        ("head", "fc.npz"),
+        ("bias", "fc.npz"),
+        ("ood", 5),
+        ("ood", "outliers.npy"),
+        ("rows", 2.5),
+        ("ignore_label", "x"),
+        ("ignore_label", 1.5),
+        ("ignore_label", True),
+        ("float64", "yes"),
+        ("devices", 3),
+        ("progress", 3),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line_before_any_work(
+    name, value, monkeypatch, without_type_checks
+):
+    def work(*_, **__):
+        pytest.fail("features are read")
+
+    monkeypatch.setattr(streaming, "first_pass", work)
+    with pytest.raises(InputError, match=rf"^{name}: ") as caught:
+        ncjax.measure_batches([(H, LABELS)], **({"head": HEAD} | {name: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_that_are_none_are_one_line(without_type_checks):
+    with pytest.raises(InputError, match=r"^batches: got 'int'; "):
+        ncjax.measure_batches(5, num_classes=2)
 
 
 def assert_same(got, right):
