@@ -93,7 +93,11 @@ BAD = [
     (["--config.sweep.runs_per_program=1,2"], "config.sweep.runs_per_program", "one value"),
     (["--config.sweep.seed=0;1"], "config.sweep.seed: got '0;1'", "commas"),
     (["--config.decay.head=0;1"], "config.decay.head: got '0;1'", "commas"),
-    (["--config.train.optimzer=sgd,adam"], "config.train.optimzer", "did you mean config.train.optimizer"),
+    (
+        ["--config.train.optimzer=sgd,adam"],
+        "config.train.optimzer",
+        "did you mean config.train.optimizer",
+    ),
     (
         ["--config.train.optimizer=sgd,adam", "--config.train.decay=decoupled"],
         "config.train.decay",

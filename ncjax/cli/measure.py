@@ -8,11 +8,12 @@ head's equilibrium.
     ncjax measure feats.csv --head checkpoint.pt --head-prefix fc --by-class --csv
 
 FEATURES is .npz, .safetensors, .pt, .h5 or .parquet with `features` (N, p), `labels` (N,) from 0 to
-C - 1 and, where outputs should not be computed from the head, `logits` (N, C); .npy with features
-alone; or .csv, whose columns are features but one of labels. .npz, .npy and .safetensors are
-memory-mapped (a compressed .npz is not). --head has `weight` (C, p) and `bias` (C,) of PyTorch's
-Linear, also named `head_kernel` and `head_bias`, or is a whole state_dict. Several files are
-layers, in forward order, of which the last feeds the head; the others' labels may be left out.
+C - 1 (or `label`, `target`, `class`, `y`) and, where outputs should not be computed from the head,
+`logits` (N, C); .npy with features alone; or .csv, whose columns are features but one of labels.
+.npz, .npy and .safetensors are memory-mapped (a compressed .npz is not). --head has `weight` (C, p)
+and `bias` (C,) of PyTorch's Linear, also named `head_kernel` and `head_bias`, or is a whole
+state_dict. Several files are layers, in forward order, of which the last feeds the head; one has
+labels, or all have the same.
 
 In Python: `ncjax.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes:
 0; 2: bad input.
@@ -234,9 +235,7 @@ def _read_layers(arguments: argparse.Namespace) -> list[tuple[np.ndarray, ...]]:
         if own is not None:
             held[path] = own
     labels = _sole_labels(arguments.features[0], held)
-    return [
-        (one.features, labels, *(() if one.logits is None else (one.logits,))) for one in found
-    ]
+    return [(one.features, labels, *(() if one.logits is None else (one.logits,))) for one in found]
 
 
 def _sole_labels(features: Path, held: dict[Path, np.ndarray]) -> np.ndarray:

@@ -201,7 +201,9 @@ def _check_memory(splits: tuple[Split, Split], settings: DataConfig) -> None:
     field, side = ("pad", settings.pad) if settings.pad else ("size", settings.size)
     if not side or train.images.ndim != 4:  # what are no images is refused later
         return
-    channels = {"gray": 1, "rgb": 3}.get(settings.color, train.images.shape[-1])
+    channels = train.images.shape[-1]
+    if settings.color != "own":
+        channels = 1 if settings.color == "gray" else 3
     bytes_per_channel = train.images.itemsize * (len(train.labels) + len(test.labels))
     # Statistics are computed in float64.
     bytes_per_channel += 8 * min(_CHUNK, len(train.labels))

@@ -228,9 +228,7 @@ def measure_batches(
     return dataclasses.replace(found, metrics=found.metrics | extra)
 
 
-def _check_types(
-    rows: Any, ignore_label: Any, float64: Any, devices: Any, progress: Any
-) -> None:
+def _check_types(rows: Any, ignore_label: Any, float64: Any, devices: Any, progress: Any) -> None:
     """Raises InputError for arguments of a wrong type."""
     if rows is not None and not (_is_integer(rows) and rows >= 1):
         raise InputError("rows", rows, "give an integer from 1 on")
