@@ -345,10 +345,9 @@ def find_labels(
     name = _find_label_name(path, arrays, labels_key)
     if name is None:
         return None
-    shown = f"{'column ' * (path.suffix in TABLES)}{name} of {path}"
     if arrays[name].ndim not in (1, 2):
-        raise InputError(shown, f"the shape {arrays[name].shape}", "give N")
-    return as_labels(arrays[name], shown)
+        raise InputError(str(path), f"{name} of shape {arrays[name].shape}", "give N")
+    return as_labels(arrays[name], f"{'column ' * (path.suffix in TABLES)}{name} of {path}")
 
 
 def _find_label_name(
