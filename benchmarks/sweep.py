@@ -39,6 +39,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import ncjax
 from benchmarks.noise import noise
 from ncjax.training import evaluate, layers, models, parallel, program
 
@@ -522,9 +523,8 @@ def machine() -> dict:
         for line in info.splitlines()
         if line.startswith("model name")
     ]
-    versions = {
-        name: metadata.version(name) for name in ("ncjax", "jax", "jaxlib", "torch", "numpy")
-    }
+    versions = {"ncjax": ncjax.__version__}
+    versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "torch", "numpy")}
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": CORES,

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ncjax import environment, plan
 from ncjax.config import Config
-from ncjax.data.dataset import Dataset
+from ncjax.data.dataset import Dataset, check_given
+from ncjax.errors import InputError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -67,6 +68,7 @@ def train(
       >>> history.nc1.sel(split="train", epoch=2).shape
       (2, 2)
     """
+    _check_types(config, vary, dataset, on_measurement)
     if isinstance(config, str):
         from ncjax.cli.train import load_config
 
@@ -82,3 +84,16 @@ def train(
     from ncjax.runs import loop
 
     return loop.train(prepared, on_measurement)
+
+
+def _check_types(config: Any, vary: Any, dataset: Any, on_measurement: Any) -> None:
+    """Raises InputError for arguments of a wrong type."""
+    if not isinstance(config, Config | str):
+        way_out = "give an ncjax.Config, whose update() takes fields by name, or the name of one"
+        raise InputError("config", f"a {type(config).__name__}", way_out)
+    if not isinstance(vary, Mapping | None) or not all(isinstance(key, str) for key in vary or ()):
+        way_out = 'give values by field, as in {"train.optimizer": ("sgd", "adamw")}'
+        raise InputError("vary", vary, way_out)
+    check_given(dataset)
+    if on_measurement is not None and not callable(on_measurement):
+        raise InputError("on_measurement", on_measurement, "give a function of an xarray.Dataset")

@@ -30,6 +30,8 @@ def expanded(field: str, path: str | Path) -> Path:
     """
     try:
         return Path(path).expanduser()
+    except TypeError as error:
+        raise InputError(field, path, "give a path, as text or a pathlib.Path") from error
     except RuntimeError as error:
         if os.path.lexists(path):
             return Path(path)

@@ -178,21 +178,23 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, list
     Raises:
       InputError: a field has several values and may have one alone.
     """
-    rest, varied = [], {}
+    rest, single, varied = [], {}, {}
     for argument in _joined(arguments):
         name, _, text = argument.partition("=")
         name = name.lstrip("-").removeprefix("config.")
         if not argument.lstrip("-").startswith("config.") or name not in SCHEMA:
             rest.append(argument)
             continue
+        single.pop(name, None)
         varied.pop(name, None)
         alternatives = _alternatives(name, text)
         if len(alternatives) == 1:
-            rest.append(argument)
+            # ml_collections would join the values of a tuple that stands twice.
+            single[name] = argument
         else:
             check_varied(name, text)
             varied[name] = alternatives
-    return rest, varied
+    return [*rest, *single.values()], varied
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

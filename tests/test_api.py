@@ -52,6 +52,27 @@ def test_bad_input_raises_and_leaves_no_folder(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"config": {"train.epochs": 2}}, "config"),
+        ({"config": None}, "config"),
+        ({"dataset": ([[0.0], [1.0]], [0, 1])}, "dataset"),
+        ({"on_measurement": 3}, "on_measurement"),
+        ({"vary": 3}, "vary"),
+        ({"vary": {3: (1, 2)}}, "vary"),
+        ({"workdir": 3}, "--workdir"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(options, argument, tmp_path, without_type_checks):
+    arguments = {"config": small_config(), "workdir": tmp_path / "run"} | options
+    with pytest.raises(ncjax.InputError, match=rf"^{argument}: ") as caught:
+        ncjax.train(**arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert argument != "dataset" or "Dataset.from_arrays" in str(caught.value)
+
+
 def test_a_name_is_a_config_that_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []

@@ -23,7 +23,8 @@ from ncjax.errors import InputError
         (["--config.sweep.seed=0,1"], 1, {}),
         (["--config.data.dir=a,b", "--config.profile.dir=a,b"], 2, {}),
         (["--config.loss=square,", "--config.loss=square"], 1, {}),
-        (["--config.loss=square", "--config.loss=square,cross_entropy"], 1, {"loss": 2}),
+        (["--config.loss=square", "--config.loss=square,cross_entropy"], 0, {"loss": 2}),
+        (["--config.sweep.seed=0", "--config.sweep.seed", "5"], 1, {}),
         (["--workdir=a,b", "--processes=1,2"], 2, {}),
     ],
 )
@@ -32,6 +33,24 @@ def test_fields_with_several_values_leave_the_command_line(arguments, rest, vari
     assert len(left) == 1 + rest
     sizes = {name: len(texts) for name, texts in found.items()}
     assert found == varied or sizes == varied
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--config.sweep.seed=0", "--config.sweep.seed=5"], "sweep.seed", (5,)),
+        (["--config.sweep.seed=0,1", "--config.sweep.seed=5,6"], "sweep.seed", (5, 6)),
+        (["--config.model.widths=8,8", "--config.model.widths", "4"], "model.widths", (4,)),
+        (["--config.train.epochs=2", "--config.train.epochs=3"], "train.epochs", 3),
+        (["--config.loss=square,", "--config.loss=square"], "loss", "square"),
+        (["--config.data.standardize", "--config.data.standardize=false"], "data.standardize", 0),
+    ],
+)
+def test_of_a_field_that_stands_twice_the_last_counts(flags, field, value):
+    arguments = train._parse(["ncjax", "--dry-run", *flags])
+    config = configuration.validate(arguments.config)
+    assert configuration.flatten(configuration.to_mapping(config))[field] == value
+    assert not arguments.vary
 
 
 def test_a_comma_in_the_name_of_a_file_that_exists_is_part_of_it(tmp_path):
@@ -74,7 +93,11 @@ BAD = [
     (["--config.sweep.runs_per_program=1,2"], "config.sweep.runs_per_program", "one value"),
     (["--config.sweep.seed=0;1"], "config.sweep.seed: got '0;1'", "commas"),
     (["--config.decay.head=0;1"], "config.decay.head: got '0;1'", "commas"),
-    (["--config.train.optimzer=sgd,adam"], "config.train.optimzer", "config.train.optimizer"),
+    (
+        ["--config.train.optimzer=sgd,adam"],
+        "config.train.optimzer",
+        "did you mean config.train.optimizer",
+    ),
     (
         ["--config.train.optimizer=sgd,adam", "--config.train.decay=decoupled"],
         "config.train.decay",

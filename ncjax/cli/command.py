@@ -76,7 +76,6 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
     parser.add_argument(
         "--format",
         choices=("png", "pdf", "svg"),
-        default="png",
         help="of the figures (default: png)",
     )
     parser.add_argument(

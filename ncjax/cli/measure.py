@@ -8,11 +8,12 @@ head's equilibrium.
     ncjax measure feats.csv --head checkpoint.pt --head-prefix fc --by-class --csv
 
 FEATURES is .npz, .safetensors, .pt, .h5 or .parquet with `features` (N, p), `labels` (N,) from 0 to
-C - 1 and, where outputs should not be computed from the head, `logits` (N, C); .npy with features
-alone; or .csv, whose columns are features but one of labels. .npz, .npy and .safetensors are
-memory-mapped (a compressed .npz is not). --head has `weight` (C, p) and `bias` (C,) of PyTorch's
-Linear, also named `head_kernel` and `head_bias`, or is a whole state_dict. Several files are
-layers, in forward order, of which the last feeds the head; the others' labels may be left out.
+C - 1 (or `label`, `target`, `class`, `y`) and, where outputs should not be computed from the head,
+`logits` (N, C); .npy with features alone; or .csv, whose columns are features but one of labels.
+.npz, .npy and .safetensors are memory-mapped (a compressed .npz is not). --head has `weight` (C, p)
+and `bias` (C,) of PyTorch's Linear, also named `head_kernel` and `head_bias`, or is a whole
+state_dict. Several files are layers, in forward order, of which the last feeds the head; one has
+labels, or all have the same.
 
 In Python: `ncjax.measure(features, labels, head=W, bias=b)`; docs/measure.md. Exit codes:
 0; 2: bad input.
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ncjax import environment
 from ncjax.cli import command
 from ncjax.errors import InputError, printable
@@ -33,7 +36,6 @@ from ncjax.features.pooling import POOLS
 from ncjax.paths import expanded, make_folder
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from ncjax.features.result import Measurement
@@ -75,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--labels",
         metavar="FILE",
         type=Path,
-        help="labels (N,), where the files of features have none",
+        help="labels (N,), where the files of features have none, or the same",
     )
     add("--features-key", metavar="NAME", help="array of features, where it has another name")
     add("--labels-key", metavar="NAME", help="array of labels, where it has another name")
@@ -166,6 +168,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     for name, value in (("--batch", arguments.batch), ("--classes", arguments.classes)):
         if value is not None and value < 1:
             raise InputError(name, value, "give a number from 1 on")
+    _check_style(arguments)
     kernel = bias = None
     if arguments.head is not None:
         arrays = files.read(expanded("--head", arguments.head), "head_kernel")
@@ -201,41 +204,60 @@ def _measure_files(arguments: argparse.Namespace) -> int:
     return _report(arguments, found)
 
 
-def _read_layers(arguments: argparse.Namespace) -> list[tuple["np.ndarray", ...]]:
+def _check_style(arguments: argparse.Namespace) -> None:
+    """Raises InputError for flags of figures that none would be drawn by."""
+    for name in ("only", "format", "width"):
+        if arguments.figures is None and (value := getattr(arguments, name)):
+            raise InputError(f"--{name}", value, "it chooses figures; name a folder by --figures")
+    if "layers" in arguments.only and len(arguments.features) == 1:
+        way_out = "of one file there is none that compares layers; give several, or leave it out"
+        raise InputError("--only", "layers", way_out)
+
+
+def _read_layers(arguments: argparse.Namespace) -> list[tuple[np.ndarray, ...]]:
     """Returns (features, labels) or (features, labels, logits) of each file; or InputError."""
-    keys = arguments.features_key, arguments.labels_key
-    labels = None
+    held: dict[Path, np.ndarray] = {}
+    labels_key = arguments.labels_key
     if arguments.labels is not None:
-        labels = _read_labels(arguments.labels, arguments.labels_key)
-        keys = arguments.features_key, None
+        held[arguments.labels] = _read_labels(arguments.labels, labels_key)
+        labels_key = None
     found = []
     for path in arguments.features:
         arrays = files.read(expanded("features", path), arguments.features_key or "features")
-        found.append(files.find_examples(path, arrays, *keys))
-    shared = next((one.labels for one in found if one.labels is not None), None)
-    batches = []
-    for path, one in zip(arguments.features, found, strict=True):
-        own = next((a for a in (labels, one.labels, shared) if a is not None), None)
-        if own is None:
-            way_out = "no array is named labels; add it, name it by --labels-key, or give --labels"
-            raise InputError(str(path), "no labels", way_out)
-        batches.append((one.features, own, *(() if one.logits is None else (one.logits,))))
-        if len(one.features) != len(batches[0][0]):
+        found.append(files.find_examples(path, arrays, arguments.features_key, labels_key))
+        if len(found[-1].features) != len(found[0].features):
             way_out = (
                 f"layers are of the same examples, of which {arguments.features[0]} has "
-                f"{len(batches[0][0])}"
+                f"{len(found[0].features)}"
             )
-            raise InputError(str(path), f"{len(one.features)} examples", way_out)
-    return batches
+            raise InputError(str(path), f"{len(found[-1].features)} examples", way_out)
+        own = files.find_labels(path, arrays, labels_key)
+        if own is not None:
+            held[path] = own
+    labels = _sole_labels(arguments.features[0], held)
+    return [(one.features, labels, *(() if one.logits is None else (one.logits,))) for one in found]
 
 
-def _read_outliers(arguments: argparse.Namespace) -> "np.ndarray":
+def _sole_labels(features: Path, held: dict[Path, np.ndarray]) -> np.ndarray:
+    """Returns the labels that files hold, or raises InputError where these are none or differ."""
+    if not held:
+        way_out = "no array is named labels; add it, name it by --labels-key, or give --labels"
+        raise InputError(str(features), "no labels", way_out)
+    (first, labels), *others = held.items()
+    for path, other in others:
+        if not np.array_equal(labels, other):
+            way_out = "all are of the same examples in one order; remove the labels that are wrong"
+            raise InputError(str(path), f"other labels than {first}", way_out)
+    return labels
+
+
+def _read_outliers(arguments: argparse.Namespace) -> np.ndarray:
     key = arguments.features_key
     arrays = files.read(expanded("--ood", arguments.ood), key or "features")
     return files.find_examples(arguments.ood, arrays, key, None).features
 
 
-def _read_labels(path: Path, labels_key: str | None) -> "np.ndarray":
+def _read_labels(path: Path, labels_key: str | None) -> np.ndarray:
     arrays = files.read(expanded("--labels", path), labels_key or "labels")
     labels = files.find_labels(path, arrays, labels_key)
     if labels is None:
@@ -296,7 +318,7 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        style = draw.Style(arguments.only, arguments.format, arguments.width)
+        style = draw.Style(arguments.only, arguments.format or "png", arguments.width)
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0

@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out = expanded("--out", arguments.out)
             make_folder("--out", arguments.out)
         written = _draw(shown, arguments)
+        if not written:  # without --only there is always one
+            way_out = "these WORKDIRs have none of it; leave it out to draw those that they have"
+            raise InputError("--only", " ".join(arguments.only), way_out)
     except (InputError, OSError) as error:
         return command.refuse(error)
     console = tables.make_console()
@@ -71,7 +74,7 @@ def _draw(shown: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[
     """Draws one run into --out or its own folder; several each into its own folder, and compared
     into --out.
     """
-    style = draw.Style(arguments.only, arguments.format, arguments.width)
+    style = draw.Style(arguments.only, arguments.format or "png", arguments.width)
     if len(shown) == 1 and arguments.out is not None:
         (history,) = shown.values()
         return _draw_one(history, arguments.out, arguments, style)

@@ -220,8 +220,8 @@ def _show_monitored(arguments: argparse.Namespace, history: "xr.Dataset") -> int
 
     for flag in ("run", "verify", "export"):
         if getattr(arguments, flag):
-            way_out = "the WORKDIR is of ncjax.Monitor: it holds measurements, and no runs"
-            raise InputError(f"--{flag}", str(getattr(arguments, flag)), way_out)
+            way_out = f"it is of ncjax.Monitor and holds no runs; leave --{flag} out"
+            raise InputError("WORKDIR", str(arguments.workdir), way_out)
     measured = history["epoch"].values.tolist()
     epoch = measured[-1] if arguments.epoch is None else arguments.epoch
     if epoch not in measured:

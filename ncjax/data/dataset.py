@@ -68,8 +68,8 @@ class Dataset:
             (N, d): a NumPy array, or whatever has `__array__` or `__dlpack__` (PyTorch tensors on
             the CPU, JAX arrays, columns of Hugging Face `datasets` in NumPy format), or a list.
             Integers become uint8 or uint16 where these hold them, all else float32.
-          train_labels: (N,) integers, booleans or strings. Their sorted values are the classes, and
-            their names are kept.
+          train_labels: (N,) integers, booleans or strings, or one-hot rows (N, C). Their sorted
+            values, of rows the columns with a 1, are the classes, and their names are kept.
           test_images: the same of the test split; None: there is none.
           test_labels: the same of the test split.
           label_names: names of the classes 0 to C - 1, where labels are these integers.
@@ -113,6 +113,13 @@ class Dataset:
         return cls(splits["train"], splits.get("test"), names, f"{ARRAYS}{name}")
 
 
+def check_given(dataset: Any) -> None:
+    """Raises InputError for arguments of `dataset=` that are neither a `Dataset` nor None."""
+    if not isinstance(dataset, Dataset | None):
+        way_out = "give ncjax.Dataset.from_arrays(images, labels), or None"
+        raise InputError("dataset", f"a {type(dataset).__name__}", way_out)
+
+
 def _as_array(part: str, values: Any) -> np.ndarray:
     if not hasattr(values, "__array__") and hasattr(values, "__dlpack__"):
         return np.from_dlpack(values)
@@ -154,15 +161,28 @@ def _as_images(part: str, values: Any) -> np.ndarray:
     return numbers
 
 
+def of_one_hot(rows: np.ndarray, name: str) -> np.ndarray:
+    """Returns labels (N,) of one-hot rows (N, C), or raises InputError where a row is none."""
+    ones = rows == 1
+    if not ((ones | (rows == 0)).all() and (ones.sum(axis=1) == 1).all()):
+        way_out = "give one per example; rows that are not one-hot have no class but argmax(1)"
+        raise InputError(name, rows.shape, way_out)
+    return ones.argmax(axis=1)
+
+
 def _as_labels(part: str, values: Any) -> np.ndarray:
     """Returns (N,) integers or strings."""
     labels = _as_array(part, values)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2 and labels.shape[1] and labels.dtype.kind in "biuf":
+        return of_one_hot(labels, part)
     if labels.ndim == 1 and labels.dtype.kind in "OT" and all(isinstance(v, str) for v in labels):
         labels = labels.astype(str)
     if labels.ndim == 1 and labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "backslashreplace")
     if labels.ndim != 1 or labels.dtype.kind not in "biuU":
-        way_out = "give (N,) integers or strings (of one-hot rows, their argmax)"
+        way_out = "give (N,) integers or strings, or one-hot rows (N, C)"
         raise InputError(part, f"{labels.dtype} {labels.shape}", way_out)
     return labels.astype(np.int64) if labels.dtype.kind == "b" else labels
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ncjax import environment
 from ncjax.config import Color
 from ncjax.errors import InputError, last_line
 
@@ -34,6 +35,17 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     for i, image in enumerate(images):
         result[i] = fitted(image, size)
     return result
+
+
+def check_memory(field: str, side: int, bytes_per_pixel: int) -> None:
+    """Raises InputError where images of a side, all together, exceed this machine's memory."""
+    needed, memory = side**2 * bytes_per_pixel, environment.physical_memory()
+    if needed > memory:
+        way_out = (
+            f"images of {side}x{side} take {needed / 1e9:.3g} GB in all, and there are "
+            f"{memory / 1e9:.3g}; take smaller or fewer ones"
+        )
+        raise InputError(field, side, way_out)
 
 
 def fitted(image: np.ndarray, size: int) -> np.ndarray:
@@ -113,6 +125,8 @@ def decode(paths: list[Path], size: int) -> np.ndarray:
         sizes = f"{first} is {one[0]}x{one[1]} and {second.name} {other[0]}x{other[1]}"
         raise InputError("config.data.size", 0, f"{sizes}; set the size that all images get")
     color = "gray" if modes <= set(_GRAY) else "rgb"
+    if size:
+        check_memory("config.data.size", size, len(paths) * (1 if color == "gray" else 3))
     width, height = (size, size) if size else next(iter(shapes))
     images = np.empty((len(paths), height, width, 1 if color == "gray" else 3), np.uint8)
     for i, path in enumerate(paths):

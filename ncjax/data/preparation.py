@@ -14,6 +14,9 @@ from ncjax.data import images, sources
 from ncjax.data.dataset import Dataset, Split
 from ncjax.errors import InputError
 
+# Images that statistics are computed of at once.
+_CHUNK = 4096
+
 
 class PreparedDataset(NamedTuple):
     """Holds both splits, class after class, and the statistics of the training split that
@@ -64,6 +67,7 @@ def load(settings: DataConfig, given: Dataset | None = None) -> PreparedDataset:
         sources.check_decides(settings)
     dataset = sources.read(settings) if given is None else given
     chosen = _choose(dataset, settings)
+    _check_memory(chosen, settings)
     train, test = (_shaped(split, settings) for split in chosen)
     if settings.name == "identity":
         center, scale = np.zeros(train.images.shape[1:]), np.array(1.0)
@@ -191,6 +195,21 @@ def _first_of_each_class(split: Split, sizes: np.ndarray) -> Split:
     return Split(split.images[chosen], split.labels[chosen])
 
 
+def _check_memory(splits: tuple[Split, Split], settings: DataConfig) -> None:
+    """Raises InputError where images of the side asked for do not fit into memory."""
+    train, test = splits
+    field, side = ("pad", settings.pad) if settings.pad else ("size", settings.size)
+    if not side or train.images.ndim != 4:  # what are no images is refused later
+        return
+    channels = train.images.shape[-1]
+    if settings.color != "own":
+        channels = 1 if settings.color == "gray" else 3
+    bytes_per_channel = train.images.itemsize * (len(train.labels) + len(test.labels))
+    # Statistics are computed in float64.
+    bytes_per_channel += 8 * min(_CHUNK, len(train.labels))
+    images.check_memory(f"config.data.{field}", side, channels * bytes_per_channel)
+
+
 def _shaped(split: Split, settings: DataConfig) -> Split:
     """Returns a split whose images have the size, the channels and the border asked for."""
     arrays = split.images
@@ -225,7 +244,7 @@ def _statistics(
 
     They are computed in chunks: CIFAR-10 in float64 is 1.2 GB.
     """
-    chunks = [images[i : i + 4096] for i in range(0, len(images), 4096)]
+    chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
     pixel_mean = np.sum([chunk.sum(0, dtype=np.float64) for chunk in chunks], axis=0) / len(images)
     if not np.isfinite(pixel_mean).all():
         raise InputError(

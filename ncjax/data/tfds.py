@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ncjax.data.images import fitted
+from ncjax.data.images import check_memory, fitted
 from ncjax.errors import InputError, last_line, near, warn
 
 _FORMAT = "array_record"
@@ -205,6 +205,9 @@ def _examples(name: str, shards: dict[Path, int], pair: dict[str, Any], size: in
     (image_key, image), (label_key, label) = pair.items()
     total = sum(_count(path, declared) for path, declared in shards.items())
     images, labels = np.empty((0, 0)), np.empty(total, np.int32)
+    if size:
+        bytes_per_pixel = (image.shape[2] or 1) * np.dtype(image.np_dtype).itemsize
+        check_memory("config.data.size", size, total * bytes_per_pixel)
     for i, record in enumerate(record for path in shards for record in _records(path)):
         example: Any = features.deserialize_example_np(record)
         one = fitted(example[image_key], size) if size else example[image_key]

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from ncjax.errors import InputError, near
+from ncjax.features.labels import as_labels
 from ncjax.features.tensors import on_host
 
 _SAFETENSORS = {
@@ -32,8 +33,8 @@ _SAFETENSORS = {
 _SAFETENSORS |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BF16": "bfloat16"}
 # Formats of columns with names, of which all but the labels are features.
 TABLES = (".csv", ".parquet")
-# Names of a column of labels, in the order of preference.
-_LABEL_COLUMNS = ("labels", "label", "target", "class", "y")
+# Names of labels, in the order of preference.
+_LABELS = ("labels", "label", "target", "class", "y")
 _CHUNK = 2**20  # bytes of a .npz's member that are read at a time
 
 
@@ -89,7 +90,8 @@ def read(path: Path, sole: str) -> dict[str, np.ndarray]:
     # RuntimeError, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise InputError("file", str(path), f"it cannot be read: {reason[:200]}") from error
+        way_out = f"it cannot be read: {reason[:200]}; save it anew"
+        raise InputError("file", str(path), way_out) from error
 
 
 def _read_npy(path: Path, sole: str) -> dict[str, np.ndarray]:
@@ -207,6 +209,8 @@ def _read_torch(path: Path, sole: str) -> dict[str, np.ndarray]:
             "model.state_dict() or {'features': h, 'labels': y}"
         )
         raise InputError("file", str(path), way_out) from error
+    except (RuntimeError, EOFError) as error:  # in several sentences, of its reader of zip files
+        raise ValueError("it is cut short, or damaged") from error
     found: dict[str, np.ndarray] = {}
 
     def collect(name: str, value: Any) -> None:
@@ -242,6 +246,9 @@ def _read_parquet(path: Path, _: str) -> dict[str, np.ndarray]:
     table = parquet.read_table(path)
     found = {}
     for name, chunks in zip(table.column_names, table.columns, strict=True):
+        if name.startswith("__index_level_"):
+            way_out = f"column {name} is an index of pandas; save by to_parquet(index=False)"
+            raise InputError("file", str(path), way_out)
         column = chunks.combine_chunks()
         if column.null_count:
             raise ValueError(f"column {name} has missing values")
@@ -257,15 +264,18 @@ def _read_parquet(path: Path, _: str) -> dict[str, np.ndarray]:
 
 
 def _read_csv(path: Path, _: str) -> dict[str, np.ndarray]:
-    """Reads the columns of a table whose first line names them."""
+    """Reads the columns of a table whose first row names them."""
     import pandas as pd
 
+    # pandas makes other names of those that stand twice, as numbers do.
+    first = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
+    if all(_is_number(name) for name in first):
+        way_out = "its first row is numbers, not the names of its columns; put names above them"
+        raise InputError("file", str(path), way_out)
+    if (first == "").any():
+        way_out = "a column has no name, as an index has none; save by to_csv(index=False)"
+        raise InputError("file", str(path), way_out)
     table = pd.read_csv(path, float_precision="round_trip")
-    if all(_is_number(name) for name in table.columns):
-        raise ValueError("its first line must name the columns")
-    unnamed = [name for name in table.columns if str(name).startswith("Unnamed: ")]
-    if unnamed:
-        raise ValueError("a column has no name, as an index that was written with the table")
     return {name: table[name].to_numpy() for name in table.columns}
 
 
@@ -290,29 +300,28 @@ def _optional(module: str, path: Path, needed: str) -> Any:
 
 
 class Examples(NamedTuple):
-    """Arrays of a file of features; None of those that it lacks."""
+    """Holds features of a file, and their logits; None where it lacks these."""
 
     features: np.ndarray
-    labels: np.ndarray | None
     logits: np.ndarray | None
 
 
 def find_examples(
     path: Path, arrays: dict[str, np.ndarray], features_key: str | None, labels_key: str | None
 ) -> Examples:
-    """Returns features, labels and logits of a file's arrays.
+    """Returns features and logits of a file's arrays.
 
     Of a table without an array of features all columns but the labels are features.
 
     Raises:
       InputError: no array has the name; it lists those that there are.
     """
-    labels = find_labels(path, arrays, labels_key)
+    label_name = _find_label_name(path, arrays, labels_key)
     name = features_key or "features"
     if name in arrays:
         features = arrays[name]
     elif features_key is None and path.suffix in TABLES:
-        features = _stacked(path, arrays, labels)
+        features = _stacked(path, arrays, label_name)
     else:
         way_out = f"no array is named {name}{near(name, arrays)}; --features-key NAME names one"
         raise InputError(str(path), described(arrays), way_out)
@@ -322,27 +331,36 @@ def find_examples(
     logits = arrays.get("logits")
     if logits is not None and (logits.ndim != 2 or not logits.shape[1]):
         raise InputError(str(path), f"logits of shape {logits.shape}", "give N x C")
-    return Examples(features, labels, logits)
+    return Examples(features, logits)
 
 
 def find_labels(
     path: Path, arrays: dict[str, np.ndarray], labels_key: str | None
 ) -> np.ndarray | None:
-    """Returns the labels among a file's arrays; None where none has their name."""
-    if labels_key is not None and labels_key not in arrays:
-        way_out = f"no array is named {labels_key}{near(labels_key, arrays)}"
-        raise InputError(str(path), described(arrays), way_out)
-    names = _LABEL_COLUMNS if path.suffix in TABLES else ("labels",)
-    name = labels_key or next((name for name in names if name in arrays), None)
+    """Returns the labels among a file's arrays, (N,) integers; None where none has their name.
+
+    Raises:
+      InputError: no array has the name asked for, or what has it are no labels.
+    """
+    name = _find_label_name(path, arrays, labels_key)
     if name is None:
         return None
     if arrays[name].ndim not in (1, 2):
         raise InputError(str(path), f"{name} of shape {arrays[name].shape}", "give N")
-    return arrays[name]
+    return as_labels(arrays[name], f"{'column ' * (path.suffix in TABLES)}{name} of {path}")
 
 
-def _stacked(path: Path, columns: dict[str, np.ndarray], labels: np.ndarray | None) -> np.ndarray:
-    kept = {name: column for name, column in columns.items() if column is not labels}
+def _find_label_name(
+    path: Path, arrays: dict[str, np.ndarray], labels_key: str | None
+) -> str | None:
+    if labels_key is not None and labels_key not in arrays:
+        way_out = f"no array is named {labels_key}{near(labels_key, arrays)}"
+        raise InputError(str(path), described(arrays), way_out)
+    return labels_key or next((name for name in _LABELS if name in arrays), None)
+
+
+def _stacked(path: Path, columns: dict[str, np.ndarray], labels: str | None) -> np.ndarray:
+    kept = {name: column for name, column in columns.items() if name != labels}
     for name, column in kept.items():
         if column.dtype.kind not in "iuf" or column.ndim != 1:
             shown = f"column {name} of {column.dtype}"

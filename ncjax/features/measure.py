@@ -1,6 +1,7 @@
 """Measures neural collapse of features from anywhere, in one call or in two passes one by one."""
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -191,11 +192,15 @@ def measure_batches(
 
     from ncjax.features import outliers, streaming
     from ncjax.features.measurement import find
-    from ncjax.features.reference import prepare
+    from ncjax.features.reference import Asked, check_asked, prepare
 
-    if rows is not None and rows < 1:
-        raise InputError("rows", rows, "give a number from 1 on")
     check_pool(pool)
+    _check_types(rows, ignore_label, float64, devices, progress)
+    check_asked(Asked(loss, weight_decay, global_mean), head is not None)
+    for name, array in (("head", head), ("bias", bias)):
+        if array is not None:
+            streaming.as_array(name, array)
+    outside = None if ood is None else outliers.as_outliers(ood, pool)
     is_held = isinstance(batches, list | tuple)
     if pool is not None or ignore_label is not None:
         batches = streaming.Cleaned(batches, pool, ignore_label)
@@ -216,12 +221,29 @@ def measure_batches(
         sums, head=head, bias=bias, loss=loss, weight_decay=weight_decay, global_mean=global_mean
     )
     del sums
-    outside = None if ood is None else outliers.as_outliers(ood, pool, reference.means.shape[1])
     found = find(reference, streaming.second_pass(batches, reference, **work))
     if outside is None:
         return found
     extra = outliers.measure_outliers(reference, batches, outside)
     return dataclasses.replace(found, metrics=found.metrics | extra)
+
+
+def _check_types(rows: Any, ignore_label: Any, float64: Any, devices: Any, progress: Any) -> None:
+    """Raises InputError for arguments of a wrong type."""
+    if rows is not None and not (_is_integer(rows) and rows >= 1):
+        raise InputError("rows", rows, "give an integer from 1 on")
+    if ignore_label is not None and not _is_integer(ignore_label):
+        raise InputError("ignore_label", ignore_label, "give an integer, as labels are")
+    if float64 not in (None, True, False):
+        raise InputError("float64", float64, "give True, False or None")
+    if devices is not None and not isinstance(devices, Sequence):
+        raise InputError("devices", devices, "give a list of JAX devices, as jax.devices()")
+    if progress is not None and not callable(progress):
+        raise InputError("progress", progress, "give a function of a number of examples")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _classes_in(batch: Any) -> int:

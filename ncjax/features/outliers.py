@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _ROWS = 2**14
 
 
-def as_outliers(ood: Any, pool: Pool, dim: int) -> np.ndarray:
+def as_outliers(ood: Any, pool: Pool) -> np.ndarray:
     """Returns features (M, p) of outliers, or raises InputError."""
     features = np.asarray(pooled(streaming.as_array("ood", ood), pool))
-    if features.ndim != 2 or features.shape[1] != dim or not len(features):
-        raise InputError("ood", features.shape, f"give (M, {dim}), a row per example")
+    if features.ndim != 2 or not len(features):
+        raise InputError("ood", features.shape, "give (M, p), a row per example")
     if not np.isfinite(features).all():
         raise InputError("ood", "a number that is not finite", "leave out what is not finite")
     return features
@@ -30,11 +30,14 @@ def as_outliers(ood: Any, pool: Pool, dim: int) -> np.ndarray:
 def measure_outliers(
     reference: "Reference", batches: Iterable, ood: np.ndarray
 ) -> dict[str, float]:
-    """Returns nc5 and ood_auroc.
+    """Returns nc5 and ood_auroc, or raises InputError where outliers have another p.
 
     References:
       Ammar et al., "NECO: neural collapse based out-of-distribution detection", ICLR 2024.
     """
+    dim = reference.means.shape[1]
+    if ood.shape[1] != dim:
+        raise InputError("ood", ood.shape, f"give (M, {dim}), a row per example")
     unit = 2.0**-reference.units.features
     center = reference.center
     basis = np.asarray(reference.frames.basis, np.float64)[reference.spectrum > 0]

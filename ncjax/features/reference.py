@@ -6,6 +6,7 @@ and their outputs, and C is the number of the others.
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,7 +160,8 @@ def prepare(
     """
     present, with_logits = np.flatnonzero(sums.examples), sums.logits is not None
     asked = Asked(loss, weight_decay, global_mean)
-    _check_asked(asked, len(present), with_logits, head is not None)
+    check_asked(asked, head is not None)
+    _check_classes(asked, len(present), with_logits)
     head_dtype, rows, offsets = _check_head(head, bias, sums.pivots.shape)
     if rows is not None:
         rows, offsets = rows[present], offsets[present]
@@ -224,22 +226,27 @@ def prepare(
     )
 
 
-def _check_asked(asked: Asked, num_classes: int, with_logits: bool, with_head: bool) -> None:
+def check_asked(asked: Asked, with_head: bool) -> None:
+    """Raises InputError for arguments that choose nothing which can be measured."""
+    known = {"loss": LOSSES, "global_mean": GLOBAL_MEANS}
+    for name, names in known.items():
+        if getattr(asked, name) not in names:
+            raise InputError(name, getattr(asked, name), f"choose {' or '.join(names)}")
+    decay = asked.weight_decay
+    is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
+    if decay is not None and not (is_number and 0 <= decay < np.inf):
+        raise InputError("weight_decay", decay, "give a number from 0 on")
+    if decay is not None and not with_head:
+        raise InputError("weight_decay", decay, "what it is compared with is the head; give one")
+
+
+def _check_classes(asked: Asked, num_classes: int, with_logits: bool) -> None:
     if num_classes < 2:
         raise InputError(
             "labels",
             f"examples of {num_classes} class",
             "neural collapse is between two classes or more",
         )
-    known = {"loss": LOSSES, "global_mean": GLOBAL_MEANS}
-    for name, names in known.items():
-        if getattr(asked, name) not in names:
-            raise InputError(name, getattr(asked, name), f"choose {' or '.join(names)}")
-    decay = asked.weight_decay
-    if decay is not None and not 0 <= decay < np.inf:
-        raise InputError("weight_decay", decay, "give a number from 0 on")
-    if decay is not None and not with_head:
-        raise InputError("weight_decay", decay, "what it is compared with is the head; give one")
     if (with_logits or asked.loss != "square") and num_classes > MOST_SQUARE:
         raise InputError(
             "classes",

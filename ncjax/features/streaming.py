@@ -360,7 +360,11 @@ def _exactly() -> Iterator[None]:
 
 
 def _fresh(batches: Iterable) -> Iterator:
-    iterator = iter(batches)
+    try:
+        iterator = iter(batches)
+    except TypeError as error:
+        way_out = "give a list of batches, a data loader, ..."
+        raise InputError("batches", type(batches).__name__, way_out) from error
     if iterator is batches:
         raise InputError(
             "batches",
@@ -508,6 +512,8 @@ def as_array(name: str, value: Any) -> np.ndarray | Array:
 
 def label_array(value: Any) -> np.ndarray:
     """Returns labels as NumPy's integers, (N,), from any form that `as_labels` reads."""
+    if value is None:
+        raise InputError("labels", None, "give one for every example, integers from 0 to C - 1")
     return as_labels(np.asarray(_converted("labels", value)))
 
 

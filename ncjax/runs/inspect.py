@@ -281,7 +281,8 @@ def _size(folder: Path) -> int:
 def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verification:
     """Measures the checkpoint of an epoch again, run by run, and compares it with the history.
 
-    All variables that depend on weights are compared.
+    All variables that depend on weights are compared, but for those that the version which trained
+    up to this epoch did not have.
 
     `data`: where the data are now; empty: where the config says.
 
@@ -302,6 +303,8 @@ def verify(contents: WorkdirContents, epoch: int, data: str = "") -> Verificatio
             if epoch != contents.measured[-1]:
                 del values[histories.COSINES]  # only the newest are kept
             for name, value in values.items():
+                if epoch <= recorded[name].attrs.get(histories.UNKNOWN_UNTIL, -1):
+                    continue  # the version that trained it did not measure this
                 one = (
                     recorded[name].sel(epoch=epoch)
                     if "epoch" in recorded[name].dims

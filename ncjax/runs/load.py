@@ -7,7 +7,7 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from jaxtyping import Float, Shaped
 from ncjax import config as configuration
 from ncjax import plan
 from ncjax.data import preparation, sources
-from ncjax.data.dataset import Dataset
+from ncjax.data.dataset import Dataset, check_given
 from ncjax.data.preparation import PreparedDataset
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 from ncjax.paths import expanded
 from ncjax.runs import variants
 from ncjax.storage import checkpoint
@@ -36,7 +36,7 @@ _ROWS = 1024
 # Attempts at the newest checkpoint, while a training process removes checkpoints as they are read.
 ATTEMPTS = 5
 
-Images = Shaped[np.ndarray | jax.Array, "B *image"]
+Images = Shaped[np.ndarray | jax.Array, "B *image"] | Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,7 @@ class Run:
         Raises:
           InputError: the images have another shape than those of the data set.
         """
+        images = _as_array(images)
         center, scale = (
             np.asarray(a, self.config["train"]["precision"])
             for a in (self.dataset.center, self.dataset.scale)
@@ -116,6 +117,7 @@ class Run:
         return self._forward(images, models.outputs)
 
     def _forward(self, images: Images, method: str | Callable) -> np.ndarray:
+        images = _as_array(images)
         parts = [images[i : i + _ROWS] for i in range(0, max(1, len(images)), _ROWS)]
         # This is how metrics were measured, and a float64 network stays float64.
         network = self.config["model"].get("network", "")
@@ -128,6 +130,18 @@ class Run:
                 _apply(self.model, method, self.variables, self.normalize(part)) for part in parts
             ]
             return np.concatenate([np.asarray(output) for output in outputs])
+
+
+def _as_array(images: Any) -> np.ndarray | jax.Array:
+    """Returns images of any type as an array of numbers, or raises InputError."""
+    try:
+        array = images if isinstance(images, jax.Array) else np.asarray(images)
+    except (ValueError, TypeError, RuntimeError) as error:
+        way_out = f"no array can be made of it: {last_line(error)}"
+        raise InputError("images", type(images).__name__, way_out) from error
+    if array.dtype.kind not in "biuf":
+        raise InputError("images", str(array.dtype), "give real numbers")
+    return array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -175,6 +189,7 @@ def load_run(
       >>> run.epoch, run.params["head"]["kernel"].shape
       (2, (8, 10))
     """
+    check_given(dataset)
     workdir = expanded("workdir", workdir)
     if not workdir.is_dir():
         raise InputError(

@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+import ncjax
 from ncjax.training import parallel
 
-_PACKAGES = ("ncjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Initial weights and the order of batches depend on these settings.
 _RANDOM_BITS = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset")
 _SETTINGS = (
@@ -25,9 +26,9 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that matter."""
-    return {"python": platform.python_version()} | {
-        package: metadata.version(package) for package in _PACKAGES
-    }
+    # A checkout need not be installed, so that no metadata are of ncjax itself.
+    ours = {"python": platform.python_version(), "ncjax": ncjax.__version__}
+    return ours | {package: metadata.version(package) for package in _PACKAGES}
 
 
 def git_revision() -> str:

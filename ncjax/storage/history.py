@@ -32,6 +32,10 @@ _COORDINATES = {"weight_decay", "seed", "epoch", "split"}
 # Variables that no version has lacked. Where a history lacks another, its version had none.
 _LASTING = ("finite", "loss", "accuracy", "nc1", "nc3", "nc4", "epsilon", "weight_norm_sq")
 
+# The attribute of a variable that says up to which epoch it is NaN because the version that
+# trained did not have it.
+UNKNOWN_UNTIL = "unknown_until_epoch"
+
 
 def one_epoch(
     epoch: int,
@@ -242,12 +246,13 @@ def _renewed(history: xr.Dataset) -> xr.Dataset:
 
 
 def _unknown(history: xr.Dataset) -> dict[str, xr.DataArray]:
-    """Returns the variables that a history lacks, each NaN."""
+    """Returns the variables that a history lacks, each NaN, and marked up to which epoch."""
+    mark = {UNKNOWN_UNTIL: int(history["epoch"].values[-1])}
     alike = xr.full_like(history["finite"], np.nan, dtype=history["nc1"].dtype)
     lacking = {name: metric for name, metric in VOCABULARY.items() if name not in history}
     unknown = {}
     for name, metric in lacking.items():
         sizes = {dim: history.sizes[dim] for dim in metric.dims}
         values = alike.expand_dims(sizes).transpose(..., *metric.dims)
-        unknown[name] = values.assign_attrs(metric.attributes)
+        unknown[name] = values.assign_attrs(metric.attributes | mark)
     return unknown

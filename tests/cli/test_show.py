@@ -13,7 +13,7 @@ import safetensors.numpy
 import xarray as xr
 
 from ncjax import load_run
-from ncjax.cli import report, show
+from ncjax.cli import plot, report, show
 from ncjax.config import SWEPT
 from ncjax.data import preparation
 from ncjax.errors import InputError
@@ -135,6 +135,22 @@ def test_damage_is_found_in_the_run_that_has_it_and_earlier_checkpoints_stand_in
     assert json.loads(str(np.load(copied / "w.npz")["__metadata__"]))["epoch"] == "4"
 
 
+def test_a_history_without_younger_metrics_is_verified_drawn_and_reported(copied, shown):
+    """What the version of then did not measure is not compared; what it did is."""
+    path = copied / "history.nc"
+    lacking = ["nc0", "nc3_bound", "nc2_bound_etf"]
+    history.save(history.read(path).drop_vars(lacking), path)
+    code, out, _ = shown(copied, RUN, "--verify", "--json")
+    found = json.loads(out)["verification"]
+    assert (code, found["passed"], found["problems"]) == (0, True, [])
+    assert found["variables"] == len(VOCABULARY) + 1 - 6 - len(lacking)
+    assert report.main([str(copied)]) == 0
+    assert plot.main([str(copied), "--only", "theory_against_lambda"]) == 0
+    recorded = history.read(path)
+    history.save(recorded.assign(nc3=recorded["nc3"] * 1.5), path)
+    assert shown(copied, RUN, "--verify")[0] == 1
+
+
 def test_what_was_measured_is_measured_again(trained, shown):
     code, out, _ = shown(trained, "--verify", "--json")
     verification = json.loads(out)["verification"]
@@ -143,7 +159,8 @@ def test_what_was_measured_is_measured_again(trained, shown):
     assert verification["problems"] == []
     assert (verification["epoch"], verification["runs"]) == (6, 4)
     assert verification["deviation"] < 1e-4
-    # All but the two clocks and the three closed forms, which do not depend on weights.
+    # All but the two clocks, the law of NC0 and the three closed forms, which do not depend on
+    # weights.
     assert verification["variables"] == len(VOCABULARY) + 1 - 6
     code, out, _ = shown(trained, "--verify", "--epoch=4", RUN)
     assert code == 0

@@ -9,6 +9,7 @@ from PIL import Image
 
 import ncjax
 from ncjax.config import DataConfig
+from ncjax.data import images as image_files
 from ncjax.data import preparation, sources
 from ncjax.errors import InputError
 
@@ -192,6 +193,8 @@ def test_numbers_that_name_classes_are_sorted_as_numbers(tmp_path):
         (np.array(["q", "p"] * 2, object), ("p", "q"), [1, 0, 1, 0]),
         (np.array([7, -3, 7, -3], np.int8), ("-3", "7"), [1, 0, 1, 0]),
         (np.array([True, False] * 2), ("0", "1"), [1, 0, 1, 0]),
+        (np.eye(3)[[2, 0, 2, 0]], ("0", "2"), [1, 0, 1, 0]),
+        (np.array([["b"], ["a"], ["b"], ["a"]]), ("a", "b"), [1, 0, 1, 0]),
         (np.array([2**63, 5] * 2, np.uint64), ("5", str(2**63)), [1, 0, 1, 0]),
     ],
 )
@@ -277,7 +280,8 @@ BAD_ARRAYS = {
     "lengths": (GOOD | {"train_labels": [0, 1]}, "train_labels"),
     "NaN": (GOOD | {"train_images": NOT_A_NUMBER}, "train_images"),
     "infinite": (TESTED | {"test_images": np.full((6, 6), np.inf)}, "test_images"),
-    "one-hot": (GOOD | {"train_labels": np.eye(6)}, "train_labels"),
+    "two of one-hot": (GOOD | {"train_labels": np.tri(6)}, "train_labels"),
+    "missing labels": (GOOD | {"train_labels": [0, 1, 2, 0, 1, None]}, "train_labels"),
     "real labels": (GOOD | {"train_labels": [0.0, 1.5, 2, 0, 1, 2]}, "train_labels"),
     "complex": (GOOD | {"train_images": np.eye(6) * 1j}, "train_images"),
     "words": (GOOD | {"train_images": [["a"]] * 6}, "train_images"),
@@ -417,6 +421,26 @@ def test_images_of_several_sizes_are_resized(folder):
 def test_vectors_are_no_images(fields):
     with pytest.raises(InputError, match=rf"^config\.data\.{next(iter(fields))}: "):
         load("synthetic", **fields)
+
+
+@pytest.mark.parametrize("field", ["size", "pad"])
+def test_images_beyond_the_memory_are_refused_before_they_are_made(field, folder, monkeypatch):
+    def resize(*_):
+        pytest.fail("an image is resized")
+
+    monkeypatch.setattr(image_files, "fitted", resize)
+    for name in ("digits", str(folder)):
+        with pytest.raises(InputError, match=rf"^config\.data\.{field}: got 800000; ") as caught:
+            load(name, **{field: 800_000})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_set_beyond_the_memory_is_refused_before_it_is_decoded(monkeypatch):
+    """24 images of 64x64x3: 295 kB."""
+    monkeypatch.setattr(image_files.environment, "physical_memory", lambda: 294_911)
+    with pytest.raises(InputError, match=r"^config\.data\.size: "):
+        image_files.check_memory("config.data.size", 64, 24 * 3)
+    image_files.check_memory("config.data.size", 64, 23 * 3)
 
 
 def test_arrays_from_python_are_asked_for():

@@ -15,6 +15,7 @@ import scipy.sparse
 import ncjax
 from ncjax.cli import measure as command_line
 from ncjax.errors import InputError
+from ncjax.features import streaming
 from tests.features.test_measure import split
 from tests.helpers import ROOT
 
@@ -143,6 +144,65 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (None, "labels: got None; "),
+        ([None, *LABELS[1:]], "labels: got 'None in example 0'; "),
+        ([*LABELS[:-1], {}], "'a dict in example "),
+        (LABELS.astype(object), "labels.astype(int)"),
+        (np.where(LABELS > 2, np.nan, 1.0), "NaN in example "),
+    ],
+)
+def test_labels_that_are_missing_or_objects_are_one_line(labels, words):
+    if not isinstance(labels, np.ndarray | None):
+        labels = np.array(labels, dtype=object)
+    for batches in ([(H, labels)], [(H, LABELS), (H, labels)]):
+        with pytest.raises(InputError) as caught:
+            ncjax.measure_batches(batches, num_classes=5)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_decay", "1e-3"),
+        ("weight_decay", True),
+        ("weight_decay", -1.0),
+        ("weight_decay", np.nan),
+        ("loss", "hinge"),
+        ("global_mean", 3),
+        ("head", "fc.npz"),
+        ("bias", "fc.npz"),
+        ("ood", 5),
+        ("ood", "outliers.npy"),
+        ("rows", 2.5),
+        ("ignore_label", "x"),
+        ("ignore_label", 1.5),
+        ("ignore_label", True),
+        ("float64", "yes"),
+        ("devices", 3),
+        ("progress", 3),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line_before_any_work(
+    name, value, monkeypatch, without_type_checks
+):
+    def work(*_, **__):
+        pytest.fail("features are read")
+
+    monkeypatch.setattr(streaming, "first_pass", work)
+    with pytest.raises(InputError, match=rf"^{name}: ") as caught:
+        ncjax.measure_batches([(H, LABELS)], **({"head": HEAD} | {name: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_that_are_none_are_one_line(without_type_checks):
+    with pytest.raises(InputError, match=r"^batches: got 'int'; "):
+        ncjax.measure_batches(5, num_classes=2)
+
+
 def assert_same(got, right):
     assert got.keys() == right.keys()
     for name in right:
@@ -216,6 +276,18 @@ def write_npz(folder):
     return ["a.npz", "--features-key=feats", "--labels-key=y"]
 
 
+def write_label_name(folder):
+    np.savez(folder / "a.npz", features=H, y=LABELS)
+    return ["a.npz"]
+
+
+def write_labels_twice(folder):
+    """Equal ones, as integers and as one-hot rows."""
+    np.savez(folder / "a.npz", features=H, labels=LABELS)
+    np.save(folder / "labels.npy", ONE_HOT)
+    return ["a.npz", "--labels=labels.npy"]
+
+
 def write_misspelt(folder):
     np.savez(folder / "a.npz", feature=H, labels=LABELS)
     return ["a.npz"]
@@ -242,7 +314,9 @@ FILES = {
     ".h5, .hdf5": write_hdf5,
     ".parquet": write_parquet,
     ".csv": write_csv,
+    ".npz with `label`, `target`, `class` or `y`": write_label_name,
     ".npz with other names": write_npz,
+    "labels in several files": write_labels_twice,
     "a name that is near": write_misspelt,
     "weight, bias": write_linear,
     "a whole state_dict": write_state,
@@ -286,9 +360,16 @@ WRONG = {
     ),
     "labels of another name": (["a.csv", "--labels-key=lable"], "did you mean label"),
     "features of another name": (["a.csv", "--features-key=x"], "no array is named x"),
-    "a table without a header": (["bare.csv"], "its first line must name the columns"),
-    "a table with its index": (["index.csv"], "a column has no name, as an index"),
+    "a table without a header": (["bare.csv"], "its first row is numbers, not the names"),
+    "a table with its index": (["index.csv"], "to_csv(index=False)"),
+    "a table of numbers that repeat": (["repeated.csv"], "its first row is numbers"),
+    "a parquet with its index": (["index.parquet"], "to_parquet(index=False)"),
     "a column of words": (["words.csv"], "column name of "),
+    "labels that are words": (["names.csv"], "column label of names.csv: "),
+    "labels of an array that are words": (["names.npz"], "y of names.npz: "),
+    "a label that is missing": (["unlabelled.csv"], "column label of unlabelled.csv: "),
+    "labels in two files": (["a.csv", "--labels", "other.npy"], "other labels than other.npy"),
+    "layers of other labels": (["a.csv", "other.npz"], "other labels than a.csv"),
     "rows of different lengths": (["ragged.parquet"], "rows of different lengths"),
     "a missing value": (["missing.parquet"], "missing values"),
     "no label": (["bare.npy"], "no array is named labels"),
@@ -303,6 +384,16 @@ def test_a_table_that_is_not_understood_is_one_line(case, tmp_path, said):
     pd.DataFrame(H, columns=list("abcdefgh")).assign(label=LABELS).to_csv(tmp_path / "index.csv")
     words = pd.DataFrame({"a": H[:, 0], "name": NAMES[LABELS], "label": LABELS})
     words.to_csv(tmp_path / "words.csv", index=False)
+    np.savetxt(tmp_path / "repeated.csv", np.ones((3, 3)), delimiter=",")
+    table = pd.DataFrame(H, columns=list("abcdefgh"))
+    table.assign(label=LABELS)[LABELS > 0].to_parquet(tmp_path / "index.parquet")
+    table.assign(label=NAMES[LABELS]).to_csv(tmp_path / "names.csv", index=False)
+    table.assign(label=LABELS).replace({"label": {1: None}}).to_csv(
+        tmp_path / "unlabelled.csv", index=False
+    )
+    np.savez(tmp_path / "names.npz", features=H, y=NAMES[LABELS])
+    np.savez(tmp_path / "other.npz", features=H, labels=LABELS[::-1])
+    np.save(tmp_path / "other.npy", LABELS[::-1])
     ragged = pd.DataFrame({"features": [[1.0], [1.0, 2.0]], "labels": [0, 1]})
     ragged.to_parquet(tmp_path / "ragged.parquet")
     missing = pd.DataFrame({"features": [[1.0], None], "labels": [0, 1]})

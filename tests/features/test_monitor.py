@@ -72,6 +72,15 @@ def test_what_it_does_not_hold_is_one_line(flags, workdir, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--run=seed=0", "--verify", "--export=a.npz"])
+def test_a_flag_of_runs_is_refused_by_its_name_alone(flag, workdir, capsys):
+    assert show.main([str(workdir), flag]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"leave {flag.partition('=')[0]} out" in err
+    assert "True" not in err
+
+
 @pytest.fixture
 def without_layout(monkeypatch):
     """Measuring every text to place the panels takes most of the time of a figure."""
@@ -90,8 +99,8 @@ def test_plot_draws_layers_in_a_format(workdir, capsys):
     content = (workdir / "figures" / "collapse_against_epoch.svg").read_bytes()
     assert content.startswith(b"<?xml")
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert plot.main([str(workdir), "--only", "budget_against_epoch"]) == 0
-    assert capsys.readouterr().out == ""
+    assert plot.main([str(workdir), "--only", "budget_against_epoch"]) == 2
+    assert capsys.readouterr().err.startswith("error: --only: got 'budget_against_epoch'; ")
 
 
 @pytest.mark.slow

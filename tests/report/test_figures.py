@@ -299,6 +299,15 @@ def test_a_figure_is_as_wide_as_it_is_asked_to_be(width, points, columns, tmp_pa
     assert panels._page_width.get() is None
 
 
+def test_figures_that_a_run_does_not_have_are_refused(tmp_path, capsys):
+    """Of one run there are none that compare several."""
+    save(make_history(), tmp_path / "a")
+    assert plot.main([str(tmp_path / "a"), "--only", "compare_against_epoch"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: --only: got 'compare_against_epoch'; ")
+
+
 def test_many_weight_decays_share_a_colour_bar():
     history = make_history(weight_decay=(0.0, *np.logspace(-5, -2, 11)))
     figure = figures.collapse_against_epoch(history)

@@ -67,6 +67,18 @@ def test_its_accuracy_is_the_one_in_its_history(trained):
     assert float(run.history.accuracy.sel(split="test", epoch=6)) == pytest.approx(accuracy)
 
 
+def test_lists_of_images_are_taken_and_what_is_no_array_is_one_line(trained, without_type_checks):
+    run = ncjax.load_run(trained, **RUN)
+    images = run.dataset.test.images[:3]
+    np.testing.assert_array_equal(run.features(images.tolist()), run.features(images))
+    for wrong in ([[1.0], [1.0, 2.0]], "image.png", None, [["a"] * 32]):
+        with pytest.raises(InputError, match=r"^images: ") as caught:
+            run.logits(wrong)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^dataset: .*Dataset\.from_arrays"):
+        ncjax.load_run(trained, dataset=(images, [0, 1, 2]), **RUN)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_run_its_features_and_its_verification_are_measured_alike(trained, split):
     """The history, `measure` on the run's features, and `--verify` agree to float32's rounding."""

@@ -1,8 +1,11 @@
 """provenance: what decides bits is there by name, and a difference is said with both values."""
 
+from importlib import metadata
+
 import jax
 import pytest
 
+import ncjax
 from ncjax.runs import provenance
 from ncjax.training import parallel
 
@@ -25,6 +28,16 @@ def test_everything_that_decides_bits_is_there_as_text():
     assert {"python", "orbax-checkpoint"} <= provenance.versions().keys() - found.keys()
     assert all(isinstance(value, str) for value in found.values())
     assert found["jax"] == jax.__version__
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch):
+    def of_others(package):
+        if package == "ncjax":
+            raise metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", of_others)
+    assert provenance.versions()["ncjax"] == ncjax.__version__
 
 
 def test_meshes_and_runs_differ():

@@ -237,9 +237,10 @@ def test_a_metric_that_an_older_version_did_not_have_is_nan(grid, tmp_path):
     xr.testing.assert_identical(loaded.drop_vars(names), whole.drop_vars(names))
     for name in names:
         assert loaded[name].dims == whole[name].dims
-        assert loaded[name].attrs == whole[name].attrs
+        assert loaded[name].attrs == whole[name].attrs | {history.UNKNOWN_UNTIL: 0}
         assert loaded[name].isnull().all()
     grown = history.append(loaded, labelled(10, grid))
+    assert grown["nc0"].attrs[history.UNKNOWN_UNTIL] == 0
     np.testing.assert_array_equal(grown["nc0"].sel(epoch=10), labelled(10, grid)["nc0"][..., 0])
 
 
