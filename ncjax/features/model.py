@@ -513,7 +513,8 @@ class _Runner:
         extra = [name for name in keywords if name not in names]
         if extra and not takes_any:
             rest = [name for name in keywords if name in names]
-            way_out = f"the model takes no such argument; inputs={rest!r}"
+            key = rest or extra[0]
+            way_out = f"the model takes no such argument; inputs={key!r}"
             raise InputError("inputs", ", ".join(extra), way_out) from error
         if len(arguments) == 1 and type(arguments[0]) in (tuple, list):
             way_out = "the model fails on it; inputs=lambda batch: tuple(batch[0]) gives its parts"

@@ -141,7 +141,12 @@ def of_linear(
     for place, matrix in fitting.items():
         if is_read and computes(module, features, matrix, dtype):
             return Outputs(place, of_head(module), classes=module.out_features)
-    others = {*found} & {"output", "logits"}
+    # Of a tuple nobody knows which element is the logits.
+    others = [
+        matrix.shape[1]
+        for place, matrix in found.items()
+        if place in ("output", "logits") and matrix.shape[1] != module.out_features
+    ]
     if is_read and is_last and not fitting and (asked.is_named or not others):
         return Outputs(None, of_head(module), classes=module.out_features)
     if not is_last:
@@ -154,9 +159,8 @@ def of_linear(
         reason = f"the model's outputs are not W h + b of {asked.name} and its features by "
         reason += f"pool={asked.pool!r}"
     else:
-        columns = next(iter(found.values())).shape[1]
         reason = f"{asked.name}, the Linear that runs last, has {module.out_features} outputs and "
-        reason += f"the model {columns}"
+        reason += f"the model {others[0]}"
     rest = "nothing else says what it predicts" if own.place is None else _OWN
     caution = f"{reason}: its head is left out, {rest}; pool= or layer= says otherwise"
     return own._replace(cautions=[caution])
