@@ -419,7 +419,7 @@ class _Runner:
         self._device = _device(model)
         self._taps: list[_Tap] = []
         self._outputs: outputs.Outputs | None = None
-        self._read = self._left = 0
+        self._batches = self._read = self._left = 0
 
     def measure(self, names: Sequence[str | None], loader: Iterable) -> dict[str, Measurement]:
         """Returns the measurement of each module by name, in the order in which they run; the last
@@ -527,6 +527,7 @@ class _Runner:
         """
         arguments, keywords, labels = self._keys.split(batch, with_labels=True)
         output = self._call(arguments, keywords)
+        self._batches += 1
         labels = on_host(labels) if hasattr(labels, "detach") else np.asarray(labels)
         labels = as_labels(labels)
         taken = {tap: tap.take() for tap in self._taps}
@@ -560,7 +561,9 @@ class _Runner:
             raise InputError("logits", shape, f"give one per example, ({len(taken[last])},)")
         if not found.head:
             return logits
-        is_compared = logits is not None and not is_first
+        # Batches 1, 2, 4, 8, ...: comparing all takes a tenth of the time of a small model.
+        is_due = self._batches & (self._batches - 1) == 0
+        is_compared = logits is not None and not is_first and is_due
         if is_compared and not outputs.computes(last.module, taken[last], logits, last.dtype):
             way_out = "its W h + b are the model's outputs in some batches, not in others"
             raise InputError("layer", last.name, f"{way_out}; pool= or layer= says otherwise")

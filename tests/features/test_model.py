@@ -391,6 +391,13 @@ def test_a_head_that_is_the_models_output_is_measured(case):
     assert ncjax.measure_model(model, batches) == ncjax.measure_model(plain, batches)
 
 
+def test_a_head_that_is_the_models_output_in_some_batches_alone_is_refused():
+    model, batches, _ = of_heads(lambda m, h: m.head(h)[:, 0], 4)
+    batches = [(x[:, : 1 + 3 * i], y) for i, (x, y) in enumerate(batches)]
+    with pytest.raises(InputError, match="layer: got 'head'; its W h"):
+        ncjax.measure_model(model, batches)
+
+
 def test_rounding_of_half_precision_is_no_difference():
     model, batches, _ = of_heads(lambda m, h: m.head(h))
     with torch.autocast("cpu", dtype=torch.bfloat16):
