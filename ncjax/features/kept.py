@@ -31,7 +31,9 @@ class KeptFeatures:
     def add(self, *arrays: np.ndarray) -> None:
         """Appends rows of features, of labels and, where there are any, of logits."""
         if not self._columns:
-            rows = max(1, _BLOCK // max(arrays[0][:1].nbytes, 1))
+            # The first batch may have no rows.
+            of_row = np.empty((1, *arrays[0].shape[1:]), arrays[0].dtype).nbytes
+            rows = max(1, _BLOCK // max(of_row, 1))
             most = environment.physical_memory() // (_SHARE * self._sharers)
             self._columns = [_Column(rows, most) for _ in arrays]
         for column, rows in zip(self._columns, arrays, strict=True):

@@ -21,25 +21,32 @@ def check_pool(pool: Pool) -> None:
         raise InputError("pool", pool, f"choose {', '.join(POOLS)}, or give a function")
 
 
-def pooled(features: Any, pool: Pool) -> Any:
+def pooled(features: Any, pool: Pool, channels: int | None = None) -> Any:
     """Returns features (N, p) of arrays or tensors; those of two axes as they are.
 
-    Four axes and more are (N, C, ...), as PyTorch's convolutions leave them, three are (N, T, p),
-    a sequence of tokens.
+    Args:
+      channels: the axis that counts p; None: axis 1 of four axes and more, as PyTorch's
+        convolutions leave them, the last of three, a sequence of tokens.
 
     Raises:
-      InputError: there is no rule for so many axes.
+      InputError: there is no rule for so many axes, or a function returns no array.
     """
     if features.ndim <= 2:
         return features
     if callable(pool):
-        return pool(features)
+        found = pool(features)
+        if not hasattr(found, "ndim"):
+            raise InputError("pool", type(found).__name__, "the function returns an array (N, p)")
+        return found
+    if channels is None:
+        channels = 1 if features.ndim > 3 else 2
+    channels %= features.ndim
     if pool == "flatten":
         return features.reshape(features.shape[0], -1)
     if pool == "mean":
-        axes = (1,) if features.ndim == 3 else tuple(range(2, features.ndim))
+        axes = tuple(axis for axis in range(1, features.ndim) if axis != channels)
         return features.mean(axis=axes)
-    if pool == "cls" and features.ndim == 3:
+    if pool == "cls" and features.ndim == 3 and channels == 2:
         return features[:, 0]
     if pool == "cls":
         raise InputError("pool", pool, f"features of {features.ndim} axes have no first token")

@@ -5,8 +5,10 @@ model is afterwards bit for bit what it was.
 import copy
 import doctest
 import itertools
+import random
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -317,6 +319,217 @@ def test_features_beyond_memory_are_kept_in_a_file(model, data, monkeypatch):
     assert_close(ncjax.measure_model(model, loader(data)), expected)
 
 
+class Heads(nn.Module):
+    """A body, a head, an auxiliary `Linear`, and a function of them that gives the outputs."""
+
+    def __init__(self, outputs, aux=3):
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(6, 8), nn.Linear(8, C), nn.Linear(8, aux)
+        self.outputs = outputs
+
+    def forward(self, x):
+        return self.outputs(self, F.relu(self.body(x)))
+
+
+def of_heads(outputs, *shape, **options):
+    """A model, its batches, and its decisions about them."""
+    torch.manual_seed(3)
+    model = Heads(outputs, **options)
+    x, y = torch.randn(N, *shape, 6), torch.arange(N) % C
+    batches = [(x[:25], y[:25]), (x[25:], y[25:])]
+    output = model(x)
+    decided = output.argmax(1) if isinstance(output, torch.Tensor) else None
+    return model, batches, None if decided is None else (decided == y).double().mean().item()
+
+
+OTHERWISE = {
+    "another sign": (lambda m, h: -m.head(h), (), {}),
+    "a scale": (lambda m, h: m.head(h) / 2, (), {}),
+    "one token": (lambda m, h: m.head(h)[:, 0], (4,), {}),
+    "an auxiliary head last": (lambda m, h: (m.head(h), m.aux(h))[0], (), {}),
+    "one of as many classes": (lambda m, h: (m.head(h), m.aux(h))[0], (), {"aux": C}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_head_that_is_not_the_models_output_is_left_out_and_warned_of(case, keep):
+    outputs, shape, options = OTHERWISE[case]
+    model, batches, accuracy = of_heads(outputs, *shape, **options)
+    with pytest.warns(UserWarning, match="its head is left out") as warned:
+        got = ncjax.measure_model(model, batches, keep=keep, weight_decay=0.1)
+    assert [str(one.message) for one in warned] == got.cautions
+    assert "pool=" in got.cautions[0]
+    assert "layer=" in got.cautions[0]
+    assert got.accuracy == pytest.approx(accuracy)
+    assert got.missing == []
+    assert not {"nc3", "nc2_norm_head", "equilibrium_residual"} & {*got}
+
+
+def test_one_token_is_measured_with_its_head_by_the_right_pool():
+    model, batches, accuracy = of_heads(lambda m, h: m.head(h)[:, 0], 4)
+    got = ncjax.measure_model(model, batches, pool="cls")
+    first = [(x[:, 0], y) for x, y in batches]
+    assert got.accuracy == pytest.approx(accuracy)
+    assert_close(got, ncjax.measure_model(of_heads(lambda m, h: m.head(h))[0], first))
+
+
+SAME = {
+    "log_softmax": lambda m, h: F.log_softmax(m.head(h), 1),
+    "softmax": lambda m, h: m.head(h).softmax(1),
+    "a mapping": lambda m, h: {"logits": m.head(h), "states": h},
+    "a tuple": lambda m, h: (h, m.head(h)),
+    "nothing to compare with": lambda m, h: m.head(h).unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_a_head_that_is_the_models_output_is_measured(case):
+    plain, batches, _ = of_heads(lambda m, h: m.head(h))
+    model = copy.deepcopy(plain)
+    model.outputs = SAME[case]
+    assert ncjax.measure_model(model, batches) == ncjax.measure_model(plain, batches)
+
+
+def test_a_head_that_is_the_models_output_in_some_batches_alone_is_refused():
+    model, batches, _ = of_heads(lambda m, h: m.head(h)[:, 0], 4)
+    batches = [(x[:, : 1 + 3 * i], y) for i, (x, y) in enumerate(batches)]
+    with pytest.raises(InputError, match="layer: got 'head'; its W h"):
+        ncjax.measure_model(model, batches)
+
+
+def test_rounding_of_half_precision_is_no_difference():
+    model, batches, _ = of_heads(lambda m, h: m.head(h))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "nc3" in ncjax.measure_model(model, batches)
+    model.outputs = lambda m, h: m.head.bfloat16()(h.bfloat16()).float()
+    assert "nc3" in ncjax.measure_model(model, batches)
+
+
+def test_a_hidden_linear_is_no_head():
+    model, batches, accuracy = of_heads(lambda m, h: m.head(h))
+    got = ncjax.measure_model(model, batches, "body")
+    features = np.concatenate([x.numpy() for x, _ in batches])
+    labels = np.concatenate([y.numpy() for _, y in batches])
+    assert_close(got, ncjax.measure(features, labels), 1e-4)
+    assert (got.missing, "nc3" in got, got.cautions) == ([], False, [])
+    assert got.accuracy == pytest.approx(accuracy)
+
+
+def test_layers_are_in_the_order_in_which_they_run():
+    model, batches, _ = of_heads(lambda m, h: m.head(h))
+    got = ncjax.measure_model(model, batches, layers=["head", "body"])
+    assert [*got] == ["body", "head"]
+    assert ("nc3" in got["body"], "nc3" in got["head"]) == (False, True)
+
+
+def test_of_a_tuple_the_logits_are_what_the_last_linear_gives():
+    model, batches, _ = of_heads(lambda m, h: (h, m.head(h)))
+    logits = torch.cat([model(x)[1] for x, _ in batches])
+    labels = torch.cat([y for _, y in batches])
+    got = ncjax.measure_model(model, batches, "body")
+    assert got.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert any("element 1" in note for note in got.notes)
+
+
+@pytest.mark.parametrize("name", ["0", "1", "2", "3"])
+def test_channels_of_one_dimensional_convolutions_are_features(name):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2))
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(24, C))
+    x, y = torch.randn(N, 3, 10), torch.arange(N) % C
+    got = ncjax.measure_model(model, [(x, y)], name)
+    features = body.eval()[: int(name) + 1](x).detach().mean(2)
+    assert_close(got, ncjax.measure(features, y), 1e-4)
+
+
+def test_a_linear_of_images_that_have_channels_last_is_measured_by_channels():
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, C), torch.randn(N, 4, 4, 6)
+    got = ncjax.measure_model(model, [(x, torch.arange(N) % C)])
+    mean = x.mean((1, 2)).numpy()
+    right = oracle(
+        mean, np.arange(N) % C, model.weight.detach().numpy(), model.bias.detach().numpy()
+    )
+    assert_close(got, right)
+
+
+class Sequences(nn.Module):
+    """Its recurrent states are (T, N, p)."""
+
+    def __init__(self):
+        super().__init__()
+        self.states, self.head = nn.GRU(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.states(x.transpose(0, 1))[0][-1])
+
+
+@pytest.mark.parametrize("steps", [7, 12])
+def test_states_with_time_first_are_refused_even_where_they_are_square(steps):
+    batches = [(torch.randn(12, steps, 4), Y)]
+    with pytest.raises(InputError, match=rf"features: got \({steps}, 12, 6\).*batch_first=True"):
+        ncjax.measure_model(Sequences(), batches, "states")
+    last = ncjax.measure_model(Sequences(), batches, "states", pool=lambda h: h[-1])
+    assert last.centred.shape == (3, 6)
+
+
+@pytest.mark.usefixtures("without_type_checks")  # beartype draws random numbers
+def test_random_numbers_of_all_kinds_are_what_they_were(data):
+    drawn = torch.utils.data.TensorDataset(*data)
+    own = torch.Generator().manual_seed(7)
+
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)) + np.random.rand() + random.random()  # noqa: NPY002
+
+    model = Noisy(108, C)
+    loaders = (
+        torch.utils.data.DataLoader(drawn, 20, shuffle=True, generator=own),
+        torch.utils.data.DataLoader(
+            drawn, 20, sampler=torch.utils.data.RandomSampler(drawn, generator=own)
+        ),
+    )
+    for one in loaders:
+        before = own.get_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its outputs are no W h + b
+            ncjax.measure_model(model, one)
+        assert torch.equal(own.get_state(), before[0])
+        np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+        assert random.getstate() == before[2]
+
+
+def test_buffers_that_cannot_be_compared_mask_no_error():
+    model = Counted(fails_at=2)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    model.register_buffer("empty", torch.zeros(2, device="meta"))
+    batches = [(torch.randn(6, 4), torch.arange(6) % 2)] * 2
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ncjax.measure_model(model, batches)
+    model.fails_at = -1
+    assert "nc3" in ncjax.measure_model(model, batches)
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(3))
+
+
+def test_a_module_is_found_by_any_of_its_names():
+    model, batches, _ = of_heads(lambda m, h: m.head(h))
+    model.aux = model.head
+    assert ncjax.measure_model(model, batches, "aux") == ncjax.measure_model(model, batches)
+
+
+def test_a_loader_that_was_used_up_and_labels_all_ignored_are_said():
+    once = iter([(X, Y)])
+    ncjax.measure_model(linear(), once)
+    with pytest.raises(InputError, match="batches: got 'no example'; the loader was used up"):
+        ncjax.measure_model(linear(), once)
+    with pytest.raises(InputError, match="ignore_label: got 0; all 12 examples"):
+        ncjax.measure_model(linear(), [(X, 0 * Y)], ignore_label=0)
+    some = [(X, 0 * Y), (X, Y), (X, Y)]
+    got = ncjax.measure_model(linear(), some, ignore_label=0)
+    assert got.examples.tolist() == [0, 8, 8]
+
+
 def linear():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
@@ -348,9 +561,36 @@ BAD = {
     "labels: got 'float32'; give integers": {"loader": [(X, Y.float())]},
     "batches: got 'no example'": {"loader": []},
     "ood: got 'several layers'": {"layers": ["0", "2"], "ood": [X]},
+    "weight_decay: got '0.1'; give a number": {"weight_decay": "0.1"},
+    "layer: got 2; it is a name of named_modules(), as '2'": {"layer": 2},
+    "layer: got ['2']; it is one name; several are layers=['2']": {"layer": ["2"]},
+    "layers: got 'head'; give a list: layers=['head']": {"layers": "head"},
+    "layers: got [2]; give names, as ['2']": {"layers": [2]},
+    "layer: got '2'; the model has no such module; did you mean module.2?": {
+        "model": nn.DataParallel(linear()),
+        "layer": "2",
+    },
+    "loader: got 'NoneType'; a loader gives batches of (inputs, labels)": {"loader": None},
+    "loader: got 'Tensor'; a loader gives batches of (inputs, labels)": {"loader": X},
+    "loader: got 'tuple'; a loader gives batches of (inputs, labels)": {"loader": (X, Y)},
+    "inputs: got 'tuple of 2'; the model fails on it; inputs=": {"loader": [((X, X), Y)]},
+    "inputs: got 'id'; the model takes no such argument; inputs=['input']": {
+        "model": nn.Linear(4, 3),
+        "loader": [{"input": X, "id": Y, "labels": Y}],
+    },
+    "pool: got 'float'; the function returns an array": {
+        "loader": [(X[:, None], Y)],
+        "pool": lambda h: 1.0,
+    },
+    "keep: got 'no'; choose True, False": {"keep": "no"},
+    "float64: got 64; choose None, True, False": {"float64": 64},
+    "ignore_label: got 'pad'; give an integer": {"ignore_label": "pad"},
+    "num_classes: got 2.5; give an integer": {"num_classes": 2.5},
+    "model: got 'Linear'; it is on the meta device": {"model": nn.Linear(4, 3, device="meta")},
 }
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named_with_the_way_out(message):
     arguments = {"model": linear(), "loader": [(X, Y)]} | BAD[message]

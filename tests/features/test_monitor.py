@@ -17,7 +17,7 @@ from ncjax.cli import plot, show
 from ncjax.errors import InputError
 from ncjax.features import monitor as monitors
 from ncjax.report import draw
-from ncjax.storage import history, monitored
+from ncjax.storage import history, lock, monitored
 
 LAYERS = {"1": {"nc1": 2.0, "cdnv": 0.5}, "fc": {"nc1": 1.0, "nc3": 0.25, "accuracy": 0.5}}
 
@@ -204,6 +204,58 @@ def test_bad_input_is_named_before_training(net, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             ncjax.Monitor(model, loader, **options)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_arguments_of_wrong_kinds_are_named_before_training(net):
+    model, loader = net
+    for options, message in (
+        ({"every": 1.5}, r"every: got 1\.5; give an integer"),
+        ({"layer": "3"}, r"layer: got '3'; give a list: layers=\['3'\]"),
+        ({"layers": "3"}, r"layers: got '3'; give a list"),
+        ({"layers": ["fc"]}, "layer: got 'fc'; the model has no such module"),
+        ({"loss": "ce"}, "loss: got 'ce'"),
+        ({"pool": "max"}, "pool: got 'max'"),
+        ({"model": 3}, "model: got 'int'"),
+        ({"loader": iter(loader)}, "loader: got .*it is used up after one pass"),
+        ({"loader": None}, "loader: got 'NoneType'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ncjax.Monitor(**{"model": model, "loader": loader} | options)
+    monitor = ncjax.Monitor(model, loader)
+    for epoch in (-1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="epoch: got"):
+            monitor.step(epoch)
+
+
+def test_of_two_in_one_workdir_the_other_is_refused(net, tmp_path):
+    model, loader = net
+    one, other = (ncjax.Monitor(model, loader, workdir=tmp_path) for _ in range(2))
+    one.step()
+    with pytest.raises(InputError, match=r"workdir: got .*another has written its history"):
+        other.step()
+    one.step()
+    assert history.read(tmp_path / "history.nc")["epoch"].values.tolist() == [1, 2]
+    with lock.owned(tmp_path), pytest.raises(InputError, match="is training in it"):
+        one.step()
+
+
+def test_it_warns_of_cautions_and_tells_no_share_of_no_time(torch, net, capsys):
+    model, loader = net
+
+    class Negative(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return -self.model(x)
+
+    monitor = ncjax.Monitor(Negative(), loader)
+    with pytest.warns(UserWarning, match=r"layer model\.3: .*its head is left out"):
+        found = monitor.step()
+    assert "nc3" not in found
+    assert "%" not in capsys.readouterr().out
 
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning", "transformers"])
