@@ -1417,7 +1417,7 @@ def test_the_pytorch_examples_and_commands_of_the_documentation_run(tmp_path, mo
     torch.save(weights, tmp_path / "checkpoint.pt")
     text = (ROOT / "docs" / "measure.md").read_text()
     commands = re.findall(r"^    ncjax (\w+) (.+)$", text, re.MULTILINE)
-    assert [name for name, _ in commands] == ["show", "plot"] + ["measure"] * 4
+    assert [name for name, _ in commands] == ["show", "plot", "report"] + ["measure"] * 4
     for name, line in commands:
         main = importlib.import_module(f"ncjax.cli.{name}").main
         assert main(line.split()) == 0, capsys.readouterr().err
