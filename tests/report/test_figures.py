@@ -352,7 +352,7 @@ def test_command_redraws_every_run_and_compares_them(tmp_path, capsys):
     compared = {"collapse_against_lambda.png", "compare_against_epoch.png"}
     assert {path.name for path in (tmp_path / "both").iterdir()} == compared
     assert {path.name for path in (tmp_path / "b" / "figures").iterdir()} == EVERY_FIGURE
-    assert len(capsys.readouterr().out.splitlines()) == 3 + 8 + 2
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 9 + 2
     assert plot.main([plain, twin, "--out", str(tmp_path / "decayed")]) == 0
     assert {path.name for path in (tmp_path / "decayed").iterdir()} == compared | {
         "theory_against_lambda.png"
