@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out = expanded("--out", arguments.out)
             make_folder("--out", arguments.out)
         written = _draw(shown, arguments)
-        if not written:  # without --only there is always one
+        if arguments.only and not written:
             way_out = "these WORKDIRs have none of it; leave it out to draw those that they have"
             raise InputError("--only", " ".join(arguments.only), way_out)
     except (InputError, OSError) as error:
