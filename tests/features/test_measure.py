@@ -1382,7 +1382,7 @@ def test_the_examples_of_the_documentation_run(trained, tmp_path, monkeypatch, c
     (tmp_path / "runs" / "digits").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
     ours = [text for torch, text in examples() if not torch]
-    assert len(ours) == 3
+    assert len(ours) == 4
     scope: dict = {}
     for example in ours:
         exec(compile(example, "docs/measure.md", "exec"), scope)
