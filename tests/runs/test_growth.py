@@ -92,7 +92,14 @@ def half_replaced(workdir, joined):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("interrupted", [{}, {"join": raising}, {"_replace": half_replaced}])
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"join": raising}, marks=pytest.mark.slow),
+        {"_replace": half_replaced},
+    ],
+)
 def test_a_grown_sweep_is_that_of_all_runs_from_the_start(interrupted, tmp_path, monkeypatch):
     whole = ncjax.train(config_of((1e-3, 0.0, 1e-2), (0, 1)), tmp_path / "whole")
     workdir = tmp_path / "grown"
@@ -144,6 +151,7 @@ def test_merged_workdirs_are_one_sweep(tmp_path, capsys):
     assert inspect.verify(inspect.read(tmp_path / "out", {}), 6).deviation < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
