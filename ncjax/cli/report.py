@@ -22,7 +22,7 @@ from ncjax.cli import command
 from ncjax.errors import InputError
 from ncjax.paths import expanded
 from ncjax.report import page, tables, watch
-from ncjax.storage import history as histories_on_disk
+from ncjax.storage import history as histories
 from ncjax.storage import monitored
 
 _SUFFIXES = (".html", ".htm")
@@ -114,10 +114,10 @@ def _load(workdir: Path) -> xr.Dataset:
     if workdir.is_file():
         raise InputError("WORKDIR", str(workdir), "it is a file; name the folder of a run")
     path = workdir / "history.nc"
-    history = histories_on_disk.read(path)
+    history = histories.read(path)
     if monitored.is_monitored(history):
         return history
-    history = histories_on_disk.checked(history, path)
+    history = histories.checked(history, path)
     if lacking := {"nc1", "accuracy"} - set(history):
         raise InputError("history", str(path), f"lacks {min(lacking)}; is it one of ncjax's?")
     return history

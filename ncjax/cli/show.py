@@ -91,21 +91,21 @@ def parse_coordinates(text: str) -> dict[str, float | str]:
     coordinates: dict[str, float | str] = {}
     for part in filter(None, text.split(",")):
         name, _, value = (word.strip() for word in part.partition("="))
-        is_number = _is_number(value)
-        if not value or name in coordinates or (name in AXES and not is_number):
+        coordinate = _as_coordinate(value)
+        if not value or name in coordinates or (name in AXES and isinstance(coordinate, str)):
             raise InputError(
                 "--run", text, "write NAME=VALUE,..., as in --run weight_decay=1e-3,seed=0"
             )
-        coordinates[name] = float(value) if is_number else value
+        coordinates[name] = coordinate
     return coordinates
 
 
-def _is_number(text: str) -> bool:
+def _as_coordinate(text: str) -> float | str:
+    """Returns the number that a text is, or the text."""
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return text
 
 
 def _show(arguments: argparse.Namespace, coordinates: dict[str, float | str]) -> int:

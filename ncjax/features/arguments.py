@@ -13,22 +13,16 @@ _BATCHES = "a loader gives batches of (inputs, labels): a DataLoader, or a list,
 
 def check_options(options: Any) -> None:
     """Raises InputError for an option of another type, or one that there is not."""
-    from ncjax.features.reference import GLOBAL_MEANS, LOSSES
+    from ncjax.features.reference import Asked, check_asked
 
     check_pool(options.pool)
-    for name, choices in {
-        "loss": LOSSES,
-        "global_mean": GLOBAL_MEANS,
-        "keep": (True, False),
-        "float64": (None, True, False),
-    }.items():
+    # The head is found later.
+    asked = Asked(options.loss, options.weight_decay, options.global_mean)
+    check_asked(asked, with_head=True)
+    for name, choices in {"keep": (True, False), "float64": (None, True, False)}.items():
         value = getattr(options, name)
-        if not any(value is one or (isinstance(one, str) and value == one) for one in choices):
+        if not any(value is one for one in choices):
             raise InputError(name, value, f"choose {', '.join(map(str, choices))}")
-    decay = options.weight_decay
-    is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-    if decay is not None and not (is_number and 0 <= float(decay) < float("inf")):
-        raise InputError("weight_decay", decay, "give a number from 0 on")
     for name, least in (("num_classes", 1), ("ignore_label", None)):
         if getattr(options, name) is not None:
             check_whole(name, getattr(options, name), least)

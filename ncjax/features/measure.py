@@ -1,12 +1,12 @@
 """Measures neural collapse of features from anywhere, in one call or in two passes one by one."""
 
 import dataclasses
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ncjax.errors import InputError
+from ncjax.features.arguments import check_whole
 from ncjax.features.pooling import Pool, check_pool
 
 if TYPE_CHECKING:
@@ -230,20 +230,16 @@ def measure_batches(
 
 def _check_types(rows: Any, ignore_label: Any, float64: Any, devices: Any, progress: Any) -> None:
     """Raises InputError for arguments of a wrong type."""
-    if rows is not None and not (_is_integer(rows) and rows >= 1):
-        raise InputError("rows", rows, "give an integer from 1 on")
-    if ignore_label is not None and not _is_integer(ignore_label):
-        raise InputError("ignore_label", ignore_label, "give an integer, as labels are")
+    if rows is not None:
+        check_whole("rows", rows, 1)
+    if ignore_label is not None:
+        check_whole("ignore_label", ignore_label)
     if float64 not in (None, True, False):
         raise InputError("float64", float64, "give True, False or None")
     if devices is not None and not isinstance(devices, Sequence):
         raise InputError("devices", devices, "give a list of JAX devices, as jax.devices()")
     if progress is not None and not callable(progress):
         raise InputError("progress", progress, "give a function of a number of examples")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _classes_in(batch: Any) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ncjax.metrics.collapse import radii_sq
+from ncjax.metrics import collapse
 from ncjax.metrics.theory import Budget
 
 
@@ -47,11 +47,6 @@ class ScatterBound(NamedTuple):
 
     nc1: Float[Array, ""]
     share_outputs: Float[Array, ""]
-
-
-def _centred(rows: Float[Array, "C p"]) -> Float[Array, "C p"]:
-    """Returns P rows."""
-    return rows - rows.mean(0, keepdims=True)
 
 
 def _norm_outside(matrix: Float[Array, "C p"], direction: Float[Array, "C p"]) -> Array:
@@ -97,8 +92,8 @@ def bound_duality(
     Returns:
       The bounds, at most 2; NaN where t <= 0 or the head is at no acute angle with the means.
     """
-    centred_terms = tuple(_centred(x) for x in terms[2:])
-    centred = _bound_angle(terms.theorem, _centred(head), centred_terms, weight_decay)
+    centred_terms = tuple(collapse.centred_means(x) for x in terms[2:])
+    centred = _bound_angle(terms.theorem, collapse.centred_means(head), centred_terms, weight_decay)
     by_floor = 2 - (2 - centred) * (1 - nc3_floor / 2)
     whole = jnp.fmin(by_floor, _bound_angle(terms.theorem, head, terms[1:], weight_decay))
     return DualityBounds(
@@ -123,8 +118,8 @@ def gram_deviations(
       logit_rest: E, what of the class-mean outputs is not symmetric between classes.
     """
     factor = len(centred_means) / jnp.where(t > 0, t, jnp.nan)
-    products = [-(_centred(x) @ centred_means.T) for x in terms[2:]]
-    outputs = weight_decay * _centred(_centred(logit_rest).T)
+    products = [-(collapse.centred_means(x) @ centred_means.T) for x in terms[2:]]
+    outputs = weight_decay * collapse.centred_means(collapse.centred_means(logit_rest).T)
     matrices = factor * jnp.stack([*products, outputs])
     matrices = (matrices + matrices.mT) / 2
     across = jnp.eye(len(centred_means)) - 1 / len(centred_means)
@@ -210,8 +205,8 @@ def bound_scatter(
     # Row j is v_j/s_j^2 for K = sum_j s_j^2 v_j v_j^T; its product with P W is the same as with W.
     inverse = (basis @ centred_means.T) * jnp.where(kept, values**-3, 0)[:, None]
     means = inverse @ centred_means
-    heads = inverse @ _centred(head)
-    scatter = inverse @ _centred(head_scatter)
+    heads = inverse @ collapse.centred_means(head)
+    scatter = inverse @ collapse.centred_means(head_scatter)
     factor = weight_decay * num_classes / jnp.where((t > 0) & (weight_decay > 0), t, jnp.nan)
     outputs = factor**2 * jnp.sum(scatter * heads)
     # E||K^+ (lambda P W - t/C Mdot^T) d||^2, by its three products; rounding may leave it below 0.
@@ -231,7 +226,7 @@ def bound_nc4(
     share of those is at most nc1/r^2 (Markov). r is the least of `collapse.radii_sq`; for a simplex
     ETF the bound is 1 - accuracy + 2 nc1.
     """
-    return jnp.minimum(1 - accuracy + nc1 / jnp.min(radii_sq(centred_means)), 1)
+    return jnp.minimum(1 - accuracy + nc1 / jnp.min(collapse.radii_sq(centred_means)), 1)
 
 
 def fit_loss_floor(

@@ -213,13 +213,14 @@ _Function: TypeAlias = Callable[[Quantities], Array]
 
 
 def _metric(
-    title: str, definition: str, *, of_features_alone: bool = False, **fields
+    title: str, definition: str, *, name: str = "", of_features_alone: bool = False, **fields
 ) -> Callable[[_Function], _Function]:
-    """Enters a function under its own name."""
+    """Enters a function, under its own name unless another is given."""
 
     def enter(function: _Function) -> _Function:
         vocabulary = _OF_FEATURES_ALONE if of_features_alone else VOCABULARY
-        vocabulary[function.__name__] = Metric(title, definition, function=function, **fields)
+        entry = Metric(title, definition, function=function, **fields)
+        vocabulary[name or function.__name__] = entry
         return function
 
     return enter
@@ -524,10 +525,6 @@ def nc2_bound_equiangular(q: Quantities) -> Array:
     return q.gram_bounds.equiangular
 
 
-def _gram_share(place: int) -> _Function:
-    return lambda q: q.gram_bounds.shares[place]
-
-
 # Causes that keep the class means from a simplex ETF, in the order of `bounds.gram_deviations`.
 GRAM_CAUSES = {
     "asymmetry": "P asymmetry Mdot: residuals differ between classes",
@@ -536,14 +533,14 @@ GRAM_CAUSES = {
     "outputs": "lambda P E P, E of the class-mean outputs: they differ between classes",
 }
 for _place, (_cause, _definition) in enumerate(GRAM_CAUSES.items()):
-    VOCABULARY[f"nc2_share_{_cause}"] = Metric(
+    _metric(
         f"bounds on NC2: share of {_cause}",
         f"share in the bounds on NC2 of {_definition}",
+        name=f"nc2_share_{_cause}",
         most=1,
         needs=_THEORY,
         of_equal_classes=True,
-        function=_gram_share(_place),
-    )
+    )(lambda q, place=_place: q.gram_bounds.shares[place])
 
 
 @_metric(
@@ -794,13 +791,14 @@ BUDGET_TERMS = {
 
 def _enter_budget(name: str, definition: str, **fields) -> None:
     """Enters a number that `theory.budget_account` has under this name."""
-
-    def entry(q: Quantities) -> Array:
-        return q.budget[name]
-
-    entry.__name__ = name
-    title = name.replace("_", ": ", 1).replace("_", " ")
-    _metric(title, definition, needs=_THEORY, of_equal_classes=True, **fields)(entry)
+    _metric(
+        name.replace("_", ": ", 1).replace("_", " "),
+        definition,
+        name=name,
+        needs=_THEORY,
+        of_equal_classes=True,
+        **fields,
+    )(lambda q: q.budget[name])
 
 
 for _term, _words in BUDGET_TERMS.items():

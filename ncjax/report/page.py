@@ -22,7 +22,7 @@ from ncjax.config import Config
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import BUDGET_TERMS, VOCABULARY
 from ncjax.report import headline, numbers
-from ncjax.storage import history as histories_on_disk
+from ncjax.storage import history as histories
 from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
 from ncjax.variation import Variation, from_stored
@@ -213,7 +213,7 @@ def _described(source: Source) -> dict[str, Any]:
         return described
     config = configuration.from_json(history.attrs["config"])
     vary = _flags(from_stored(json.loads(history.attrs["config"])))
-    versions = histories_on_disk.versions(history)
+    versions = histories.versions(history)
     origin = {
         "device": history.attrs.get("device"),
         "git revision": history.attrs.get("git_revision"),

@@ -397,7 +397,8 @@ def nc0_law(recipe: Recipe, columns: Mapping[str, np.ndarray], epochs: int) -> n
     It is NaN unless the loss is cross-entropy and the optimizer SGD, see `closed_forms.head_sum`.
     """
     runs = len(columns["weight_decay"])
-    if recipe.objective.loss != "cross_entropy" or recipe.optimizer != "sgd":
+    follows_flow = OPTIMIZERS[recipe.optimizer].follows_flow
+    if recipe.objective.loss != "cross_entropy" or not follows_flow:
         return np.full((runs, epochs + 1), np.nan)
     share = closed_forms.head_sum(
         columns["weight_decay"] * columns["decay_head"],
