@@ -135,6 +135,7 @@ def test_damage_is_found_in_the_run_that_has_it_and_earlier_checkpoints_stand_in
     assert json.loads(str(np.load(copied / "w.npz")["__metadata__"]))["epoch"] == "4"
 
 
+@pytest.mark.slow
 def test_a_history_without_younger_metrics_is_verified_drawn_and_reported(copied, shown):
     """What the version of then did not measure is not compared; what it did is."""
     path = copied / "history.nc"

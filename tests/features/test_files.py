@@ -351,6 +351,7 @@ def measured(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_names_of_any_kind_are_printed_as_they_are_and_drawn(tmp_path, monkeypatch, said):
     monkeypatch.chdir(tmp_path)

@@ -160,6 +160,7 @@ def test_every_metric_equals_its_definition(shape, dtype, rtol):
     assert {*got} <= {*FEATURE_VOCABULARY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("float64", "rtol"), [(False, 1e-4), (True, 1e-10)], ids=["float32", "float64"]
 )
@@ -200,6 +201,7 @@ def test_the_floor_of_nc3_is_one_wherever_the_centre_lies(global_mean):
     assert other["nc3_floor"] < other["nc3"] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "given_logits"), [("square", False), ("square", True), ("cross_entropy", False)]
 )
@@ -289,6 +291,7 @@ def test_both_conventions_of_the_global_mean():
         assert got["nc3"] == pytest.approx(distance, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_classes_without_examples_are_named_and_left_out():
     h, labels, head, bias = split(sizes=[8, 0, 12, 9, 0])
     found = measure.measure_batches([(h, labels)], head=head, bias=bias, weight_decay=1e-2)
@@ -349,6 +352,7 @@ def decided(h, labels, head, bias=0.0):
     return {"accuracy": np.mean(winners == labels), "nc4": np.mean(winners != nearest)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "dim"), [(jnp.bfloat16, 512), (np.float16, 2048)])
 @pytest.mark.parametrize("loss", ["square", "cross_entropy"])
 def test_a_head_in_half_precision_counts_whole(dtype, dim, loss):
@@ -620,6 +624,7 @@ def test_the_same_examples_in_other_batches_are_not(offset, dtype):
     assert_same(found.metrics, measure.measure(h, labels, head=head, bias=bias), 1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_equal_numbers_that_all_round_the_same_way_cost_no_digits():
     """Half a million times 0.1, added up one by one in float32, is off by 1%."""
     labels = np.repeat(np.arange(2), 600_000)
@@ -762,6 +767,7 @@ def test_parts_merge_to_the_whole_in_any_grouping(seed, cuts):
             np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_device_and_two_give_the_same():
     h, labels, head, bias = split(per_class=300, dtype=np.float32)
     assert jax.device_count() == 2
@@ -1097,6 +1103,7 @@ def said(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_library_finds(said):
     read = files.read(DATA / "features.npz", "features")
     head = files.read(DATA / "head.npz", "")["head_kernel"]
@@ -1210,6 +1217,7 @@ def test_layers_as_csv_and_latex(said, tmp_path):
     assert row == rf"nc3 & -- & ${expected.nc3:.4g}$ \\"
 
 
+@pytest.mark.slow
 def test_figures_of_a_choice_in_a_format(said, tmp_path):
     folder = tmp_path / "figures"
     call = [DATA / "features.npz", "--figures", folder, "--format=pdf", "--only", "angles"]
@@ -1258,6 +1266,7 @@ def test_notes_of_every_layer_are_printed(tmp_path, said):
     assert len(list((tmp_path / "figures").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_figures_of_many_classes(tmp_path, said):
     h, labels, _, _ = split(num_classes=150, dim=20, per_class=3)
     np.savez(tmp_path / "a.npz", features=h, labels=labels)

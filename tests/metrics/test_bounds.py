@@ -126,6 +126,7 @@ def assert_bounded(found):
     assert not found["nc4"][found["nc4_bound"] == 0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_classes", "bias", "centered"), [(4, True, False)])
 def test_no_bound_is_violated(num_classes, bias, centered):
     assert_bounded(measured(random_instances(num_classes, 500, 0, bias=bias, centered=centered)))
@@ -140,6 +141,7 @@ def test_no_bound_is_violated_by_ten_thousand_instances(num_classes, bias, cente
     assert_bounded(measured(random_instances(num_classes, 500, 1, bias=bias, centered=centered)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bias", "centered"), [(True, False), (False, True)])
 def test_every_bound_equals_its_definition(bias, centered):
     instances = random_instances(5, 3, 2, bias=bias, centered=centered)
@@ -193,6 +195,7 @@ def test_class_means_that_coincide_leave_no_ball():
     assert radii[2] > 0
 
 
+@pytest.mark.slow
 def test_the_bounds_are_0_at_the_theorem_itself():
     """A simplex ETF, its dual head and symmetric outputs: nothing deviates, nothing is left."""
     etf = simplex_etf(4, 6)

@@ -448,6 +448,7 @@ def test_the_floor_is_that_of_the_frames_known():
     np.testing.assert_allclose(floors, [2 - 2 * np.sqrt(0.9), 0, 2], rtol=1e-14, atol=1e-28)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [5, pytest.param(9, marks=pytest.mark.slow)])
 def test_pairs_of_classes_taken_a_few_rows_at_a_time_give_the_same(num_classes, monkeypatch):
     features, outputs, labels, head = random_split(num_classes=num_classes)

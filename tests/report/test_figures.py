@@ -165,6 +165,7 @@ def assert_drawn(paths, names):
     assert not [path for path in paths[0].parent.iterdir() if path.suffix != ".png"]
 
 
+@pytest.mark.slow
 def test_every_figure_is_written(tmp_path):
     assert_drawn(draw.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
 

@@ -23,10 +23,8 @@ class Stop(Exception):
 SAME = {"model.head_bias": "free", "sweep.weight_decay": (0.0, 1e-3)}
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [0, 3, 6])
 def test_it_gets_every_epoch_and_where_it_raises_all_is_saved(stop_at, tmp_path, trained):
     seen = []
 

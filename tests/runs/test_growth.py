@@ -92,14 +92,8 @@ def half_replaced(workdir, joined):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "interrupted",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"join": raising}, marks=pytest.mark.slow),
-        {"_replace": half_replaced},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted", [{}, {"join": raising}, {"_replace": half_replaced}])
 def test_a_grown_sweep_is_that_of_all_runs_from_the_start(interrupted, tmp_path, monkeypatch):
     whole = ncjax.train(config_of((1e-3, 0.0, 1e-2), (0, 1)), tmp_path / "whole")
     workdir = tmp_path / "grown"
@@ -137,6 +131,7 @@ def test_fewer_values_are_another_config(tmp_path):
         ncjax.train(config_of((0.0,), (0, 1)), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_merged_workdirs_are_one_sweep(tmp_path, capsys):
     for name, decays in (("a", (0.0, 1e-2)), ("b", (1e-3,))):
         ncjax.train(config_of(decays, (0, 1)), tmp_path / name)

@@ -79,6 +79,7 @@ def test_lists_of_images_are_taken_and_what_is_no_array_is_one_line(trained, wit
         ncjax.load_run(trained, dataset=(images, [0, 1, 2]), **RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_run_its_features_and_its_verification_are_measured_alike(trained, split):
     """The history, `measure` on the run's features, and `--verify` agree to float32's rounding."""

@@ -237,7 +237,7 @@ def test_a_changed_cosine_in_metrics_does_not_survive(workdir, finished):
     [
         pytest.param({"train__schedule": "constant"}, marks=pytest.mark.slow),
         pytest.param({"train__schedule_epochs": 6}, marks=pytest.mark.slow),
-        {"train__schedule_epochs": 4},
+        pytest.param({"train__schedule_epochs": 4}, marks=pytest.mark.slow),
     ],
     ids=["constant", "set", "set to what it was"],
 )

@@ -264,6 +264,7 @@ def test_every_metric_equals_numpy_however_the_splits_are_batched(
     assert undefined == expected[objective]
 
 
+@pytest.mark.slow
 def test_float32_runs_are_measured_in_float32_to_four_digits():
     problem = make_problem("none")
     got = evaluated(*problem, "none", dtype=np.float32)
