@@ -59,7 +59,7 @@ def recorded(folder, *mesh, **fields):
 def trained(folder, *mesh, **fields):
     """States after all epochs."""
     config = make_config(*mesh, **fields)
-    with mock.patch.object(program, "evaluate", nothing):
+    with mock.patch.object(program, "measure", nothing):
         begun = sweep.Sweep(prepare(config, folder))
         begun.advance(config.train.epochs, measured=False)
     return jax.device_get(begun.states)
@@ -82,7 +82,7 @@ def collectives(folder, run, data, measures, **fields):
     each moves.
     """
     plan = prepare(make_config(run, data, **fields), folder)
-    with mock.patch.object(program, "evaluate", program.evaluate if measures else nothing):
+    with mock.patch.object(program, "measure", program.measure if measures else nothing):
         text = sweep.make_program(plan).compiled.as_text()
     found = re.findall(
         r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",

@@ -12,6 +12,7 @@ d^T, t the factor of P in the mean residuals.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -49,16 +50,24 @@ class ScatterBound(NamedTuple):
     share_outputs: Float[Array, ""]
 
 
-def _norm_outside(matrix: Float[Array, "C p"], direction: Float[Array, "C p"]) -> Array:
-    """Returns the Frobenius norm of what of a matrix is orthogonal to a direction."""
-    along = jnp.sum(matrix * direction) / jnp.sum(direction**2)
-    return jnp.linalg.norm(matrix - along * direction)
+def _norms_outside(
+    matrices: Float[Array, "k C p"], direction: Float[Array, "C p"]
+) -> Float[Array, ""]:
+    """Returns the sum of the Frobenius norms of what of matrices is orthogonal to a direction."""
+    along = jnp.sum(matrices * direction[None], (1, 2)) / jnp.sum(direction**2)
+    outside = matrices - along[:, None, None] * direction[None]
+    return jnp.linalg.norm(outside, axis=(1, 2)).sum()
+
+
+def _across(matrices: Float[Array, "k C p"]) -> Float[Array, "k C p"]:
+    """Returns P X of matrices X."""
+    return jax.vmap(collapse.centred_means)(matrices)
 
 
 def _bound_angle(
     theorem: Float[Array, "C p"],
     head: Float[Array, "C p"],
-    deviations: tuple[Float[Array, "C p"], ...],
+    deviations: Float[Array, "k C p"],
     weight_decay: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Returns a bound on 2 - 2 cos(theorem, head), for lambda head = theorem + sum of deviations.
@@ -68,9 +77,8 @@ def _bound_angle(
     orthogonal, over the norm of the term or of lambda times the head. It is NaN where the cosine is
     not positive.
     """
-    across = sum(_norm_outside(x, head) for x in deviations) / jnp.linalg.norm(theorem)
-    whole = weight_decay * jnp.linalg.norm(head)
-    along = sum(_norm_outside(x, theorem) for x in deviations) / whole
+    across = _norms_outside(deviations, head) / jnp.linalg.norm(theorem)
+    along = _norms_outside(deviations, theorem) / (weight_decay * jnp.linalg.norm(head))
     sine = jnp.fmin(jnp.fmin(across, along), 1.0)
     bound = 2 * sine**2 / (1 + jnp.sqrt(1 - sine**2))
     return jnp.where(jnp.sum(theorem * head) > 0, bound, jnp.nan)
@@ -92,10 +100,12 @@ def bound_duality(
     Returns:
       The bounds, at most 2; NaN where t <= 0 or the head is at no acute angle with the means.
     """
-    centred_terms = tuple(collapse.centred_means(x) for x in terms[2:])
-    centred = _bound_angle(terms.theorem, collapse.centred_means(head), centred_terms, weight_decay)
+    deviations = jnp.stack(terms[1:])
+    centred = _bound_angle(
+        terms.theorem, collapse.centred_means(head), _across(deviations[1:]), weight_decay
+    )
     by_floor = 2 - (2 - centred) * (1 - nc3_floor / 2)
-    whole = jnp.fmin(by_floor, _bound_angle(terms.theorem, head, terms[1:], weight_decay))
+    whole = jnp.fmin(by_floor, _bound_angle(terms.theorem, head, deviations, weight_decay))
     return DualityBounds(
         *(jnp.where(t > 0, jnp.minimum(bound, 2), jnp.nan) for bound in (whole, centred))
     )
@@ -118,9 +128,9 @@ def gram_deviations(
       logit_rest: E, what of the class-mean outputs is not symmetric between classes.
     """
     factor = len(centred_means) / jnp.where(t > 0, t, jnp.nan)
-    products = [-(collapse.centred_means(x) @ centred_means.T) for x in terms[2:]]
+    products = -(_across(jnp.stack(terms[2:])) @ centred_means.T)
     outputs = weight_decay * collapse.centred_means(collapse.centred_means(logit_rest).T)
-    matrices = factor * jnp.stack([*products, outputs])
+    matrices = factor * jnp.concatenate([products, outputs[None]])
     matrices = (matrices + matrices.mT) / 2
     across = jnp.eye(len(centred_means)) - 1 / len(centred_means)
     multiples = jnp.trace(matrices, axis1=1, axis2=2) / (len(centred_means) - 1)

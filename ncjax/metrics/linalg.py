@@ -63,7 +63,7 @@ def row_space(matrix: Float[Array, "C p"]) -> tuple[Float[Array, " C"], Float[Ar
 
     def play_round(state, _):
         x, y, oblique = state
-        alpha, beta, gamma = jnp.sum(x * x, 1), jnp.sum(y * y, 1), jnp.sum(x * y, 1)
+        alpha, beta, gamma = jnp.sum(jnp.stack([x * x, y * y, x * y]), 2)
         meet = jnp.minimum(alpha, beta) > negligible
         oblique |= jnp.any(meet & (gamma**2 > nearly_orthogonal**2 * alpha * beta))
         meet &= gamma != 0

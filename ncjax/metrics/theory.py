@@ -222,17 +222,13 @@ def budget_account(
     Shares are by projection and sum to 1; they are NaN at lambda = 0. `budget_residual` is the norm
     of lambda W less the five terms, over the norm of the largest term.
     """
-    whole = weight_decay * head
-    norms = {name: jnp.linalg.norm(term) for name, term in terms._asdict().items()}
-    account = {
-        f"budget_{name}": jnp.where(
-            weight_decay > 0, jnp.sum(term * whole) / jnp.sum(whole**2), jnp.nan
-        )
-        for name, term in terms._asdict().items()
-    }
-    account |= {f"budget_{name}_norm": norm for name, norm in norms.items()}
-    largest = jnp.max(jnp.stack(list(norms.values())))
-    return account | {"budget_residual": jnp.linalg.norm(whole - sum(terms)) / largest}
+    whole, stacked = weight_decay * head, jnp.stack(terms)
+    norms = jnp.linalg.norm(stacked, axis=(1, 2))
+    along = jnp.sum(stacked * whole[None], (1, 2)) / jnp.sum(whole**2)
+    shares = jnp.where(weight_decay > 0, along, jnp.nan)
+    account = {f"budget_{name}": shares[i] for i, name in enumerate(terms._fields)}
+    account |= {f"budget_{name}_norm": norms[i] for i, name in enumerate(terms._fields)}
+    return account | {"budget_residual": jnp.linalg.norm(whole - sum(terms)) / norms.max()}
 
 
 def normalized_margin(

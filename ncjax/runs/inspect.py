@@ -351,8 +351,12 @@ def _make_measure(
 
     @jax.jit
     def compiled(variables: dict, hyper: program.Hyper, data: evaluate.Data) -> dict:
+        stacked = jax.tree.map(lambda leaf: leaf[None], (variables, hyper))
+        values = program.measure(*stacked, data, recipe, jax.default_backend())
         effective = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
-        return program.measure(variables, hyper, data, recipe) | {"effective_decay": effective}
+        return {name: of_runs[0] for name, of_runs in values.items()} | {
+            "effective_decay": effective
+        }
 
     def measure(variables: dict, coordinates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with own.restored(settings.model.network), jax.enable_x64(True):

@@ -1,4 +1,6 @@
-"""Computes all metrics of one run, in two passes over each split."""
+"""Computes all metrics of one run: two passes over the examples of each split, then arithmetic on
+the small arrays that they leave.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.statistics import Statistics, statistics_of_passes
@@ -62,7 +64,70 @@ class _FirstPass(NamedTuple):
     correct: Float[Array, " C"]
 
 
-def evaluate(
+class LayerSums(NamedTuple):
+    """Holds what is measured of L layers' weights W_k and of the gradients G_k of the fit term.
+
+    Attributes:
+      norms_sq: ||W_k||_F^2.
+      dot_gradients: <W_k, G_k>.
+      equilibrium_residuals: see `theory.equilibrium_residual`; NaN where a layer has none.
+      decay_factors: the factors on lambda.
+    """
+
+    norms_sq: Float[Array, " L"]
+    dot_gradients: Float[Array, " L"]
+    equilibrium_residuals: Float[Array, " L"]
+    decay_factors: Float[Array, " L"]
+
+
+class SplitSums(NamedTuple):
+    """Holds what both passes over a split find.
+
+    Attributes:
+      means: the class means.
+      frame: the span of the centred class means.
+      scatter: the sums of the second pass.
+      correct: the number of examples of each class whose largest output is their class's.
+    """
+
+    means: collapse.ClassMeans
+    frame: collapse.Frame
+    scatter: collapse.Scatter
+    correct: Float[Array, " C"]
+
+
+class RunSums(NamedTuple):
+    """Holds what the passes over the examples find of one run; `metrics` makes numbers of it.
+
+    Attributes:
+      splits: of train and test, along a leading axis.
+      head: W_L.
+      frame_head: its row space.
+      head_gradient: the gradient of the fit term with respect to W_L.
+      head_decay: lambda of W_L.
+      residual_dot_logit: the mean of <r, f - b> over training examples.
+      loss, fit_loss: of train and test, with and without weight decay.
+      layers: what is measured of the layers.
+      residual_dot_target: mean<r, y - b> over training examples.
+      other_penalty: lambda/2 times the squared norm of what is decayed and no layer's weights.
+      finite: whether all parameters are.
+    """
+
+    splits: SplitSums
+    head: Float[Array, "C p"]
+    frame_head: collapse.Frame
+    head_gradient: Float[Array, "C p"]
+    head_decay: Float[Array, ""]
+    residual_dot_logit: Float[Array, ""]
+    loss: Float[Array, "2"]
+    fit_loss: Float[Array, "2"]
+    layers: LayerSums
+    residual_dot_target: Float[Array, ""]
+    other_penalty: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def collect(
     variables: dict,
     weight_decay: Float[Array, ""],
     data: Data,
@@ -71,10 +136,9 @@ def evaluate(
     structure: Structure,
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
-    is_balanced: bool = True,
     share: Share = Share(),  # noqa: B008
-) -> dict[str, Array]:
-    """Measures one run on both splits; each split uses its own class means.
+) -> RunSums:
+    """Passes twice over both splits; each split uses its own class means.
 
     Args:
       variables: the variables of the flax model: `params`, and `batch_stats` with batch
@@ -85,18 +149,8 @@ def evaluate(
       structure: the layers of the network.
       decayed: the factor on lambda of every leaf, see `layers.decay_factors`.
       objective: the loss and its targets.
-      is_balanced: whether all classes have the same number of training examples.
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
-
-    Returns:
-      The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
-      test, (L,) over layers in forward order, (C,) or (2, C) by class, or (C, C):
-      `class_mean_cosine` and `class_mean_logits` (W mu_c in row c) of the training split. If
-      parameters or training loss are not finite, all but `finite` are NaN. With batch
-      normalization, three have no meaning and are NaN: `equilibrium_residual` of all layers but the
-      head, `lemma2_residual` and `normalized_margin`. If classes are of different sizes, metrics
-      that need equal ones are NaN.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -119,13 +173,13 @@ def evaluate(
         )
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
 
-        def split_statistics(
+        def sums_of_split(
             split: Split,
             first: _FirstPass,
             means: collapse.ClassMeans,
             frame: collapse.Frame,
             held: tuple,
-        ) -> Statistics:
+        ) -> SplitSums:
             reach = collapse.certificate_of_split(means, frame)
 
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
@@ -137,82 +191,140 @@ def evaluate(
                 ), ()
 
             scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            return statistics_of_passes(means, frame, frame_head, scatter, head, first.correct)
+            return SplitSums(means, frame, scatter, first.correct)
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
-        train = dataclasses.replace(
-            split_statistics(data.train, train_sums, train_means, frame_train, train_held),
-            residual_dot_logit=train_sums.residual_dot_logit / train_sums.classes.examples.sum(),
-            fit_gradient=gradients["head"]["kernel"].T,
-            weight_decay=weight_decay * decayed["head"]["kernel"],
-        )
-        test = split_statistics(data.test, test_sums, test_means, frame_test, test_held)
+        examples = train_sums.classes.examples.sum()
+        train = sums_of_split(data.train, train_sums, train_means, frame_train, train_held)
+        test = sums_of_split(data.test, test_sums, test_means, frame_test, test_held)
         fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
         penalty = decay_penalty(params, decayed, weight_decay)
-        loss = jnp.stack([fit + penalty for fit in fits])
-        with jax.enable_x64(True):
-            quantities = Quantities(train)
-            metrics = _by_split(quantities, Quantities(test))
-            metrics |= {"loss": loss, "fit_loss": jnp.stack(fits)}
-            metrics |= _of_network(
-                params, gradients, quantities, train_sums, loss[0], weight_decay, structure, decayed
-            )
-        if objective.loss != "square":  # the identity holds only for the square loss
-            metrics["lemma2_residual"] = jnp.full((), jnp.nan)
-        if not is_balanced:
-            metrics |= {
-                name: jnp.full((), jnp.nan)
-                for name, metric in VOCABULARY.items()
-                if metric.of_equal_classes
-            }
-        return _masked(metrics, params, loss[0], head.dtype)
+        others = _without(decayed, [layer.path for layer in structure.layers])
+        return RunSums(
+            splits=jax.tree.map(lambda *fields: jnp.stack(fields), train, test),
+            head=head,
+            frame_head=frame_head,
+            head_gradient=gradients["head"]["kernel"].T,
+            head_decay=weight_decay * decayed["head"]["kernel"],
+            residual_dot_logit=train_sums.residual_dot_logit / examples,
+            loss=jnp.stack([fit + penalty for fit in fits]),
+            fit_loss=jnp.stack(fits),
+            layers=_layer_sums(params, gradients, weight_decay, structure, decayed),
+            # <r, y - b> = ||r||^2 + <r, f - b>
+            residual_dot_target=(2 * train_sums.fit + train_sums.residual_dot_logit) / examples,
+            other_penalty=decay_penalty(params, others, weight_decay),
+            finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all(),
+        )
 
 
-def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
+def metrics(
+    run: RunSums,
+    weight_decay: Float[Array, ""],
+    *,
+    structure: Structure,
+    objective: Objective = Objective(),  # noqa: B008 (immutable)
+    is_balanced: bool = True,
+) -> dict[str, Array]:
+    """Computes all metrics of one run.
+
+    Args:
+      run: what `collect` found.
+      weight_decay, structure, objective: as in `collect`.
+      is_balanced: whether all classes have the same number of training examples.
+
+    Returns:
+      The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
+      test, (L,) over layers in forward order, (C,) or (2, C) by class, or (C, C):
+      `class_mean_cosine` and `class_mean_logits` (W mu_c in row c) of the training split. If
+      parameters or training loss are not finite, all but `finite` are NaN. With batch
+      normalization, three have no meaning and are NaN: `equilibrium_residual` of all layers but the
+      head, `lemma2_residual` and `normalized_margin`. If classes are of different sizes, metrics
+      that need equal ones are NaN.
+    """
+    dtype = run.loss.dtype
+    with jax.default_matmul_precision("highest"), jax.enable_x64(True):
+        train = dataclasses.replace(
+            _statistics(run, jax.tree.map(lambda field: field[0], run.splits)),
+            residual_dot_logit=run.residual_dot_logit,
+            fit_gradient=run.head_gradient,
+            weight_decay=run.head_decay,
+        )
+        quantities = Quantities(train)
+        values = _by_split(run, quantities) | {"loss": run.loss, "fit_loss": run.fit_loss}
+        values |= _of_network(run, quantities, weight_decay, structure)
+    if objective.loss != "square":  # the identity holds only for the square loss
+        values["lemma2_residual"] = jnp.full((), jnp.nan)
+    if not is_balanced:
+        values |= {
+            name: jnp.full((), jnp.nan)
+            for name, metric in VOCABULARY.items()
+            if metric.of_equal_classes
+        }
+    finite = run.finite & jnp.isfinite(run.loss[0])
+    values = {
+        name: jnp.where(finite, value.astype(dtype), jnp.nan) for name, value in values.items()
+    }
+    return values | {"finite": finite.astype(dtype)}
+
+
+def _layer_sums(
+    params: dict, gradients: dict, weight_decay: Array, structure: Structure, decayed: dict
+) -> LayerSums:
+    kernels, slopes, factors = (
+        [layer.of(tree) for layer in structure.layers] for tree in (params, gradients, decayed)
+    )
+    residuals = [
+        theory.equilibrium_residual(kernel, slope, weight_decay * factor)
+        if has_equilibrium
+        else jnp.full((), jnp.nan, kernel.dtype)
+        for kernel, slope, factor, has_equilibrium in zip(
+            kernels, slopes, factors, structure.equilibria(), strict=True
+        )
+    ]
+    return LayerSums(
+        norms_sq=jnp.stack([jnp.sum(kernel**2) for kernel in kernels]),
+        dot_gradients=jnp.stack([jnp.sum(w * g) for w, g in zip(kernels, slopes, strict=True)]),
+        equilibrium_residuals=jnp.stack(residuals),
+        decay_factors=jnp.stack(factors),
+    )
+
+
+def _statistics(run: RunSums, split: SplitSums) -> Statistics:
+    return statistics_of_passes(
+        split.means, split.frame, run.frame_head, split.scatter, run.head, split.correct
+    )
+
+
+def _by_split(run: RunSums, train: Quantities) -> dict[str, Array]:
     """Returns the metrics of both splits, and those of the training split only.
 
     Metrics with a number for every layer are computed by `_of_network`.
     """
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
     of_training = [name for name, metric in VOCABULARY.items() if metric.dims in ((), ("label",))]
-    pairs = assemble(train, of_splits), assemble(test, of_splits)
-    return jax.tree.map(lambda *values: jnp.stack(values), *pairs) | assemble(train, of_training)
+    by_split = jax.vmap(lambda split: assemble(Quantities(_statistics(run, split)), of_splits))
+    return by_split(run.splits) | assemble(train, of_training)
 
 
 def _of_network(
-    params: dict,
-    gradients: dict,
+    run: RunSums,
     quantities: Quantities,
-    sums: _FirstPass,
-    loss: Array,
     weight_decay: Array,
     structure: Structure,
-    decayed: dict,
 ) -> dict[str, Array]:
     """Returns the metrics by layer, and the (C, C) matrices of the class means.
 
     They are NaN where the network leaves them no meaning, see `Structure`.
     """
-    layers, nan = structure.layers, jnp.full((), jnp.nan)
-    pairs = [(layer.of(params), layer.of(gradients)) for layer in layers]
-    factors = [layer.of(decayed) for layer in layers]
-    norms_sq = jnp.stack([jnp.sum(kernel**2) for kernel, _ in pairs])
-    residuals = [
-        theory.equilibrium_residual(*pair, weight_decay * factor) if has_equilibrium else nan
-        for pair, factor, has_equilibrium in zip(
-            pairs, factors, structure.equilibria(), strict=True
-        )
-    ]
-    lemma2 = margin = nan
+    lemma2 = margin = jnp.full((), jnp.nan)
+    norms_sq = run.layers.norms_sq
     if any(structure.scaling()):
-        others = _without(decayed, [layer.path for layer in layers])
         lemma2 = theory.lemma2_residual(
-            loss,
-            jnp.stack(factors) * norms_sq,
-            jnp.stack([jnp.sum(kernel * gradient) for kernel, gradient in pairs]),
-            # <r, y - b> = ||r||^2 + <r, f - b>
-            (2 * sums.fit + sums.residual_dot_logit) / sums.classes.examples.sum(),
-            decay_penalty(params, others, weight_decay),
+            run.loss[0],
+            run.layers.decay_factors * norms_sq,
+            run.layers.dot_gradients,
+            run.residual_dot_target,
+            run.other_penalty,
             weight_decay,
             structure.degrees,
         )
@@ -222,7 +334,7 @@ def _of_network(
         )
     return {
         "weight_norm_sq": norms_sq,
-        "equilibrium_residual": jnp.stack(residuals),
+        "equilibrium_residual": run.layers.equilibrium_residuals,
         "lemma2_residual": lemma2,
         "normalized_margin": margin,
         "class_mean_cosine": collapse.cosines(quantities.centred),
@@ -294,13 +406,3 @@ def _without(decayed: dict, paths: list[tuple[str, ...]]) -> dict:
     """Returns `decayed` as if some leaves were not."""
     flat = by_path(decayed)
     return nest(flat | dict.fromkeys(paths, False))
-
-
-def _masked(metrics: dict[str, Array], params: dict, loss: Array, dtype) -> dict[str, Array]:
-    finite = jnp.isfinite(loss)
-    for leaf in jax.tree.leaves(params):
-        finite &= jnp.isfinite(leaf).all()
-    masked = {
-        name: jnp.where(finite, value.astype(dtype), jnp.nan) for name, value in metrics.items()
-    }
-    return masked | {"finite": finite.astype(dtype)}

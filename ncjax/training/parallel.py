@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from ncjax.errors import InputError, last_line
 
 T = TypeVar("T")
+# Of arrays that are worked on together, 1 MiB in float64.
+_CACHED_NUMBERS = 2**17
 RUN, DATA = "run", "data"
 
 
@@ -192,6 +194,17 @@ def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[i
     if convolves:
         return 1, 1
     return next((g for g in (2, 3, 4) if runs_per_device % g == 0), runs_per_device), 1
+
+
+def side_by_side(runs_per_device: int, numbers: int, platform: str) -> int:
+    """Returns how many runs, of so many numbers each, one device does arithmetic on at once.
+
+    On a CPU they stay in a core's cache.
+    """
+    if platform != "cpu":
+        return runs_per_device
+    most = max(1, _CACHED_NUMBERS // numbers)
+    return max(g for g in range(1, runs_per_device + 1) if runs_per_device % g == 0 and g <= most)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, Key
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
 from ncjax.metrics import closed_forms
-from ncjax.training import layers, models, optim, parallel
+from ncjax.training import evaluate, layers, models, optim, parallel
 from ncjax.training.augment import augment
-from ncjax.training.evaluate import Data, Split, evaluate
+from ncjax.training.evaluate import Data, RunSums, Split
 from ncjax.training.objective import Objective
 from ncjax.training.parallel import DATA, RUN, Share
 
@@ -207,20 +207,44 @@ def measure(
     hyper: Hyper,
     data: Data,
     recipe: Recipe,
+    platform: str,
     share: Share = Share(),  # noqa: B008 (immutable)
 ) -> dict[str, Array]:
-    """Evaluates one run at the lambda whose critical points its optimizer seeks."""
-    return evaluate(
-        variables,
-        recipe.effective_decay(hyper.weight_decay, hyper.momentum),
-        data,
-        model=recipe.model,
-        structure=recipe.structure,
-        decayed=recipe.decayed(variables["params"], hyper),
-        objective=recipe.objective,
-        is_balanced=recipe.is_balanced,
-        share=share,
-    )
+    """Measures stacked runs, each at the lambda whose critical points its optimizer seeks.
+
+    The passes over examples take few runs at a time. The arithmetic on what they leave is many
+    small steps, which cost the same for many runs as for one.
+
+    Returns:
+      The metrics of `evaluate.metrics`, each with a leading run axis.
+    """
+
+    def collect(variables: dict, hyper: Hyper) -> RunSums:
+        return evaluate.collect(
+            variables,
+            recipe.effective_decay(hyper.weight_decay, hyper.momentum),
+            data,
+            model=recipe.model,
+            structure=recipe.structure,
+            decayed=recipe.decayed(variables["params"], hyper),
+            objective=recipe.objective,
+            share=share,
+        )
+
+    def metrics(sums: RunSums, hyper: Hyper) -> dict[str, Array]:
+        return evaluate.metrics(
+            sums,
+            recipe.effective_decay(hyper.weight_decay, hyper.momentum),
+            structure=recipe.structure,
+            objective=recipe.objective,
+            is_balanced=recipe.is_balanced,
+        )
+
+    runs = len(hyper.weight_decay)
+    _, group = parallel.group_sizes(runs, platform, recipe.structure.has_convolutions)
+    sums = _in_groups(collect, group, variables, hyper)
+    group = parallel.side_by_side(runs, sums.head[0].size, platform)
+    return _in_groups(metrics, group, sums, hyper)
 
 
 class Advance:
@@ -249,7 +273,7 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
       advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys`
       and `hyper` are stacked over runs and sharded over the mesh; `states` is donated. `n_epochs`
       and `measured` are traced, so chunks of any length share one trace. Metrics are those of
-      `evaluate`, each with a leading run axis; NaN if not measured.
+      `evaluate.metrics`, each with a leading run axis; NaN if not measured.
     """
     share = Share(mesh.shape[DATA])
     model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
@@ -262,16 +286,12 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 
             return lax.fori_loop(0, n_epochs, epoch, state)
 
-        def measure_run(variables: dict, hyper: Hyper) -> dict[str, Array]:
-            return measure(variables, hyper, data, recipe, share)
-
-        train_group, measure_group = parallel.group_sizes(
-            len(keys), mesh.devices.flat[0].platform, recipe.structure.has_convolutions
-        )
-        states = _in_groups(train_run, train_group, states, keys, hyper)
+        platform = mesh.devices.flat[0].platform
+        group, _ = parallel.group_sizes(len(keys), platform, recipe.structure.has_convolutions)
+        states = _in_groups(train_run, group, states, keys, hyper)
 
         def measure_all(variables: dict) -> dict[str, Array]:
-            return _in_groups(measure_run, measure_group, variables, hyper)
+            return measure(variables, hyper, data, recipe, platform, share)
 
         def skip(variables: dict) -> dict[str, Array]:
             return jax.tree.map(
@@ -301,6 +321,8 @@ def _in_groups(f: Callable, group: int, *runs):
     """
     if group == 1:
         return lax.map(lambda run: f(*run), runs)
+    if group == len(jax.tree.leaves(runs)[0]):
+        return jax.vmap(f)(*runs)
     grouped = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), runs)
     outputs = lax.map(lambda side_by_side: jax.vmap(f)(*side_by_side), grouped)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)

@@ -25,7 +25,7 @@ DRY = (*SMALL, "--dry-run")
 @pytest.fixture
 def quickly(monkeypatch):
     """Without what measures: most of a program."""
-    monkeypatch.setattr(program, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(program, "measure", lambda *_, **__: {})
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys, quickly):

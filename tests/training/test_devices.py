@@ -31,3 +31,11 @@ def test_a_cpu_trains_in_small_equal_groups_and_measures_singly(runs, group):
 def test_an_accelerator_takes_all_runs_at_once():
     for convolves in (False, True):
         assert parallel.group_sizes(9, "gpu", convolves) == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("runs", "numbers", "platform", "together"),
+    [(9, 1280, "cpu", 9), (12, 51200, "cpu", 2), (7, 51200, "cpu", 1), (12, 51200, "gpu", 12)],
+)
+def test_arithmetic_is_done_on_as_many_runs_as_a_cache_holds(runs, numbers, platform, together):
+    assert parallel.side_by_side(runs, numbers, platform) == together

@@ -195,7 +195,7 @@ def compiled(head_bias, objective, dtype, rows, held, image):
     structure = layers.find(model, image, head_bias, np.dtype(dtype).name)
 
     def measure(params, weight_decay, data):
-        return evaluate.evaluate(
+        collected = evaluate.collect(
             {"params": params},
             weight_decay,
             data,
@@ -204,6 +204,7 @@ def compiled(head_bias, objective, dtype, rows, held, image):
             decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
             objective=objective,
         )
+        return evaluate.metrics(collected, weight_decay, structure=structure, objective=objective)
 
     return jax.jit(measure)
 

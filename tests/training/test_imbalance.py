@@ -30,9 +30,11 @@ def measured():
     recipe, _, data, (states, _, hyper) = setup(dtype=np.float64)
     data = unequal(data)
     recipe = recipe._replace(train_size=37, is_balanced=False)
-    one = jax.tree.map(lambda a: a[3], (states.variables, hyper))
+    stacked = jax.tree.map(lambda a: a[3:4], (states.variables, hyper))
+    one = jax.tree.map(lambda a: a[0], stacked)
     with jax.enable_x64(True):
-        values = jax.jit(lambda v, h: program.measure(v, h, data, recipe))(*one)
+        measure = jax.jit(lambda v, h: program.measure(v, h, data, recipe, "cpu"))
+        values = jax.tree.map(lambda a: a[0], measure(*stacked))
         features, outputs = {}, {}
         for name in ("train", "test"):
             x = data.normalize(getattr(data, name).images)

@@ -51,7 +51,7 @@ def make_config(network="tests.networks:Own", **fields):
 def trained_only(folder, epochs=1, **fields):
     """A sweep that has been trained and not measured, which is most of the program."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "evaluate", lambda *_, **__: {})
+        patch.setattr(program, "measure", lambda *_, **__: {})
         sweep = loop.Sweep(plan.prepare(make_config(**fields), folder))
         sweep.advance(epochs, measured=False)
     return jax.device_get(sweep.states)
