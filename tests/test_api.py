@@ -8,7 +8,6 @@ import pytest
 import xarray as xr
 
 import ncjax
-from docs import reference
 from ncjax import api, config, errors
 from ncjax.data import dataset
 from ncjax.features import measure, result

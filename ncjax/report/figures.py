@@ -91,10 +91,11 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = [np.where(np.eye(len(names)), np.nan, run[COSINES].squeeze("seed")) for run in shown]
     reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
-    size = panels.figure_size(panels.WIDTH * len(off) + 0.9, panels.WIDTH)
+    rows, columns = (len(off), 1) if panels.is_narrow() else (1, len(off))
+    size = panels.figure_size(panels.WIDTH * columns + 0.9, panels.WIDTH * rows)
     figure = Figure(figsize=size, dpi=panels.DPI, layout="constrained")
     figure.suptitle(setting_title(history), size=panels.SIZE)
-    all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, run, matrix in zip(all_axes, shown, off, strict=True):
         axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
         title = (

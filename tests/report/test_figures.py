@@ -297,7 +297,7 @@ def test_a_figure_is_as_wide_as_it_is_asked_to_be(width, points, columns, tmp_pa
     lefts = {round(axes.get_position().x0, 3) for axes in figure.axes}
     assert len(lefts) == columns
     assert figure.get_figheight() < 11
-    assert panels._page_width.get() is None
+    assert panels._page.get() == panels._Page()
 
 
 def test_figures_that_a_run_does_not_have_are_refused(tmp_path, capsys):
