@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tests.helpers import ROOT
 
-_BLOCK = re.compile(r"^```python\n(?P<python>.*?)^```$|^    (?P<command>ncjax .*?[^\\])$", re.M | re.S)
+_BLOCK = re.compile(
+    r"^```python\n(?P<python>.*?)^```$|^    (?P<command>ncjax .*?[^\\])$", re.M | re.S
+)
 
 
 def run(page: Path, folder: Path, flags: list[str]) -> int:

@@ -319,8 +319,8 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
         style = draw.Style(
-        arguments.only, arguments.format or "png", arguments.width, arguments.style or ""
-    )
+            arguments.only, arguments.format or "png", arguments.width, arguments.style or ""
+        )
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -46,7 +46,7 @@ class Style(NamedTuple):
 
 
 STYLE = Style()
-_TEXT_AS_TEXT = {"pdf.fonttype": 42, "svg.fonttype": "none"}
+_TEXT_AS_TEXT: Any = {"pdf.fonttype": 42, "svg.fonttype": "none"}
 
 
 # If weight decay spans 300 decades, the ends of curves and axes overflow float64.

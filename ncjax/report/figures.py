@@ -30,9 +30,9 @@ _PREDICTED = (
 )
 PANELS = (
     panels.NC1,
-    Panel("NC2: equal norms (solid: means, dotted: head)", "std / mean over classes", _NORMS),
+    Panel("NC2: equal norms of means (dotted: head)", "std / mean over classes", _NORMS),
     Panel(
-        "NC2: equal angles (solid: means, dotted: head)",
+        "NC2: equal angles of means (dotted: head)",
         r"mean of $|\cos+1/(C-1)|$",
         _ANGLES,
         "predicted_equiangular_head",
@@ -44,7 +44,7 @@ PANELS = (
         "nc3_floor",
     ),
     Panel("NC4: nearest class mean", "share that disagrees", ("nc4",)),
-    Panel("Error (solid: train, dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
+    Panel("Error in training (dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
 )
 
 

@@ -35,9 +35,12 @@ _LOW = 1.4  # the height of panels that stand below one another in a narrow colu
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 90  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
-_MOST_LABELS = 7  # of a y axis with a place for 0
+_MOST_LABELS = 8  # of a y axis with a place for 0
+_NARROW = 3  # values within this factor are labelled as on a linear axis
 _LABEL_HEIGHT = 0.75  # inches that a label has beside a low panel
-_LEAST_SHOWN = 0.01  # of the least value measured: what is predicted below that does not stretch axes
+_LEAST_SHOWN = (
+    0.01  # of the least value measured: what is predicted below that does not stretch axes
+)
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -68,7 +71,8 @@ class _Page(NamedTuple):
     look: Look = Look()
 
 
-_page: ContextVar[_Page] = ContextVar("page", default=_Page())
+_PAGE = _Page()
+_page: ContextVar[_Page] = ContextVar("page", default=_PAGE)
 
 
 class Panel(NamedTuple):
@@ -403,14 +407,16 @@ def restyle(figure: "Figure") -> "Figure":
     look = _page.get().look
     if look == Look():
         return figure
-    sizes = {SIZE: look.size, SMALL: look.small}
+    sizes: dict[Any, float] = {SIZE: look.size, SMALL: look.small}
     for text in figure.findobj(Text):
         text.set_fontsize(sizes.get(text.get_fontsize(), text.get_fontsize()))
     for line in figure.findobj(Line2D):
         line.set_linewidth(line.get_linewidth() * look.line)
         line.set_markersize(line.get_markersize() * look.line)
     for collection in figure.findobj(Collection):
-        collection.set_linewidth(np.asarray(collection.get_linewidth()) * look.line)
+        collection.set_linewidth(
+            [width * look.line for width in np.ravel(collection.get_linewidth())]
+        )
     # Ticks are made anew when a figure is drawn.
     for axes in figure.axes:
         axes.tick_params(which="both", labelsize=look.small)
@@ -477,10 +483,12 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     if positive.size and finite.min() < least:
         decade = 10.0 ** np.floor(np.log10(least))
         axes.set_yscale("symlog", linthresh=decade, linscale=0.7, subs=list(range(2, 10)))
-        axes.yaxis.get_major_locator().set_params(numticks=_MOST_LABELS)
+        labels = 5 if is_narrow() else _MOST_LABELS
+        locator: Any = axes.yaxis.get_major_locator()
+        locator.set_params(numticks=labels)
     elif positive.size:
         axes.set_yscale("log")
-        _label_plainly(axes)
+        _label_plainly(axes, positive)
     elif finite.size and not finite.any():
         # Nothing but zeros has no scale.
         axes.set_yticks([0.0])
@@ -489,20 +497,28 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     axes.set_ylim(*_limits(axes.yaxis, values))
 
 
-def _label_plainly(axes: "Axes") -> None:
-    """Labels the ticks that a log axis labels as decimals, 0.06, where these are short."""
-    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation
+def _label_plainly(axes: "Axes", positive: np.ndarray) -> None:
+    """Labels a log axis with decimals, as in 0.06, where these are short."""
+    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
 
+    if positive.max() < _NARROW * positive.min():
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
+        return
     for which in ("major", "minor"):
         usual = LogFormatterSciNotation(labelOnlyBase=which == "major")
         usual.set_axis(axes.yaxis)
 
         def label(value: float, place: Any, usual: Any = usual) -> str:
             usual.set_locs(axes.yaxis.get_minorticklocs())
-            text = usual(value, place)
-            return f"{value:g}" if text and 1e-3 <= value < 1e4 else text
+            return _decimal(value) if usual(value, place) else ""
 
         getattr(axes.yaxis, f"set_{which}_formatter")(FuncFormatter(label))
+
+
+def _decimal(value: float) -> str:
+    return f"{value:g}" if 1e-3 <= value < 1e4 else number(value)
 
 
 def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:

@@ -270,7 +270,8 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
     # Ten panels below one another are longer than a page.
     sides = sides[:1] if panels.is_narrow() else sides
     pairs = [(row, side) for row in (*_BOUNDED, None) for side in sides]
-    figure, all_axes = panels.frame(len(pairs), "", title)
+    common = sides[0][2] if len(sides) == 1 else ""
+    figure, all_axes = panels.frame(len(pairs), common, title)
     drawn: dict[str, Any] = {}
     for axes, (row, (one, axis, label, where)) in zip(all_axes, pairs, strict=True):
         if row is None:
@@ -278,7 +279,8 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
         else:
             areas = _draw_bounded(axes, one, axis, row[1:], Panel(f"{row[0]}, {where}", "", ()))
         drawn |= {str(area.get_label()): area for area in areas}
-        axes.set_xlabel(label if len(sides) == 1 or row is None else "", size=panels.SIZE)
+        if row is None:
+            axes.set_xlabel(label, size=panels.SIZE)
     remark = "bounds hold at any weights, no equilibrium assumed (docs/theory.md); training split, "
     panels.legend(figure, list(drawn.values()), remark + panels.caption_of([history]))
     return figure
@@ -366,7 +368,9 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
         for style, words in looks
     ]
     points = [Line2D([], [], label="measured mode", **_MODE_LOOKS[0])]
-    if any((one["mode_eigenvalues"].isel(epoch=-1) < DEAD).any() for one in map(_decayed, settings)):
+    if any(
+        (one["mode_eigenvalues"].isel(epoch=-1) < DEAD).any() for one in map(_decayed, settings)
+    ):
         points.append(Line2D([], [], label=f"dead mode, below {DEAD}", **_MODE_LOOKS[1]))
     law_words = "; ".join(dict.fromkeys(sources))
     remark = f"all modes of all runs, {panels.caption_of(settings).removeprefix('means over ')}"

@@ -58,11 +58,10 @@ def test_every_address_of_the_site_is_in_it(site, pages):
                 outside.add(tag)
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if not target.is_file() or not target.is_relative_to(site.resolve()):
+            known = pages[target].ids if target in pages else {unquote(parts.fragment)}
+            is_inside = target.is_file() and target.is_relative_to(site.resolve())
+            if not is_inside or unquote(parts.fragment) not in known:
                 missing.append((path.name, address))
-            elif target in pages and parts.fragment:
-                if unquote(parts.fragment) not in pages[target].ids:
-                    missing.append((path.name, address))
     assert missing == []
     # Whoever follows a link may leave; a page loads nothing from elsewhere.
     assert outside <= {"a"}
