@@ -2,6 +2,7 @@
 # make test    install, then lint, types, layers of imports and tests
 # make suite   install, then tests alone
 # make slow    install, then the checks that take minutes
+# make docs    install what that takes, too, then build the site, build/docs/index.html
 # make tables  install, then compare every table of the documents with the histories it is from
 # PYTHON=python3.13 chooses the interpreter; each has an environment of its own.
 
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 # A file per process at a time: fixtures that train are shared within a file.
 PYTEST := $(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test suite slow tables lock
+.PHONY: demo test suite slow tables docs lock
 
 demo: $(INSTALLED)
 	$(BIN)/ncjax train --config=digits --workdir=runs/digits
@@ -33,6 +34,13 @@ slow: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python -m experiments.tables
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs . build/docs
+
+$(VENV)/.docs: $(INSTALLED) requirements-docs.lock
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.lock
+	touch $@
+
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
@@ -40,6 +48,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	touch $@
 
 # Universal: one file for every Python from 3.11 on, by environment markers. Needs uv.
+LOCK := uv pip compile --universal --python-version 3.11 --no-header --no-annotate --quiet
 lock:
-	uv pip compile --universal --python-version 3.11 --extra dev --no-header --no-annotate \
-		--quiet --output-file requirements.lock pyproject.toml
+	$(LOCK) --extra dev --output-file requirements.lock pyproject.toml
+	$(LOCK) --extra docs --constraint requirements.lock --output-file requirements-docs.lock pyproject.toml

@@ -8,7 +8,6 @@ import pytest
 import xarray as xr
 
 import ncjax
-from docs import reference
 from ncjax import api, config, errors
 from ncjax.data import dataset
 from ncjax.features import measure, result
@@ -101,8 +100,3 @@ def test_every_public_name_has_an_example():
     functions_and_classes += [getattr(ncjax.metrics, name) for name in ncjax.metrics.__all__]
     without = [f.__name__ for f in functions_and_classes if ">>>" not in (f.__doc__ or "")]
     assert without == ["Run"]  # load_run returns it, and has the example
-
-
-def test_the_reference_is_that_of_the_docstrings():
-    """Where it is not, run `python -m docs.reference`."""
-    assert reference.PAGE.read_text() == reference.render()

@@ -11,8 +11,8 @@ from configs import digits, ufm
 from experiments import common
 from ncjax.metrics import closed_forms
 from ncjax.report import figures, panels, theory_figures
+from ncjax.storage.history import DEAD
 
-DEAD = 0.01  # an eigenvalue below this: the mode is gone
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.03)
 
 

@@ -84,6 +84,11 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
         type=inches,
         help="of the figures, as in 3.25in or 8.5cm; text keeps its size",
     )
+    parser.add_argument(
+        "--style",
+        choices=("paper", "talk"),
+        help="paper: text of 8 points, for a page; talk: text of 12 and 14 points, heavier lines",
+    )
 
 
 def inches(length: str) -> float:

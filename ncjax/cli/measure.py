@@ -206,7 +206,7 @@ def _measure_files(arguments: argparse.Namespace) -> int:
 
 def _check_style(arguments: argparse.Namespace) -> None:
     """Raises InputError for flags of figures that none would be drawn by."""
-    for name in ("only", "format", "width"):
+    for name in ("only", "format", "width", "style"):
         if arguments.figures is None and (value := getattr(arguments, name)):
             raise InputError(f"--{name}", value, "it chooses figures; name a folder by --figures")
     if "layers" in arguments.only and len(arguments.features) == 1:
@@ -318,7 +318,9 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        style = draw.Style(arguments.only, arguments.format or "png", arguments.width)
+        style = draw.Style(
+            arguments.only, arguments.format or "png", arguments.width, arguments.style or ""
+        )
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0

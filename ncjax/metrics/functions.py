@@ -111,8 +111,8 @@ def nc2_equinorm(features: ArrayLike, labels: ArrayLike, *, num_classes: int | N
 def nc2_equiangular(
     features: ArrayLike, labels: ArrayLike, *, num_classes: int | None = None
 ) -> Any:
-    """Computes NC2's equal angles: the mean over pairs of classes of |cos(mu_c - mu_G, mu_c' -
-    mu_G) + 1/(C-1)|.
+    """Computes NC2's equal angles: the mean over pairs of classes of
+    `|cos(mu_c - mu_G, mu_c' - mu_G) + 1/(C-1)|`.
 
     Its range is [0, 1 + 1/(C-1)]; 0 is the angle of a simplex equiangular tight frame (ETF) between
     every two centred class means. Arguments, result and errors are those of `nc1`; the vocabulary's

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -35,16 +35,18 @@ FIGURES = (
 
 
 class Style(NamedTuple):
-    """Says which figures are written and how: names (none: all of them), a format, and a width in
-    inches (None: that of their panels).
+    """Says which figures are written and how: names (none: all of them), a format, a width in
+    inches (None: that of their panels), and one of `panels.LOOKS`.
     """
 
     only: Sequence[str] = ()
     format: str = "png"
     width: float | None = None
+    look: str = ""
 
 
 STYLE = Style()
+_TEXT_AS_TEXT: Any = {"pdf.fonttype": 42, "svg.fonttype": "none"}
 
 
 # If weight decay spans 300 decades, the ends of curves and axes overflow float64.
@@ -159,17 +161,22 @@ def write_figures(
     drawn: "Mapping[str, Callable[[], Figure]]", folder: Path, style: Style, suffix: str = ""
 ) -> list[Path]:
     """Draws the figures of these that a style asks for, and writes them; returns their paths."""
-    with panels.page_width(style.width):
+    with panels.page(style.width, panels.LOOKS[style.look]):
         return [
-            _write(draw(), folder / f"{name}{suffix}.{style.format}")
+            _write(panels.restyle(draw()), folder / f"{name}{suffix}.{style.format}")
             for name, draw in drawn.items()
             if not style.only or name in style.only
         ]
 
 
 def _write(figure: "Figure", path: Path) -> Path:
+    import matplotlib
+
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."))
+    # Text stays text, to be searched and edited. Matplotlib takes this from its global settings
+    # alone, which are then as they were.
+    with matplotlib.rc_context(_TEXT_AS_TEXT):
+        figure.savefig(content, format=path.suffix.removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
     return path

@@ -142,7 +142,7 @@ def classes(found: "Measurement") -> "Figure":
         for label, x, y in zip(present, distances, spread, strict=True):
             axes.annotate(str(label), (x, y), (2, 2), textcoords="offset points", size=panels.SMALL)
     axes.margins(0.08)
-    title = "Classes: spread within, distance from the others"
+    title = "Classes: spread and distance"
     _words(axes, title, r"$\Vert\mu_c-\mu_G\Vert$", r"$(\mathrm{mean}\Vert h-\mu_c\Vert^2)^{1/2}$")
     return figure
 

@@ -30,9 +30,9 @@ _PREDICTED = (
 )
 PANELS = (
     panels.NC1,
-    Panel("NC2: equal norms (solid: means, dotted: head)", "std / mean over classes", _NORMS),
+    Panel("NC2: equal norms of means (dotted: head)", "std / mean over classes", _NORMS),
     Panel(
-        "NC2: equal angles (solid: means, dotted: head)",
+        "NC2: equal angles of means (dotted: head)",
         r"mean of $|\cos+1/(C-1)|$",
         _ANGLES,
         "predicted_equiangular_head",
@@ -44,7 +44,7 @@ PANELS = (
         "nc3_floor",
     ),
     Panel("NC4: nearest class mean", "share that disagrees", ("nc4",)),
-    Panel("Error (solid: train, dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
+    Panel("Error in training (dotted: test)", r"1 $-$ accuracy", ("error_train", "error_test")),
 )
 
 
@@ -91,10 +91,11 @@ def class_mean_cosines(history: xr.Dataset) -> "Figure":
     # The diagonal is 1 by definition: with it on the scale, nothing else would differ.
     off = [np.where(np.eye(len(names)), np.nan, run[COSINES].squeeze("seed")) for run in shown]
     reach = float(np.nan_to_num(np.abs(np.stack(off) - etf)).max(initial=0.01))
-    size = panels.figure_size(panels.WIDTH * len(off) + 0.9, panels.WIDTH)
+    rows, columns = (len(off), 1) if panels.is_narrow() else (1, len(off))
+    size = panels.figure_size(panels.WIDTH * columns + 0.9, panels.WIDTH * rows)
     figure = Figure(figsize=size, dpi=panels.DPI, layout="constrained")
     figure.suptitle(setting_title(history), size=panels.SIZE)
-    all_axes = list(figure.subplots(1, len(off), squeeze=False).flat)
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, run, matrix in zip(all_axes, shown, off, strict=True):
         axes.imshow(matrix, cmap="PuOr", norm=CenteredNorm(etf, reach))
         title = (

@@ -28,19 +28,51 @@ if TYPE_CHECKING:
 
 # The size of a panel in inches: two fill the text width of a two-column page.
 WIDTH, HEIGHT, DPI = 3.4, 2.1, 200
-SIZE, SMALL, _TINY = 8, 7, 6  # points
+SIZE, SMALL = 8, 7  # points: of titles and labels; of ticks, legends and captions
 _LEAST_WIDTH = 2.6  # of a panel that has another beside it
 _LEAST_HEIGHT = 2.3  # of a figure, whose colour bar has a label
 _LOW = 1.4  # the height of panels that stand below one another in a narrow column
-_page_width: ContextVar[float | None] = ContextVar("page_width", default=None)
 _MOST_IN_LEGEND = 10
 _MOST_IN_NAME = 90  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
+_MOST_LABELS = 8  # of a y axis with a place for 0
+_NARROW = 3  # values within this factor are labelled as on a linear axis
+_LABEL_HEIGHT = 0.75  # inches that a label has beside a low panel
+_LEAST_SHOWN = (
+    0.01  # of the least value measured: what is predicted below that does not stretch axes
+)
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = "osD^vP"
+_BELOW = "below the panel"  # the label of marks at its edge
+# What a caption does not break: mathematics, and what equals it.
+_WHOLE = re.compile(r"[^\s$]*\$[^$]*\$(?: = (?:\$[^$]*\$|[^\s;,]+))?|\b\w+ = [^\s;,]+")
 CLOCKS = {"epoch": "epoch", "relaxation_time": r"relaxation clock $2\lambda t$"}
+
+
+class Look(NamedTuple):
+    """Says how figures are scaled: points of `SIZE` and `SMALL` texts, and factors on the width of
+    lines and marks and on the inches of panels.
+    """
+
+    size: float = SIZE
+    small: float = SMALL
+    line: float = 1.0
+    panel: float = 1.0
+
+
+# A journal's column has one size of text; a talk is read from the last row.
+LOOKS = {"": Look(), "paper": Look(small=8), "talk": Look(14, 12, line=1.8, panel=1.6)}
+
+
+class _Page(NamedTuple):
+    width: float | None = None  # inches; None: that of the panels
+    look: Look = Look()
+
+
+_PAGE = _Page()
+_page: ContextVar[_Page] = ContextVar("page", default=_PAGE)
 
 
 class Panel(NamedTuple):
@@ -251,11 +283,24 @@ def _draw_finals(
     ]
     for final, style in zip(finals, styles, strict=True) if panel.predicted else ():
         predicted = over_seeds(final[panel.predicted])[0]
-        look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "_", "markersize": 7}
-        axes.plot(final["weight_decay"].values, predicted, color=style["color"], **look)
-        # A floor of 0 must not squeeze the measured lines, so such a line leaves the panel below.
-        drawn.append(np.maximum(predicted, 0.2 * np.nanmin(drawn[0], initial=np.inf)))
+        # A prediction of 0 must not squeeze the measured lines.
+        least = _LEAST_SHOWN * np.nanmin(drawn[0], initial=np.inf)
+        below = predicted < least
+        look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "color": style["color"]}
+        at = final["weight_decay"].values
+        axes.plot(at, np.where(below, np.nan, predicted), marker="_", markersize=7, **look)
+        if below.any():
+            _mark_below(axes, at[below], style["color"])
+        drawn.append(predicted[~below])
     return np.concatenate(drawn)
+
+
+def _mark_below(axes: "Axes", at: np.ndarray, colour: str) -> None:
+    """Marks at the lower edge of a panel where a line lies below it."""
+    look: dict[str, Any] = {"color": colour, "linestyle": "none", "marker": "v", "markersize": 4}
+    place = axes.get_xaxis_transform()
+    (marks,) = axes.plot(at, 0 * at, transform=place, clip_on=False, label=_BELOW, **look)
+    marks.set_in_layout(False)
 
 
 def against_lambda(
@@ -293,54 +338,89 @@ def against_lambda(
     caption = f"training split at epoch {last}; {caption_of(shown)}, bars: least to greatest"
     hidden = sum(int(out.sum()) for out in put_out)
     caption += f"\n{hidden} runs that weight decay has put out are not shown" if hidden else ""
+    if any(line.get_label() == _BELOW for axes in all_axes for line in axes.lines):
+        remark += "\n\N{BLACK DOWN-POINTING TRIANGLE}: dashed line below the panel"
     legend(figure, handles if len(handles) > 1 else [], "\n".join(filter(None, (caption, remark))))
     return figure, all_axes
 
 
 @contextlib.contextmanager
-def page_width(inches: float | None) -> Iterator[None]:
-    """Makes the figures that are drawn in this context as wide as that; None: as wide as they ask.
+def page(width: float | None, look: Look) -> Iterator[None]:
+    """Makes the figures that are drawn in this context as wide as that, in inches (None: as wide as
+    they ask), with room for the text of a look.
 
-    Text keeps its size. Two panels that would be too narrow stand below one another.
+    Two panels that would be too narrow stand below one another. `restyle` gives text its size.
     """
-    token = _page_width.set(inches)
+    token = _page.set(_Page(width, look))
     try:
         yield
     finally:
-        _page_width.reset(token)
+        _page.reset(token)
 
 
-def _is_narrow() -> bool:
+def is_narrow() -> bool:
     """Returns whether a page has no room for two panels side by side."""
-    page = _page_width.get()
-    return page is not None and page < 2 * _LEAST_WIDTH
+    width, look = _page.get()
+    return width is not None and width < 2 * _LEAST_WIDTH * look.panel
 
 
 def figure_size(width: float, height: float) -> tuple[float, float]:
-    """Returns the size of a figure that asks for some inches, as `page_width` changes it."""
-    page = _page_width.get()
-    return (width, height) if page is None else (page, max(height * page / width, _LEAST_HEIGHT))
+    """Returns the size of a figure that asks for some inches, as `page` changes it."""
+    given, look = _page.get()
+    if given is None:
+        return width * look.panel, height * look.panel
+    return given, max(height * given / width, _LEAST_HEIGHT * look.panel)
 
 
 def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]:
+    """Returns a figure of so many panels, which have an x axis in common where it has a label."""
     from matplotlib.figure import Figure
 
-    page = _page_width.get()
-    columns = 1 if _is_narrow() else min(2, count)
+    given, look = _page.get()
+    columns = 1 if is_narrow() else min(2, count)
     rows = -(-count // columns)
-    width = WIDTH * columns if page is None else page
+    width = WIDTH * columns * look.panel if given is None else given
     # Six panels below one another fit on a page.
-    height = _LOW if _is_narrow() and rows > 2 else HEIGHT
+    is_low = is_narrow() and rows > 2
+    height = (_LOW if is_low else HEIGHT) * look.panel
     figure = Figure(figsize=(width, height * rows + 0.6), dpi=DPI, layout="constrained")
+    title = "\n".join(_wrapped(title, width * SMALL / look.size))
     figure.suptitle(title, size=SIZE)
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for i, axes in enumerate(panels):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.5)
         axes.set_axisbelow(True)
+        is_last = i + columns >= count
         axes.tick_params(which="both", labelsize=SMALL)
-        axes.set_xlabel(x_label if i + columns >= count else "", size=SIZE)
+        axes.tick_params(axis="x", which="both", labelbottom=is_last or not (is_low and x_label))
+        axes.set_xlabel(x_label if is_last else "", size=SIZE)
     return figure, panels
+
+
+def restyle(figure: "Figure") -> "Figure":
+    """Gives the text, lines and marks of a figure the sizes of the page's look; returns it."""
+    from matplotlib.collections import Collection
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    look = _page.get().look
+    if look == Look():
+        return figure
+    sizes: dict[Any, float] = {SIZE: look.size, SMALL: look.small}
+    for text in figure.findobj(Text):
+        text.set_fontsize(sizes.get(text.get_fontsize(), text.get_fontsize()))
+    for line in figure.findobj(Line2D):
+        line.set_linewidth(line.get_linewidth() * look.line)
+        line.set_markersize(line.get_markersize() * look.line)
+    for collection in figure.findobj(Collection):
+        collection.set_linewidth(
+            [width * look.line for width in np.ravel(collection.get_linewidth())]
+        )
+    # Ticks are made anew when a figure is drawn.
+    for axes in figure.axes:
+        axes.tick_params(which="both", labelsize=look.small)
+    return figure
 
 
 def scale_x(axes: "Axes", values: np.ndarray, broken: bool = False) -> None:
@@ -390,19 +470,55 @@ def finish(axes: "Axes", panel: Panel, values: np.ndarray) -> None:
     The axis is linear if no value is positive.
     """
     axes.set_title(panel.title, size=SIZE)
-    # Panels that stand below one another are lower than some labels at full size.
-    axes.set_ylabel(panel.label, size=_TINY if _is_narrow() else SIZE)
+    label = panel.label
+    if is_narrow():  # and low: lower than some labels are long
+        label = "\n".join(_wrapped(label.replace(r"\,/\,", r"$ $/\,"), _LABEL_HEIGHT))
+    axes.set_ylabel(label, size=SIZE)
     positive = values[(values > 0) & np.isfinite(values)]
     # Autoscaling would misplace the lines that are moved by points.
     axes.set_autoscaley_on(False)
     # Values more than twelve decades below the greatest mean nothing; they are drawn as zeros are.
     least = max(positive.min(), 1e-12 * positive.max()) if positive.size else 0.0
-    if positive.size and values[np.isfinite(values)].min() < least:
+    finite = values[np.isfinite(values)]
+    if positive.size and finite.min() < least:
         decade = 10.0 ** np.floor(np.log10(least))
         axes.set_yscale("symlog", linthresh=decade, linscale=0.7, subs=list(range(2, 10)))
+        labels = 5 if is_narrow() else _MOST_LABELS
+        locator: Any = axes.yaxis.get_major_locator()
+        locator.set_params(numticks=labels)
     elif positive.size:
         axes.set_yscale("log")
+        _label_plainly(axes, positive)
+    elif finite.size and not finite.any():
+        # Nothing but zeros has no scale.
+        axes.set_yticks([0.0])
+        axes.set_ylim(-0.05, 1.0)
+        return
     axes.set_ylim(*_limits(axes.yaxis, values))
+
+
+def _label_plainly(axes: "Axes", positive: np.ndarray) -> None:
+    """Labels a log axis with decimals, as in 0.06, where these are short."""
+    from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullLocator
+
+    if positive.max() < _NARROW * positive.min():
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
+        return
+    for which in ("major", "minor"):
+        usual = LogFormatterSciNotation(labelOnlyBase=which == "major")
+        usual.set_axis(axes.yaxis)
+
+        def label(value: float, place: Any, usual: Any = usual) -> str:
+            usual.set_locs(axes.yaxis.get_minorticklocs())
+            return _decimal(value) if usual(value, place) else ""
+
+        getattr(axes.yaxis, f"set_{which}_formatter")(FuncFormatter(label))
+
+
+def _decimal(value: float) -> str:
+    return f"{value:g}" if 1e-3 <= value < 1e4 else number(value)
 
 
 def _limits(axis: "Axis", values: np.ndarray) -> tuple[float, float]:
@@ -461,19 +577,24 @@ def caption_of(histories: Sequence[xr.Dataset]) -> str:
 
 
 def legend(figure: "Figure", handles: Sequence["Line2D"], caption: str) -> None:
-    # Mathematics takes less room than its source. The line and the gaps take seven characters.
-    lengths = [
-        len(re.sub(r"\\[a-z]+|[${}^]", "", str(handle.get_label()))) + 7 for handle in handles
-    ]
-    columns = max(1, min(len(handles), int(figure.get_figwidth() * 16 / max(lengths, default=1))))
-    caption = "\n".join(
-        part for line in caption.splitlines() for part in _wrapped(line, figure.get_figwidth())
-    )
+    """Draws a legend below a figure, with a caption above it, in lines and rows that fit."""
+    # A line and the gaps beside it take seven characters.
+    lengths = [len(_visible(str(handle.get_label()))) + 7 for handle in handles]
+    inches = figure.get_figwidth() * SMALL / _page.get().look.small
+    columns = max(1, min(len(handles), int(inches * 16 / max(lengths, default=1))))
+    rows = -(-len(handles) // columns)
+    columns = max(1, -(-len(handles) // max(rows, 1)))
+    caption = "\n".join(part for line in caption.splitlines() for part in _wrapped(line, inches))
     words: dict[str, Any] = {"fontsize": SMALL, "title": caption, "title_fontsize": SMALL}
     legend = figure.legend(
         handles=list(handles), loc="outside lower center", ncols=columns, frameon=False, **words
     )
     legend.get_title().set_multialignment("center")
+
+
+def _visible(text: str) -> str:
+    """Returns about as many characters as one sees of a text with mathematics in it."""
+    return re.sub(r"\\[,;! ]|[${}^_]", "", re.sub(r"\\[A-Za-z]+", "x", text))
 
 
 def cosine_bar(
@@ -493,12 +614,26 @@ def cosine_bar(
 
 
 def _wrapped(line: str, inches: float) -> list[str]:
-    """Breaks a line of a caption into lines that fit, without breaking mathematics."""
-    whole = re.sub(r"\$[^$]*\$", lambda formula: formula[0].replace(" ", "\0"), line)
-    return [
-        part.replace("\0", " ")
-        for part in textwrap.wrap(whole, int(19 * inches), break_long_words=False)
-    ]
+    """Breaks a line of a caption into lines of about one length that fit, but never within
+    mathematics or beside its equals sign.
+    """
+    kept: list[str] = []
+
+    def put_away(found: re.Match) -> str:
+        kept.append(found[0])
+        # It is counted as long as it looks.
+        return "\0" * max(1, len(_visible(found[0])))
+
+    line = re.sub(_WHOLE, put_away, line)
+    places = iter(kept)
+    width = int(19 * inches)
+    parts = textwrap.wrap(line, width, break_long_words=False)
+    while len(parts) > 1 and width > 1:
+        narrower = textwrap.wrap(line, width - 1, break_long_words=False)
+        if len(narrower) > len(parts):
+            break
+        parts, width = narrower, width - 1
+    return [re.sub("\0+", lambda _: next(places), part) for part in parts]
 
 
 def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[Curve]) -> None:

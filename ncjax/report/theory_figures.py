@@ -17,7 +17,7 @@ from ncjax.metrics.vocabulary import BUDGET_TERMS, GRAM_CAUSES
 from ncjax.report import panels
 from ncjax.report.figures import setting_title
 from ncjax.report.panels import Panel, number
-from ncjax.storage.history import RELAXED, imbalance_ratio
+from ncjax.storage.history import DEAD, RELAXED, imbalance_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,6 +133,9 @@ def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
             effective = float((history["effective_decay"] / history["weight_decay"]).mean())
             epsilon = law.solution(effective * weight_decay).epsilon
             all_axes[0].plot(weight_decay, epsilon, color=colour, linestyle="--", linewidth=1)
+            bottom, top = all_axes[0].get_ylim()
+            shown = epsilon[weight_decay >= history["weight_decay"].values.min()]
+            all_axes[0].set_ylim(min(bottom, 0.9 * np.nanmin(shown)), top)
     return figure
 
 
@@ -264,8 +267,11 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
     by_lambda = (final, "weight_decay", r"weight decay $\lambda$", "at the last epoch")
     # A single weight decay or epoch is no line.
     sides = [side for side in (by_lambda, by_epoch) if side[0].sizes[side[1]] > 1] or [by_epoch]
+    # Ten panels below one another are longer than a page.
+    sides = sides[:1] if panels.is_narrow() else sides
     pairs = [(row, side) for row in (*_BOUNDED, None) for side in sides]
-    figure, all_axes = panels.frame(len(pairs), "", title)
+    common = sides[0][2] if len(sides) == 1 else ""
+    figure, all_axes = panels.frame(len(pairs), common, title)
     drawn: dict[str, Any] = {}
     for axes, (row, (one, axis, label, where)) in zip(all_axes, pairs, strict=True):
         if row is None:
@@ -273,7 +279,8 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
         else:
             areas = _draw_bounded(axes, one, axis, row[1:], Panel(f"{row[0]}, {where}", "", ()))
         drawn |= {str(area.get_label()): area for area in areas}
-        axes.set_xlabel(label if len(sides) == 1 or row is None else "", size=panels.SIZE)
+        if row is None:
+            axes.set_xlabel(label, size=panels.SIZE)
     remark = "bounds hold at any weights, no equilibrium assumed (docs/theory.md); training split, "
     panels.legend(figure, list(drawn.values()), remark + panels.caption_of([history]))
     return figure
@@ -320,6 +327,12 @@ def _draw_causes(axes: "Axes", run: xr.Dataset, axis: str, title: str) -> list:
     return areas
 
 
+_MODE_LOOKS: tuple[dict[str, Any], ...] = (
+    {"marker": "o", "markersize": 2, "linestyle": "none", "color": panels.COLOURS[0]},
+    {"marker": "x", "markersize": 4, "linestyle": "none", "color": panels.COLOURS[1]},
+)
+
+
 def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
     """Draws the phase diagram: mode eigenvalues of every run at its last epoch against lambda.
 
@@ -332,15 +345,10 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
     for axes, history in zip(all_axes, settings, strict=True):
         final = _decayed(history).isel(epoch=-1).transpose("weight_decay", "seed", "mode", ...)
         decay, modes = final["effective_decay"].values, final["mode_eigenvalues"].values
-        for mode in range(modes.shape[-1]):
-            axes.plot(
-                decay.ravel(),
-                modes[..., mode].ravel(),
-                "o",
-                color=panels.COLOURS[0],
-                markersize=2,
-                alpha=0.4,
-            )
+        decays = np.broadcast_to(decay[..., None], modes.shape)
+        for is_dead in (False, True):
+            shown = (modes < DEAD) == is_dead
+            axes.plot(decays[shown], modes[shown], alpha=0.4, **_MODE_LOOKS[is_dead])
         law = fitted_law(_decayed(history))
         panels.scale_x(axes, np.append(decay, 1.2 * law.greatest if law else []))
         panels.finish(axes, Panel(setting_title(history), "eigenvalue", ()), np.array([]))
@@ -359,19 +367,15 @@ def modes_against_lambda(settings: Sequence[xr.Dataset]) -> "Figure":
         Line2D([], [], color="black", linewidth=1, linestyle=style, label=words)
         for style, words in looks
     ]
-    point = Line2D(
-        [],
-        [],
-        color=panels.COLOURS[0],
-        linestyle="none",
-        marker="o",
-        markersize=2,
-        label="measured mode",
-    )
+    points = [Line2D([], [], label="measured mode", **_MODE_LOOKS[0])]
+    if any(
+        (one["mode_eigenvalues"].isel(epoch=-1) < DEAD).any() for one in map(_decayed, settings)
+    ):
+        points.append(Line2D([], [], label=f"dead mode, below {DEAD}", **_MODE_LOOKS[1]))
     law_words = "; ".join(dict.fromkeys(sources))
     remark = f"all modes of all runs, {panels.caption_of(settings).removeprefix('means over ')}"
     remark += f"\nlaw: equilibrium, norms in balance; {law_words}" if sources else ""
-    panels.legend(figure, [point, *(handles if sources else [])], remark)
+    panels.legend(figure, [*points, *(handles if sources else [])], remark)
     return figure
 
 

@@ -88,7 +88,7 @@ class Run:
         `center` and `scale` are statistics of the run's own training split.
 
         Args:
-          images: (B, *image) as the data set has them (digits: 0 to 16, (8, 8, 1); TFDS: uint8, 0
+          images: `(B, *image)` as the data set has them (digits: 0 to 16, (8, 8, 1); TFDS: uint8, 0
             to 255).
 
         Raises:

@@ -24,6 +24,8 @@ _COSINES_DEFINITION = (
 # A run with a smaller 2 lambda t is not near equilibrium: differences of squared layer norms are
 # still more than 5% of what they were.
 RELAXED = 3.0
+# A mode with an eigenvalue below this is gone.
+DEAD = 0.01
 
 # The coordinates that every history has.
 _COORDINATES = {"weight_decay", "seed", "epoch", "split"}

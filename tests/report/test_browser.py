@@ -301,6 +301,36 @@ def test_it_fits_the_screen_in_light_and_dark(opened, width, scheme):
     assert shown.errors() == []
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_what_is_printed_fits_the_paper(opened, every):
+    shown = opened(digits=sweep())
+    if every:
+        shown.find("#every").click()
+    # Letter and A4 have 96 points an inch, less margins: 970 across, where the table stands.
+    shown.browser.set_window_size(970, 720)
+    shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert shown.js("document.documentElement.scrollWidth") <= 970
+        boxes = (
+            "[...document.querySelectorAll('.chart')].filter(c => c.querySelector('svg')).map(c =>"
+            " [c.getBoundingClientRect(), c.querySelector('svg').getBoundingClientRect()])"
+            ".map(([c, s]) => [c.left, s.left, s.right, c.right])"
+        )
+        for left, drawn_left, drawn_right, right in shown.js(boxes):
+            assert left - 1 <= drawn_left < drawn_right <= right + 1
+        cells = (
+            "[...document.querySelectorAll('#results tbody td')].filter(c => c.scrollWidth >"
+            " c.clientWidth + 1).length"
+        )
+        assert shown.js(cells) == 0
+        assert shown.js("document.querySelector('#results').className") == ("many" if every else "")
+        # The first number of the first row is under its name in either form.
+        name = shown.js("document.querySelector('#results tbody td').dataset.name")
+        assert name == "nc1, train" or every
+    finally:
+        shown.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 def test_whatever_can_be_chosen_is_reached_by_keys(opened):
     shown = opened(run=sweep(learning_rate=(0.1, 0.2)))
     unreachable = shown.js(

@@ -5,10 +5,13 @@ they are drawn from.
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.text import Text
 
 from ncjax import config as configuration
 from ncjax.cli import plot
@@ -297,7 +300,106 @@ def test_a_figure_is_as_wide_as_it_is_asked_to_be(width, points, columns, tmp_pa
     lefts = {round(axes.get_position().x0, 3) for axes in figure.axes}
     assert len(lefts) == columns
     assert figure.get_figheight() < 11
-    assert panels._page_width.get() is None
+    assert panels._page.get() == panels._Page()
+
+
+@pytest.mark.parametrize(
+    ("style", "sizes", "line"), [("paper", {8}, 1), ("talk", {12, 14}, 1.8), (None, {7, 8}, 1)]
+)
+def test_a_style_sets_the_size_of_text_and_lines(style, sizes, line, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(draw, "_write", lambda figure, path: drawn.append(figure) or path)
+    save(make_history(), tmp_path / "a")
+    only = ["--only", "collapse_against_epoch", "--width", "3.25in"]
+    flags = ["--style", style] if style else []
+    assert plot.main([str(tmp_path / "a"), *only, *flags]) == 0
+    (figure,) = drawn
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    assert {text.get_fontsize() for text in shown} == sizes
+    assert figure.axes[0].lines[0].get_linewidth() == line
+    # The same colours, whatever the style: black without weight decay.
+    assert figure.axes[0].lines[0].get_color() == "#000000"
+
+
+def test_text_is_text_in_pdf_and_svg_and_global_settings_stay(tmp_path):
+    save(make_history(), tmp_path / "a")
+    before = {name: matplotlib.rcParams[name] for name in ("pdf.fonttype", "svg.fonttype")}
+    for kind in ("pdf", "svg"):
+        flags = ["--only", "modes_against_lambda", "--format", kind, "--style", "paper"]
+        assert plot.main([str(tmp_path / "a"), *flags]) == 0
+    assert before == {name: matplotlib.rcParams[name] for name in before}
+    pdf = (tmp_path / "a" / "figures" / "modes_against_lambda.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    svg = ElementTree.parse(tmp_path / "a" / "figures" / "modes_against_lambda.svg")
+    texts = ["".join(node.itertext()) for node in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "eigenvalue" in texts
+    assert "measured mode" in texts
+
+
+@pytest.mark.parametrize("inches", np.linspace(1.5, 5, 12))
+def test_captions_do_not_break_mathematics_nor_what_it_equals(inches):
+    words = r"law, while every mode lives; $\gamma$ measured at $\lambda$ = $10^{-3}$, n = 12 runs"
+    lines = panels._wrapped(words, inches)
+    assert " ".join(lines) == words
+    assert sum(r"$\lambda$ = $10^{-3}$" in line for line in lines) == 1
+    assert sum("n = 12" in line for line in lines) == 1
+    assert max(len(panels._visible(line)) for line in lines) <= max(19 * inches, 24)
+
+
+def test_a_panel_of_zeros_has_its_line_at_the_bottom_and_no_other_label():
+    history = changed(make_history(), nc4=0.0)
+    figure = figures.collapse_against_lambda({"": history})
+    [axes] = [axes for axes in figure.axes if axes.get_title().startswith("NC4")]
+    low, high = axes.get_ylim()
+    assert (axes.get_yticks().tolist(), low < 0 <= high / 10) == ([0], True)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-9, 0.004, 0.2])
+def test_a_floor_is_within_the_panel_or_marked_at_its_edge(floor):
+    history = changed(make_history(), nc3=0.3, nc3_centered=0.3, nc3_floor=floor)
+    figure = figures.collapse_against_lambda({"": history})
+    [axes] = [axes for axes in figure.axes if axes.get_title().startswith("NC3")]
+    [dashed] = [line for line in axes.lines if line.get_linestyle() == "--"]
+    marks = [line for line in axes.lines if line.get_marker() == "v"]
+    [caption] = [legend.get_title().get_text() for legend in figure.legends]
+    if floor >= 0.003:
+        assert axes.get_ylim()[0] < floor
+        np.testing.assert_allclose(dashed.get_ydata(), floor, rtol=1e-6)
+        assert not marks
+    else:
+        assert np.isnan(dashed.get_ydata()).all()
+        assert marks[0].get_xdata().tolist() == [0, 1e-3]
+        assert 0.1 < axes.get_ylim()[0] < 0.3
+    assert bool(marks) == ("\N{BLACK DOWN-POINTING TRIANGLE}" in caption)
+
+
+def test_dead_modes_have_a_mark_of_their_own():
+    history = make_history(weight_decay=(0.0, 1e-3, 1e-2))
+    modes = history["mode_eigenvalues"].isel(epoch=-1).transpose("weight_decay", "seed", "mode")
+    modes.values[1:] = 0.5
+    for dead in (0, 1, 3):
+        modes.values[2, 0, :dead] = [0.001, -0.002, 0.0099][:dead]
+        figure = theory_figures.modes_against_lambda([history])
+        crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+        assert sum(line.get_xdata().size for line in crosses) == dead
+        assert all((line.get_xdata() == 1e-2).all() for line in crosses)
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert len(labels) - len({label for label in labels if "dead" not in label}) == (dead > 0)
+
+
+def test_values_that_are_close_have_few_plain_labels():
+    history = changed(make_history(weight_decay=(1e-3,)), nc1=0.0224)
+    history["nc1"][{"seed": 0}] = 0.0231
+    figure = figures.collapse_against_lambda({"": history})
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    labels = [text.get_text() for text in axes.get_yticklabels(which="both")]
+    assert 1 < len(list(filter(None, labels))) <= 6
+    assert all(float(label) for label in labels if label)
 
 
 def test_figures_that_a_run_does_not_have_are_refused(tmp_path, capsys):

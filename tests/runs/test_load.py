@@ -195,7 +195,7 @@ def test_the_examples_of_the_documentation_run_and_find_what_the_history_says(
 ):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
-    texts = [(ROOT / name).read_text() for name in ("docs/library.md", "README.md")]
+    texts = [(ROOT / name).read_text() for name in ("docs/library.md", "docs/workdir.md")]
     examples = [
         e
         for text in texts

@@ -270,6 +270,8 @@
     if (!charts.has(holder)) {
       const chart = echarts.init(holder, null, {renderer: "svg"});
       new ResizeObserver(() => chart.resize()).observe(holder);
+      // On paper a chart is as wide as its column there, whatever its width on the screen.
+      chart.on("rendered", () => holder.querySelector("svg").setAttribute("viewBox", `0 0 ${chart.getWidth()} ${chart.getHeight()}`));
       charts.set(holder, chart);
     }
     return charts.get(holder);
@@ -678,6 +680,9 @@
         ...keys.map((name) => keyCell(source, runs[0], name)),
         ...shown.map((column) => numberCell(source, runs, column))));
     });
+    // Where columns do not fit on paper, a row is printed as a list of numbers with their names.
+    for (const row of rows) [...row.cells].forEach((cell, i) => { cell.dataset.name = head.cells[i].textContent; });
+    byId("results").classList.toggle("many", head.cells.length > 16);
     byId("results").tHead.replaceChildren(head);
     byId("results").tBodies[0].replaceChildren(...rows);
     byId("results-note").textContent = `${sources.map((source) => `${several ? `${source.name}: ` : ""}epoch ${source.epochs[source.epoch]}`).join("; ")}. Rows are the runs that the grid has chosen.`;
