@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURES = ("nc1", "etf_error", "nc3")
 VARIABLES = (*MEASURES, "accuracy", "finite", "relaxation_time", "flow_time")
 # Values of 2 lambda t at which curves are compared; those that a curve does not reach, it is not.
-POINTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+POINTS = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
 # The three lambdas of a data set: the middle one's curve is predicted from the outer two.
 DECAYS = {
     "digits": (3e-4, 1e-3, 3e-3),
@@ -42,14 +42,14 @@ def _config(name: str, decays: Sequence[float]) -> Config:
     match name:
         case "digits":
             config = common.changed(
-                digits.get_config(), train__epochs=300, sweep__momentum=(0.0, 0.7, 0.9)
+                digits.get_config(), train__epochs=150, sweep__momentum=(0.0, 0.7, 0.9)
             )
         case "MNIST":
             config = common.changed(
                 mnist.get_config(),
                 data__per_class=100,
-                model__widths=(256, 256, 256),
-                train__epochs=100,
+                model__widths=(128, 128, 128),
+                train__epochs=60,
                 sweep__momentum=(0.0, 0.9),
             )
         case _:
@@ -58,7 +58,7 @@ def _config(name: str, decays: Sequence[float]) -> Config:
                 units="ours",
                 data__per_class=100,
                 model__widths=(16, 32, 64, 128),
-                train__epochs=100,
+                train__epochs=60,
                 sweep__momentum=0.9,
             )
     return common.changed(
@@ -91,7 +91,7 @@ def histories(train: bool) -> dict[str, dict[str, xr.Dataset]]:
 
 
 def at_clock(
-    history: xr.Dataset, measure: str, points: Sequence[float], clock: str = "relaxation_time"
+    history: xr.Dataset, measure: str, points: np.ndarray, clock: str = "relaxation_time"
 ) -> xr.DataArray:
     """Returns log of a measure of every run at values of a clock.
 
@@ -111,11 +111,11 @@ def at_clock(
         output_core_dims=[["point"]],
         vectorize=True,
     )
-    return logs.assign_coords(point=list(points))
+    return logs.assign_coords(point=points)
 
 
 def predict(
-    outer: xr.Dataset, decay: float, measure: str, points: Sequence[float], clock: str
+    outer: xr.Dataset, decay: float, measure: str, points: np.ndarray, clock: str
 ) -> xr.DataArray:
     """Returns log of a measure at a lambda, predicted from the runs of two others.
 
@@ -159,7 +159,7 @@ def _together(
         chance = runs.std("seed", ddof=1) * 2 / np.sqrt(np.pi * runs.sizes["seed"])
         rows.append((measure, "two sets of seeds", *(_mean_ratio(one) for one in _columns(chance))))
         # The flow time that the middle lambda's clock has at a point, for every lambda.
-        times = [point / (2 * DECAYS[name][1]) for point in POINTS]
+        times = POINTS / (2 * DECAYS[name][1])
         at_equal_t = _logs(parts, measure, "flow_time", times).mean("seed")
         rows.append(
             (measure, "lambda, at equal t instead", *_apart(_ranges(at_equal_t, ["weight_decay"])))
@@ -169,7 +169,7 @@ def _together(
 
 
 def _logs(
-    parts: Mapping[str, xr.Dataset], measure: str, clock: str, points: Sequence[float]
+    parts: Mapping[str, xr.Dataset], measure: str, clock: str, points: np.ndarray
 ) -> xr.DataArray:
     """Returns log of a measure at all three lambdas."""
     return xr.concat(
