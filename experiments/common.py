@@ -84,7 +84,7 @@ def record(
     """
     measured = api.train(config, REPO / "runs" / "experiments" / variant, vary=vary)
     kept = (measured if every_epoch else measured.isel(epoch=[-1])).drop_vars(history.COSINES)
-    kept = kept[list(variables)] if variables else kept
+    kept = kept[list(variables)].assign_coords(kept.coords) if variables else kept
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
     if not path.exists() or not history.read(path).equals(kept):
