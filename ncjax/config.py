@@ -324,6 +324,12 @@ class LogConfig(_Section):
     epochs: tuple[int, ...] = _each(
         (), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True
     )
+    layers: bool = _described(
+        False,
+        "measure collapse after every layer, and the ranks and balance of all weights",
+        "must be True or False",
+        lambda v: isinstance(v, bool),
+    )
 
 
 @dataclass
@@ -376,7 +382,7 @@ class Config(_Section):
         and seed.
       mesh: how runs and batches are spread over devices.
       units: `ours`, or `torch` for the numbers that PyTorch's optimizers take.
-      log: the epochs to measure at.
+      log: the epochs to measure at, and whether every layer is measured.
       checkpoint: how often checkpoints are made, and how many are kept.
       profile: where a profiler trace goes.
       compile: whether compiled programs are kept.
