@@ -32,6 +32,8 @@ REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
 
 
+# What `history.load` expects of every history.
+_LASTING = ("finite", "loss", "accuracy", "nc1", "nc3", "nc4", "epsilon", "weight_norm_sq")
 # Numbers by class take as much room as all others together.
 NOT_BY_CLASS = tuple(name for name, metric in VOCABULARY.items() if "label" not in metric.dims)
 
@@ -84,7 +86,8 @@ def record(
     """
     measured = api.train(config, REPO / "runs" / "experiments" / variant, vary=vary)
     kept = (measured if every_epoch else measured.isel(epoch=[-1])).drop_vars(history.COSINES)
-    kept = kept[list(variables)].assign_coords(kept.coords) if variables else kept
+    if variables:
+        kept = kept[sorted({*variables, *_LASTING})].assign_coords(kept.coords)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
     if not path.exists() or not history.read(path).equals(kept):

@@ -86,12 +86,11 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         digits.get_config(), sweep__weight_decay=DECAYS, sweep__seed=common.SEEDS
     )
     recorded = common.recorded("batch_norm", config, train, variables=VARIABLES, vary=VARIED)
-    path = common.HISTORIES / "batch_norm_cosines.nc"
     if train:
-        history.save(_cosines_of_runs(recorded), path)
+        recorded = recorded.assign(_cosines_of_runs(recorded).data_vars)
+        history.save(recorded, common.HISTORIES / "batch_norm.nc")
     found = recorded.isel(epoch=-1).sel(split="train")
     found = found.assign(test_accuracy=recorded["accuracy"].isel(epoch=-1).sel(split="test"))
-    found = found.assign(history.read(path).data_vars)
     return {loss: found.sel(loss_function=loss) for loss in VARIED["loss"]}
 
 
