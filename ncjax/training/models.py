@@ -68,9 +68,9 @@ class Network(nn.Module):
     says.
 
     With a linear head of depth d, the last d - 1 layers below W_L have no activation: h = W_{L-1}
-    ... W_{L-d+1} s(...). So have the first e - 1 layers with a linear input of depth e. Weights are drawn from N(0, 2/fan_in) (He et al. 2015), the head bias
-    starts at 0. Parameters are named `layer_1`, `norm_1`, `layer_2`, ... in forward order, then
-    `feature_norm` and `head`.
+    ... W_{L-d+1} s(...). With a linear input of depth e, neither have the first e - 1. Weights are
+    drawn from N(0, 2/fan_in) (He et al. 2015), the head bias starts at 0. Parameters are named
+    `layer_1`, `norm_1`, `layer_2`, ... in forward order, then `feature_norm` and `head`.
 
     Without normalization the network is homogeneous: logits scale with every W_k. Kernels below a
     normalization act through their directions alone and have no equilibrium of finite norm.

@@ -33,6 +33,7 @@ def test_linear_collapse_is_that_of_a_critical_point(layers):
     left, scales, right = left[:, :-1], scales[:-1], right[:-1]
     # Every mode by bisection of the derivative of its loss.
     low, high = 0.5 / scales, 1 / scales
+    z = low
     for _ in range(100):
         z = (low + high) / 2
         slope = -scales / num_classes * (1 - z * scales) + weight_decay * z ** (2 / layers - 1)
