@@ -2,6 +2,7 @@
 Sukenik et al. (2024) prove?
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,11 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         train__epochs=6000,
         log__epochs=(0, 6000),
         log__layers=True,
-        sweep__init_scale=1.0,
-        sweep__weight_decay=(0.004, 0.008, 0.012),
-        sweep__seed=tuple(range(20)),
+        train__schedule="cosine",
+        sweep__learning_rate=0.2,
+        sweep__init_scale=(0.7, 0.8, 1.0),
+        sweep__weight_decay=(0.008, 0.012),
+        sweep__seed=tuple(range(8)),
     )
     vary = {"model.linear_input_depth": tuple(INPUT_DEPTHS)}
     recorded = common.recorded("low_rank", config, train, variables=VARIABLES, vary=vary)
@@ -69,9 +72,12 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     final = found["low_rank"].isel(epoch=-1).sel(split="train")
     losses, ranks = [], []
     for depth, words in INPUT_DEPTHS.items():
-        for decay in final["weight_decay"].values:
-            one = final.sel(linear_input_depth=depth, weight_decay=decay).sortby("loss")
-            first = (words, common.number(decay))
+        for scale, decay in itertools.product(
+            final["init_scale"].values, final["weight_decay"].values
+        ):
+            place = {"linear_input_depth": depth, "init_scale": scale, "weight_decay": decay}
+            one = final.sel(place).sortby("loss")
+            first = (words, f"{scale:g}", common.number(decay))
             losses.append((*first, *_losses(one, float(decay))))
             ranks += [(*first, which, *_ranks(one.isel(seed=i))) for which, i in _ENDS.items()]
     count = f"first map (n = {final.sizes['seed']})"
@@ -81,6 +87,7 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
             "Loss found after 6,000 epochs, beside collapse's",
             (
                 count,
+                "init_scale",
                 "lambda",
                 "collapse's loss",
                 "least found",
@@ -93,7 +100,17 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
         ),
         "ranks": common.Table(
             "Ranks of all layers of the runs of least and of greatest loss",
-            ("first map", "lambda", "run", "loss", "train acc", "nc1", "etf_error", *names),
+            (
+                "first map",
+                "init_scale",
+                "lambda",
+                "run",
+                "loss",
+                "train acc",
+                "nc1",
+                "etf_error",
+                *names,
+            ),
             ranks,
         ),
     }
@@ -134,12 +151,14 @@ def _figure(final: xr.Dataset) -> "Figure":
     """Draws the loss of every run over collapse's against the rank of its head."""
     from matplotlib.lines import Line2D
 
-    figure, all_axes = panels.frame(len(INPUT_DEPTHS), "effective rank, mean over layers", "")
+    figure, all_axes = panels.frame(
+        len(INPUT_DEPTHS), "effective rank, mean over layers but the first", ""
+    )
     decays = final["weight_decay"].values
     for axes, (depth, words) in zip(all_axes, INPUT_DEPTHS.items(), strict=True):
         for decay, colour in zip(decays, panels.COLOURS, strict=False):
             one = final.sel(linear_input_depth=depth, weight_decay=decay)
-            ranks = one["layer_effective_rank"].mean("layer").values
+            ranks = one["layer_effective_rank"].isel(layer=slice(1, None)).mean("layer").values
             relative = one["loss"].values / collapsed_loss(float(decay))
             axes.plot(ranks, relative, "o", color=colour, markersize=3)
         axes.axhline(1, color="black", linewidth=1)
