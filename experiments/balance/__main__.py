@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAYERS, LINEAR = 9, 4
-EPOCHS = 600
+EPOCHS = 1500
 VARIABLES = (
     "finite",
     "accuracy",
