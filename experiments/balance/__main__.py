@@ -79,7 +79,7 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
                     common.over_seeds(before),
                     common.over_seeds(after),
                     common.over_seeds(after / before),
-                    f"{np.exp(-clock.sel(weight_decay=decay).item()):.4f}" if decay else "1",
+                    f"{np.exp(-clock.sel(weight_decay=decay).item()):.4g}" if decay else "1",
                 )
             )
     headings = (
