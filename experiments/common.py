@@ -17,12 +17,12 @@ import numpy as np
 import xarray as xr
 
 from configs import digits
+from ncjax import api, variation
 from ncjax import config as configuration
-from ncjax import plan
 from ncjax.config import Config
 from ncjax.errors import InputError
+from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import tables as report
-from ncjax.runs import loop
 from ncjax.storage import history
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
+
+
+# What `history.load` expects of every history.
+_LASTING = ("finite", "loss", "accuracy", "nc1", "nc3", "nc4", "epsilon", "weight_norm_sq")
+# Numbers by class take as much room as all others together.
+NOT_BY_CLASS = tuple(name for name, metric in VOCABULARY.items() if "label" not in metric.dims)
 
 
 class Table(NamedTuple):
@@ -65,40 +71,68 @@ def start(main: Callable[[bool], None], description: str | None) -> None:
         raise SystemExit(2) from None
 
 
-def record(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
+def record(
+    variant: str,
+    config: Config,
+    *,
+    every_epoch: bool = False,
+    variables: Sequence[str] = (),
+    vary: Mapping[str, Sequence] | None = None,
+) -> xr.Dataset:
     """Trains a config in runs/experiments/VARIANT (continues or returns what is there).
 
     Keeps in HISTORIES what tables and figures are made from: the last epoch measured, unless all
-    are asked for.
+    are asked for, and every variable, unless some are named. `vary` is that of `ncjax.train`.
     """
-    recorded = loop.train(plan.prepare(config, REPO / "runs" / "experiments" / variant))
-    kept = (recorded if every_epoch else recorded.isel(epoch=[-1])).drop_vars(history.COSINES)
+    measured = api.train(config, REPO / "runs" / "experiments" / variant, vary=vary)
+    kept = (measured if every_epoch else measured.isel(epoch=[-1])).drop_vars(history.COSINES)
+    if variables:
+        kept = kept[sorted({*variables, *_LASTING})].assign_coords(kept.coords)
     HISTORIES.mkdir(exist_ok=True)
     path = HISTORIES / f"{variant}.nc"
-    if not path.exists() or not history.load(path).equals(kept):
+    if not path.exists() or not history.read(path).equals(kept):
         # The same numbers keep the file they have.
         history.save(kept, path)
     return kept
 
 
-def load(variant: str, config: Config, *, every_epoch: bool = False) -> xr.Dataset:
+def load(
+    variant: str,
+    config: Config,
+    *,
+    every_epoch: bool = False,
+    vary: Mapping[str, Sequence] | None = None,
+) -> xr.Dataset:
     """Returns the history that `record` kept with the same arguments, or raises InputError."""
     path = HISTORIES / f"{variant}.nc"
     name = str(path.relative_to(REPO))
     if not path.exists():
         raise InputError("history", name, "it was not trained yet; --train does")
     kept = history.load(path)
-    differences = configuration.differences(
-        configuration.validate(config), json.loads(kept.attrs["config"])
-    )
+    stored = json.loads(kept.attrs["config"])
+    varied = variation.make(vary or {})
+    if stored.pop("vary", {}) != json.loads(json.dumps(dict(varied.values))):
+        raise InputError("history", name, "it is of other variants; --train trains them")
+    first = variation.make_variants(config, varied)[0].config
+    differences = configuration.differences(first, stored)
     if differences:
         raise InputError("history", name, f"{differences[0]}; --train trains it anew")
     return kept if every_epoch else kept.isel(epoch=[-1])
 
 
-def recorded(variant: str, config: Config, train: bool, *, every_epoch: bool = False) -> xr.Dataset:
+def recorded(
+    variant: str,
+    config: Config,
+    train: bool,
+    *,
+    every_epoch: bool = False,
+    variables: Sequence[str] = (),
+    vary: Mapping[str, Sequence] | None = None,
+) -> xr.Dataset:
     """Returns the history of a config that was kept, or trains it."""
-    return (record if train else load)(variant, config, every_epoch=every_epoch)
+    if train:
+        return record(variant, config, every_epoch=every_epoch, variables=variables, vary=vary)
+    return load(variant, config, every_epoch=every_epoch, vary=vary)
 
 
 def changed(config: Config, **fields: object) -> Config:
@@ -123,7 +157,7 @@ def demo(train: bool) -> xr.Dataset:
     lemma2.
     """
     config = changed(digits.get_config(), sweep__seed=tuple(range(10)))
-    return recorded("digits", config, train, every_epoch=True)
+    return recorded("digits", config, train, every_epoch=True, variables=NOT_BY_CLASS)
 
 
 def relaxed_digits(train: bool) -> dict[str, xr.Dataset]:

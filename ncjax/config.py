@@ -258,6 +258,7 @@ class ModelConfig(_Section):
     )
     activation: Activation = _choice(Activation, "nonlinearity of the hidden layers")
     linear_head_depth: int = _integer(1, "layers after the last activation, the head among them", 1)
+    linear_input_depth: int = _integer(1, "layers before the first activation", 1)
     head_bias: HeadBias = _choice(HeadBias, "bias of the head; free: trained but not decayed")
 
 
@@ -323,6 +324,12 @@ class LogConfig(_Section):
     epochs: tuple[int, ...] = _each(
         (), "epochs to measure at (empty: at most 12, log-spaced)", *_EPOCHS, empty=True
     )
+    layers: bool = _described(
+        False,
+        "measure collapse after every layer, and the ranks and balance of all weights",
+        "must be True or False",
+        lambda v: isinstance(v, bool),
+    )
 
 
 @dataclass
@@ -375,7 +382,7 @@ class Config(_Section):
         and seed.
       mesh: how runs and batches are spread over devices.
       units: `ours`, or `torch` for the numbers that PyTorch's optimizers take.
-      log: the epochs to measure at.
+      log: the epochs to measure at, and whether every layer is measured.
       checkpoint: how often checkpoints are made, and how many are kept.
       profile: where a profiler trace goes.
       compile: whether compiled programs are kept.
@@ -648,7 +655,7 @@ def _check_combinations(config: Config) -> None:
 
 def _check_kind(model: ModelConfig) -> None:
     """Raises InputError for a network that there is not; what a user's own takes it says itself."""
-    depth, hidden = model.linear_head_depth, len(model.widths)
+    hidden = len(model.widths)
     if model.kind == "conv" and model.normalization == "layer":
         raise InputError(
             "config.model.normalization", "layer", "of dense layers alone; take batch or none"
@@ -658,18 +665,22 @@ def _check_kind(model: ModelConfig) -> None:
     if model.kind == "residual" and len(set(model.widths)) > 1:
         way_out = "a layer is added to its input; make all widths equal"
         raise InputError("config.model.widths", model.widths, way_out)
-    if model.kind == "residual" and depth > 1:
-        way_out = "every residual layer has its activation; leave it 1"
-        raise InputError("config.model.linear_head_depth", depth, way_out)
-    if depth > 1 and model.activation == "linear":
-        raise InputError(
-            "config.model.linear_head_depth", depth, "every layer is linear already; leave it 1"
+    before, after = model.linear_input_depth, model.linear_head_depth
+    for name, depth in (("linear_input_depth", before), ("linear_head_depth", after)):
+        if model.kind == "residual" and depth > 1:
+            way_out = "every residual layer has its activation; leave it 1"
+            raise InputError(f"config.model.{name}", depth, way_out)
+        if depth > 1 and model.activation == "linear":
+            way_out = "every layer is linear already; leave it 1"
+            raise InputError(f"config.model.{name}", depth, way_out)
+    if before + after > hidden + 1:
+        name, depth = max(
+            (("linear_input_depth", before), ("linear_head_depth", after)), key=lambda one: one[1]
         )
-    if depth > hidden:
         way_out = (
             f"config.model.widths has {hidden} hidden layers, of which one must keep its activation"
         )
-        raise InputError("config.model.linear_head_depth", depth, way_out)
+        raise InputError(f"config.model.{name}", depth, way_out)
 
 
 def _check_resnet(model: ModelConfig) -> None:
@@ -682,6 +693,7 @@ def _check_resnet(model: ModelConfig) -> None:
         ("feature_normalization", "none"),
         ("activation", "relu"),
         ("linear_head_depth", 1),
+        ("linear_input_depth", 1),
     ):
         if getattr(model, name) != only:
             raise InputError(

@@ -23,12 +23,14 @@ Label = str | int | float
 _DIMENSIONS = {"loss": "loss_function", "data.name": "data_name"}
 
 _LENGTH = "runs of one history are as long and are measured at the same epochs"
+_MEASURED = "runs of one history are measured alike"
 _PLACE = "it says where or how runs are computed or kept, not what is trained"
 _AXIS = "its values are separated by commas and train in one program"
 # Why a field, or a section, has one value alone.
 _SINGLE = {
     "train.epochs": _LENGTH,
     "log.epochs": _LENGTH,
+    "log.layers": _MEASURED,
     "data.dir": _PLACE,
     "mesh": _PLACE,
     "checkpoint": _PLACE,

@@ -105,6 +105,16 @@ def with_values(**values):
             "model.linear_head_depth",
             "leave it 1",
         ),
+        (
+            {"model__linear_input_depth": 3, "model__linear_head_depth": 2},
+            "model.linear_input_depth",
+            "3 hidden layers",
+        ),
+        (
+            {"model__linear_input_depth": 2, "model__activation": "linear"},
+            "model.linear_input_depth",
+            "leave it 1",
+        ),
     ],
 )
 def test_choices_that_exclude_each_other_are_refused_with_a_way_out(values, field, way_out):
@@ -123,6 +133,7 @@ def test_choices_that_exclude_each_other_are_refused_with_a_way_out(values, fiel
         {"loss": "cross_entropy"},
         {"targets": "centered", "model__head_bias": "decayed"},
         {"model__linear_head_depth": 3},
+        {"model__linear_head_depth": 2, "model__linear_input_depth": 2},
         {"model__widths": (8,), "model__activation": "linear"},
     ],
 )
@@ -488,6 +499,7 @@ def test_a_factor_that_there_cannot_be_is_one_line(field, value):
     [
         ({"kind": "residual", "widths": (4, 5)}, "widths"),
         ({"kind": "residual", "linear_head_depth": 2}, "linear_head_depth"),
+        ({"kind": "residual", "linear_input_depth": 2}, "linear_input_depth"),
         ({"kind": "resnet18"}, "widths"),
         ({"kind": "resnet18", "widths": (4, 4, 4, 4)}, "normalization"),
         ({"kind": "conv", "normalization": "layer"}, "normalization"),

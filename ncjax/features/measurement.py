@@ -17,12 +17,12 @@ from ncjax.features.reference import (
     MOST_SQUARE,
     Reference,
     in_output_units,
-    one_thread,
 )
 from ncjax.features.result import Measurement
 from ncjax.features.statistics import Deviations
 from ncjax.features.streaming import SAME_EXAMPLES
 from ncjax.metrics import geometry
+from ncjax.metrics.blas import one_thread
 from ncjax.metrics.statistics import FactoredResiduals, Statistics
 from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, Quantities, assemble
 

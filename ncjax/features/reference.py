@@ -5,22 +5,18 @@ of them leaves float64 (`Units`). Classes without examples are left out, with th
 and their outputs, and C is the number of the others.
 """
 
-import functools
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import threadpoolctl
 from jaxtyping import Float, Int, Num
 
 from ncjax.errors import InputError
 from ncjax.features.statistics import Frames, Scores, Sums, rounding_of_sums
 from ncjax.features.streaming import as_array
 from ncjax.metrics import collapse
-
-T = TypeVar("T")
+from ncjax.metrics.blas import one_thread
 
 # The most classes for which (C, C) arrays are held; with more there is no budget, no cross-entropy
 # and no logits.
@@ -116,26 +112,6 @@ class Reference(NamedTuple):
     def center(self) -> Float[np.ndarray, " p"]:
         """The global mean mu_G."""
         return (self.class_weights / self.class_weights.sum()) @ self.means
-
-
-@functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController()
-
-
-def one_thread(function: Callable[..., T]) -> Callable[..., T]:
-    """Limits OpenBLAS to one thread inside a function.
-
-    OpenBLAS's threads wait by spinning; beside XLA's, two of them took five to ten times as long as
-    one.
-    """
-
-    @functools.wraps(function)
-    def limited(*args: Any, **kwargs: Any) -> T:
-        with _blas().limit(limits=1, user_api="blas"):
-            return function(*args, **kwargs)
-
-    return limited
 
 
 @one_thread

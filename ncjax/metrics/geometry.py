@@ -6,25 +6,32 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from ncjax.metrics.statistics import AnyArray
 
 
-def effective_rank(singular_values: Float[Array, " k"]) -> Float[Array, ""]:
+def effective_rank(singular_values: Float[AnyArray, "*batch k"]) -> Any:
     """Returns exp(-sum p_j log p_j), p the singular values over their sum; NaN of zeros.
+
+    Args:
+      singular_values: of NumPy or JAX.
 
     References:
       Roy & Vetterli, "The effective rank", EUSIPCO 2007.
     """
-    shares = singular_values / singular_values.sum()
-    return jnp.exp(-jnp.sum(xlogy(shares, shares)))
+    xp = singular_values.__array_namespace__()
+    with np.errstate(invalid="ignore"):
+        shares = singular_values / singular_values.sum(axis=-1, keepdims=True)
+    # The logarithm of 0 is taken for 0, and NaN stays NaN.
+    logarithms = xp.log(xp.where(shares > 0, shares, 1))
+    return xp.exp(-(shares * logarithms).sum(axis=-1))
 
 
-def condition_number(singular_values: Float[Array, " k"]) -> Float[Array, ""]:
+def condition_number(singular_values: Float[AnyArray, "*batch k"]) -> Any:
     """Returns the largest over the smallest; infinite where one is 0, NaN where all are."""
-    return singular_values[0] / singular_values[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return singular_values[..., 0] / singular_values[..., -1]
 
 
 def normalized(rows: Float[AnyArray, "C p"]) -> Any:

@@ -10,7 +10,7 @@ tables that say where they are computed.
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -895,6 +895,41 @@ _OF_FEATURES_ALONE |= {
     ),
 }
 FEATURE_VOCABULARY = VOCABULARY | _OF_FEATURES_ALONE
+
+# A singular value of weights below this share of the largest does not count in their rank: weight
+# decay makes it ever smaller, and never 0.
+RANK_SHARE = 1e-2
+
+# What a history records besides where `log.layers` is on; computed by `training.every_layer`.
+LAYER_VOCABULARY: dict[str, Metric] = {
+    "layer_rank": Metric(
+        "rank of the weights",
+        f"number of singular values of W_k above {RANK_SHARE:g} of the largest",
+        _LAYER,
+    ),
+    "layer_effective_rank": Metric(
+        "effective rank of the weights",
+        "exp of the entropy of s_j/sum(s), s the singular values of W_k",
+        _LAYER,
+        least=1.0,
+    ),
+    "layer_condition": Metric(
+        "condition of the weights", "largest over smallest singular value of W_k", _LAYER, least=1.0
+    ),
+    "layer_imbalance": Metric(
+        "imbalance of neighbouring layers",
+        "||W_{k+1}^T W_{k+1} - W_k W_k^T||_F of layers with nothing or a ReLU between them: which, "
+        "the attribute `pairs` of `layer` says",
+        _LAYER,
+        best=0,
+    ),
+}
+
+
+def metrics_in(history: Container[str]) -> dict[str, Metric]:
+    """Returns the metrics of a history: `VOCABULARY`, and what of `LAYER_VOCABULARY` it has."""
+    layers = {name: metric for name, metric in LAYER_VOCABULARY.items() if name in history}
+    return VOCABULARY | layers
 
 
 def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict[str, Array]:

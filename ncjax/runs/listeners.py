@@ -111,6 +111,8 @@ class HistoryWriter:
         )
         if any(degree != 1 for degree in structure.degrees):
             newest["layer"].attrs["degree"] = list(structure.degrees)
+        if (wiring := sweep.recipe.wiring) is not None:
+            newest["layer"].attrs["pairs"] = " ".join(wiring.between)
         if config.units == "torch":
             newest["weight_decay"].attrs["torch_weight_decay"] = list(config.sweep.weight_decay)
         return newest

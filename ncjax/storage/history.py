@@ -11,7 +11,7 @@ import xarray as xr
 from ncjax import config
 from ncjax.config import Grid
 from ncjax.errors import InputError
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import VOCABULARY, metrics_in
 from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
 
@@ -59,7 +59,7 @@ def one_epoch(
         "other_label": list(label_names),
     }
     variables = {}
-    for name, metric in VOCABULARY.items():
+    for name, metric in metrics_in(metrics).items():
         values = np.expand_dims(grid.unflatten(metrics[name]), len(grid.shape))
         dims = (*grid.dims, "epoch", *metric.dims)
         variables[name] = (dims, values, metric.attributes)

@@ -13,7 +13,7 @@ import xarray as xr
 
 from ncjax.config import AXES, Grid
 from ncjax.errors import InputError, listed
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import metrics_in
 from ncjax.storage import checkpoint
 from ncjax.storage.history import COSINES
 
@@ -77,7 +77,7 @@ def join_histories(
         if name not in AXES and name in first.history.indexes
     }
     joined = xr.Dataset(coords=coords | grid.dim_values, attrs=first.history.attrs)
-    for name in (*VOCABULARY, COSINES):
+    for name in (*metrics_in(first.history), COSINES):
         by_run = [_by_run(part, name) for part in parts]
         values = np.stack([by_run[number][index] for number, index in sources])
         variable = first.history[name]

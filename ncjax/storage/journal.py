@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import metrics_in
 from ncjax.storage.files import write_atomically
 
 
@@ -36,7 +36,7 @@ def mend(path: Path, recorded: xr.Dataset | None) -> None:
         one = recorded.isel(epoch=i)
         epoch = one["epoch"].item()
         metrics = {
-            name: _by_run(one[name], len(variable.dims)) for name, variable in VOCABULARY.items()
+            name: _by_run(one[name], len(metric.dims)) for name, metric in metrics_in(one).items()
         }
         anew = _line(epoch, {"train_seconds": None, "measure_seconds": None}, metrics)
         whole.append(lines[epoch] if epoch in lines and _same_metrics(lines[epoch], anew) else anew)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import metrics_in
 from ncjax.storage.history import COSINES
 from ncjax.variation import Label
 
@@ -39,7 +39,7 @@ def join(
         coords={name: np.array(values) for name, values in labels.items()} | indexes,
         attrs=first.attrs | {"config": config, _NAMES: ",".join(labels)},
     )
-    for name in (*VOCABULARY, COSINES):
+    for name in (*metrics_in(first), COSINES):
         dims = [str(dim) for dim in first[name].dims]
         values = np.stack([one[name].transpose(*dims).values for one in whole])
         values = values.reshape(*shape, *values.shape[1:])

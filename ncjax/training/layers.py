@@ -155,13 +155,13 @@ def find(
 def _find(
     model: nn.Module, image: tuple[int, ...], head_bias: HeadBias, precision: Precision
 ) -> Structure:
-    shapes = _variables(model, image, precision)
+    shapes = variable_shapes(model, image, precision)
     params = {path[1:]: leaf for path, leaf in shapes.items() if path[0] == "params"}
     _check_head(model, params, head_bias)
     _check_memory(model, params)
     below = [path for path in params if path[0] != HEAD]
     weights = (*(path for path in below if params[path].ndim > 1), (HEAD, "kernel"))
-    with jax.enable_x64(True), _on_host():
+    with jax.enable_x64(True), on_host():
         degrees, is_same = _measure(model, shapes, weights, image)
     return Structure(
         tuple(
@@ -174,10 +174,10 @@ def _find(
     )
 
 
-_Shapes = Mapping[tuple[str, ...], Any]
+Shapes = Mapping[tuple[str, ...], Any]
 
 
-def _variables(model: nn.Module, image: tuple[int, ...], precision: Precision) -> _Shapes:
+def variable_shapes(model: nn.Module, image: tuple[int, ...], precision: Precision) -> Shapes:
     """Returns the shapes of all variables by their paths, in the order in which they are made.
 
     Raises:
@@ -256,7 +256,7 @@ def _wrong(model: nn.Module, way_out: str) -> InputError:
     return InputError("config.model.network", path, way_out)
 
 
-def _check_head(model: nn.Module, params: _Shapes, head_bias: HeadBias) -> None:
+def _check_head(model: nn.Module, params: Shapes, head_bias: HeadBias) -> None:
     """Raises InputError where there is no head, or one that is not as the config says."""
     found = {path[1:] for path in params if path[0] == HEAD}
     if found not in ({("kernel",)}, {("kernel",), ("bias",)}) or params[HEAD, "kernel"].ndim != 2:
@@ -268,7 +268,7 @@ def _check_head(model: nn.Module, params: _Shapes, head_bias: HeadBias) -> None:
         raise InputError("config.model.head_bias", head_bias, way_out)
 
 
-def _check_memory(model: nn.Module, params: _Shapes) -> None:
+def _check_memory(model: nn.Module, params: Shapes) -> None:
     """Refuses a network that this machine cannot hold a few times, by its shapes alone."""
     needed = 3 * 8 * sum(leaf.size for leaf in params.values())
     memory = environment.physical_memory()
@@ -280,7 +280,7 @@ def _check_memory(model: nn.Module, params: _Shapes) -> None:
         raise InputError("config.model.widths", getattr(model, "widths", ()), way_out)
 
 
-def _on_host() -> contextlib.AbstractContextManager:
+def on_host() -> contextlib.AbstractContextManager:
     """Returns a context in which JAX computes on the CPU, which has float64, where it has one."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -290,7 +290,7 @@ def _on_host() -> contextlib.AbstractContextManager:
 
 def _measure(
     model: nn.Module,
-    shapes: _Shapes,
+    shapes: Shapes,
     weights: Sequence[tuple[str, ...]],
     image: tuple[int, ...],
 ) -> tuple[list[float], bool]:
@@ -302,7 +302,7 @@ def _measure(
     if hasattr(model, "dtype"):
         model = model.clone(dtype=jnp.float64)
     rng = np.random.default_rng(0)
-    values = {path: _random(rng, path, leaf) for path, leaf in shapes.items()}
+    values = generic_values(rng, shapes)
     x = rng.standard_normal((_INPUTS, *image))
 
     def train(variables: dict) -> Any:
@@ -331,11 +331,15 @@ def _measure(
     return degrees, bool(np.allclose(found, logits, 1e-6, 1e-6))
 
 
-def _random(rng: np.random.Generator, path: tuple[str, ...], leaf: Any) -> np.ndarray:
-    """Returns generic values of a variable: no bias is 0 but the head's, no scale 1.
+def generic_values(rng: np.random.Generator, shapes: Shapes) -> dict[tuple[str, ...], np.ndarray]:
+    """Returns generic values of variables: no bias is 0 but the head's, no scale 1.
 
     What is no parameter is 1: running variances have to be positive.
     """
+    return {path: _random(rng, path, leaf) for path, leaf in shapes.items()}
+
+
+def _random(rng: np.random.Generator, path: tuple[str, ...], leaf: Any) -> np.ndarray:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return np.zeros(leaf.shape, leaf.dtype)
     if path == ("params", HEAD, "bias"):

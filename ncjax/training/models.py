@@ -68,9 +68,9 @@ class Network(nn.Module):
     says.
 
     With a linear head of depth d, the last d - 1 layers below W_L have no activation: h = W_{L-1}
-    ... W_{L-d+1} s(...). Weights are drawn from N(0, 2/fan_in) (He et al. 2015), the head bias
-    starts at 0. Parameters are named `layer_1`, `norm_1`, `layer_2`, ... in forward order, then
-    `feature_norm` and `head`.
+    ... W_{L-d+1} s(...). With a linear input of depth e, neither have the first e - 1. Weights are
+    drawn from N(0, 2/fan_in) (He et al. 2015), the head bias starts at 0. Parameters are named
+    `layer_1`, `norm_1`, `layer_2`, ... in forward order, then `feature_norm` and `head`.
 
     Without normalization the network is homogeneous: logits scale with every W_k. Kernels below a
     normalization act through their directions alone and have no equilibrium of finite norm.
@@ -83,6 +83,8 @@ class Network(nn.Module):
       feature_normalization: of h, straight before the head (Pan & Cao 2023).
       linear_head_depth: d, layers after the last activation, the head among them (Jacot et al.
         2024).
+      linear_input_depth: e, layers before the first activation; with e = 2 and inputs x_n = e_n
+        the network is a deep unconstrained-feature model (Sukenik et al. 2024).
       use_head_bias: whether b exists.
       batch_axis: mesh axis over which a batch is spread, so that its statistics are those of the
         whole; None: it is on one device.
@@ -95,6 +97,7 @@ class Network(nn.Module):
     normalization: Normalization = "none"
     feature_normalization: Normalization = "none"
     linear_head_depth: int = 1
+    linear_input_depth: int = 1
     use_head_bias: bool = False
     batch_axis: str | None = None
     dtype: Dtype = jnp.float32
@@ -135,7 +138,7 @@ class Network(nn.Module):
         last_activation = len(self.layers) - (self.linear_head_depth - 1)
         for k, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True), start=1):
             update = normalized(norm, layer(h), train)
-            if k <= last_activation:
+            if self.linear_input_depth <= k <= last_activation:
                 update = activate(self.activation, update)
             h = self._joined(h, update, k)
         return normalized(self.feature_norm, h.reshape(len(h), -1), train)
@@ -287,6 +290,7 @@ def make(settings: ModelConfig, num_classes: int, precision: Precision) -> nn.Mo
         "normalization": settings.normalization,
         "feature_normalization": settings.feature_normalization,
         "linear_head_depth": settings.linear_head_depth,
+        "linear_input_depth": settings.linear_input_depth,
         "use_head_bias": settings.head_bias != "none",
         "dtype": jnp.dtype(precision),
     }

@@ -27,6 +27,7 @@ FIELDS = {
     "normalization": "normalization",
     "feature_normalization": "feature_normalization",
     "linear_head_depth": "linear_head_depth",
+    "linear_input_depth": "linear_input_depth",
     "use_head_bias": "head_bias",
 }
 

@@ -20,6 +20,7 @@ from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, RunSums, Split
 from ncjax.training.objective import Objective
 from ncjax.training.parallel import DATA, RUN, Share
+from ncjax.training.wiring import Wiring
 
 
 class Hyper(NamedTuple):
@@ -65,6 +66,7 @@ class Recipe(NamedTuple):
       train_size: the number of training examples.
       augment: `none`, `crop` or `crop_flip`.
       is_balanced: whether all classes have the same number of training examples.
+      wiring: how layers follow one another, if every layer is measured.
     """
 
     model: nn.Module
@@ -81,6 +83,7 @@ class Recipe(NamedTuple):
     norms: NormDecay = "decayed"
     augment: Augmentation = "none"
     is_balanced: bool = True
+    wiring: Wiring | None = None
 
     @property
     def steps_per_epoch(self) -> int:

@@ -16,7 +16,7 @@ from ncjax import environment
 from ncjax.data.preparation import PreparedDataset
 from ncjax.errors import InputError
 from ncjax.plan import Plan
-from ncjax.training import layers, models, parallel
+from ncjax.training import every_layer, layers, models, parallel, wiring
 from ncjax.training.objective import Objective
 from ncjax.training.program import (
     Recipe,
@@ -37,9 +37,10 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recip
     """Returns the static part of the compiled program that a config asks for."""
     model = models.make(config.model, dataset.num_classes, config.train.precision)
     shape = dataset.center.shape
+    structure = layers.find(model, shape, config.model.head_bias, config.train.precision)
     return Recipe(
         model=model,
-        structure=layers.find(model, shape, config.model.head_bias, config.train.precision),
+        structure=structure,
         head_bias=config.model.head_bias,
         schedule=config.train.schedule,
         batch_size=config.train.batch_size,
@@ -52,6 +53,7 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recip
         augment=config.train.augment,
         is_balanced=dataset.is_balanced,
         adam_eps=1e-8 * configuration.unit_factors(config, dataset.num_classes).adam_eps,
+        wiring=wiring.find(model, structure, shape) if config.log.layers else None,
     )
 
 
@@ -302,10 +304,18 @@ class Sweep:
             with jax.enable_x64(True):
                 states, metrics = self.program.compiled(states, *fixed, self.data, epochs, measured)
             if measured:
-                measurements.append(_first(parallel.fetch(metrics), part.stop - part.start))
+                metrics = parallel.fetch(metrics)
+                metrics |= self._weight_metrics(states, metrics["finite"])
+                measurements.append(_first(metrics, part.stop - part.start))
             self._states[i] = self._set_aside(jax.block_until_ready(states))
         self.epoch += epochs
         return _join(measurements) if measured else {}, time.perf_counter() - begin
+
+    def _weight_metrics(self, states: RunState, finite: np.ndarray) -> dict[str, np.ndarray]:
+        if self.recipe.wiring is None:
+            return {}
+        params = parallel.fetch(states.params)
+        return every_layer.weight_metrics(params, finite, self.recipe.structure, self.recipe.wiring)
 
     @property
     def states(self) -> RunState:

@@ -1,13 +1,15 @@
 """history: labels, growth by epochs, and the file."""
 
+import json
+
 import numpy as np
 import pytest
 import xarray as xr
 
 from ncjax import config as configuration
 from ncjax.errors import InputError
-from ncjax.metrics.vocabulary import VOCABULARY
-from ncjax.storage import history
+from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
+from ncjax.storage import history, journal
 
 LAYERS, LABELS = ("layer_1", "head"), ("cat", "dog", "eel")
 SIZES = {"split": 2, "layer": len(LAYERS), "mode": len(LABELS), "label": len(LABELS)}
@@ -22,28 +24,33 @@ def grid():
     return configuration.make_grid(configuration.validate(config), 3)
 
 
-def metrics(epoch):
+def metrics(epoch, vocabulary=VOCABULARY):
     """Every float32 number of an epoch is another, and some are NaN."""
     rng = np.random.default_rng(epoch)
     made = {
         name: rng.standard_normal((12, *(SIZES[dim] for dim in variable.dims))).astype(np.float32)
-        for name, variable in VOCABULARY.items()
+        for name, variable in vocabulary.items()
     }
     made["norm_target"][:6] = np.nan
     return made | {history.COSINES: rng.standard_normal((12, 3, 3)).astype(np.float32)}
 
 
-def labelled(epoch, grid):
+def labelled(epoch, grid, vocabulary=VOCABULARY):
     attrs = {"device": "cpu", "config": "{}"}
     return history.one_epoch(
-        epoch, metrics(epoch), grid=grid, layers=LAYERS, label_names=LABELS, attrs=attrs
+        epoch,
+        metrics(epoch, vocabulary),
+        grid=grid,
+        layers=LAYERS,
+        label_names=LABELS,
+        attrs=attrs,
     )
 
 
-def grown(epochs, grid):
+def grown(epochs, grid, vocabulary=VOCABULARY):
     grown = None
     for epoch in epochs:
-        grown = history.append(grown, labelled(epoch, grid))
+        grown = history.append(grown, labelled(epoch, grid, vocabulary))
     return grown
 
 
@@ -161,6 +168,24 @@ def test_saving_and_loading_return_every_bit_and_attribute(grid, tmp_path):
     for name in dataset.data_vars:
         assert loaded[name].dtype == dataset[name].dtype == np.float32
         assert loaded[name].values.tobytes() == dataset[name].values.tobytes(), name
+
+
+def test_numbers_of_every_layer_are_kept_where_they_were_measured(grid, tmp_path):
+    assert not set(LAYER_VOCABULARY) & set(grown([0, 3], grid))
+    every = VOCABULARY | LAYER_VOCABULARY
+    dataset, path = grown([0, 3], grid, every), tmp_path / "history.nc"
+    assert set(every) <= set(dataset)
+    history.save(dataset, path)
+    xr.testing.assert_identical(history.load(path), dataset)
+    for name, metric in LAYER_VOCABULARY.items():
+        assert dataset[name].dims == (*grid.dims, "epoch", *metric.dims)
+        assert dataset[name].attrs["definition"] == metric.definition
+    journal.mend(tmp_path / "metrics.jsonl", dataset)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for epoch, line in zip((0, 3), lines, strict=True):
+        found = json.loads(line)["metrics"]
+        for name in LAYER_VOCABULARY:
+            np.testing.assert_allclose(found[name], metrics(epoch, every)[name], rtol=1e-7)
 
 
 def test_a_loaded_history_grows_as_one_that_stayed_in_memory(grid, tmp_path):

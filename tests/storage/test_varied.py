@@ -8,13 +8,22 @@ import pytest
 import xarray as xr
 
 from ncjax import config as configuration
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
 from ncjax.storage import history, varied
 
 SEEDS = (4, 5, 6)
 
 
-def recorded(layers, labels, *, decays=(0.0, 1e-3), epochs=(0, 2), dtype=np.float32, **attrs):
+def recorded(
+    layers,
+    labels,
+    *,
+    decays=(0.0, 1e-3),
+    epochs=(0, 2),
+    dtype=np.float32,
+    vocabulary=VOCABULARY,
+    **attrs,
+):
     """A history whose numbers are all others."""
     config = configuration.default_config()
     config.sweep.weight_decay, config.sweep.seed = decays, SEEDS
@@ -25,7 +34,7 @@ def recorded(layers, labels, *, decays=(0.0, 1e-3), epochs=(0, 2), dtype=np.floa
     for epoch in epochs:
         metrics = {
             name: rng.standard_normal((grid.size, *(sizes[dim] for dim in metric.dims)))
-            for name, metric in VOCABULARY.items()
+            for name, metric in vocabulary.items()
         }
         metrics[history.COSINES] = rng.standard_normal((grid.size, len(labels), len(labels)))
         newest = history.one_epoch(
@@ -124,6 +133,16 @@ def test_variants_that_are_alike_are_joined_without_a_change_of_type():
     joined = varied.join([recorded(SHALLOW, TWO)] * 2, {"kind": ["a", "b"]}, "{}")
     assert {joined[name].dtype for name in VOCABULARY} == {np.dtype(np.float32)}
     assert len(json.loads(joined.attrs["variants"])) == 2
+
+
+def test_variants_keep_the_numbers_of_every_layer():
+    every = VOCABULARY | LAYER_VOCABULARY
+    parts = [recorded(layers, TWO, vocabulary=every) for layers in (SHALLOW, DEEP)]
+    parts[1]["layer"].attrs["pairs"] = "relu linear linear"
+    joined = varied.join(parts, {"depth": [2, 4]}, "{}")
+    for found, expected in zip(varied.split(joined), parts, strict=True):
+        assert_same(found, expected)
+        assert found["layer"].attrs.get("pairs") == expected["layer"].attrs.get("pairs")
 
 
 def test_epochs_that_are_cut_off_are_cut_off_in_every_part(joined):

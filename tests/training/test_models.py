@@ -32,8 +32,10 @@ def network(widths=(6, 5), num_classes=3, **options):
         ({"linear_head_depth": 2}, {1}),
         ({"widths": (6, 5, 5), "linear_head_depth": 2}, {1, 2}),
         ({"widths": (6, 5, 5), "linear_head_depth": 3}, {1}),
+        ({"widths": (6, 5, 5), "linear_input_depth": 2}, {2, 3}),
+        ({"widths": (6, 5, 5), "linear_input_depth": 2, "linear_head_depth": 2}, {2}),
     ],
-    ids=["relu", "linear", "head_of_2", "head_of_2_on_3", "head_of_3"],
+    ids=["relu", "linear", "head_of_2", "head_of_2_on_3", "head_of_3", "input_of_2", "both_of_2"],
 )
 def test_forward_pass_equals_numpy(options, activated):
     model, params, x = network(**options, use_head_bias=True)

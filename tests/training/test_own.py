@@ -31,6 +31,7 @@ ASKED = {
     "normalization": "none",
     "feature_normalization": "none",
     "linear_head_depth": 1,
+    "linear_input_depth": 1,
     "use_head_bias": False,
     "dtype": np.dtype("float32"),
 }
