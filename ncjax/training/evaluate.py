@@ -1,7 +1,7 @@
 """Computes all metrics of one run, in two passes over each split."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.statistics import Statistics, statistics_of_passes
 from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
+from ncjax.training import every_layer
+from ncjax.training.every_layer import Probe
 from ncjax.training.layers import Structure, by_path, nest
 from ncjax.training.objective import Objective, decay_penalty
 from ncjax.training.parallel import Share
@@ -60,6 +62,7 @@ class _FirstPass(NamedTuple):
     fit: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
     correct: Float[Array, " C"]
+    layers: tuple[Float[Array, "C _"], ...]
 
 
 def evaluate(
@@ -73,6 +76,7 @@ def evaluate(
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     is_balanced: bool = True,
     share: Share = Share(),  # noqa: B008
+    probe: Probe | None = None,
 ) -> dict[str, Array]:
     """Measures one run on both splits; each split uses its own class means.
 
@@ -88,6 +92,7 @@ def evaluate(
       is_balanced: whether all classes have the same number of training examples.
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
+      probe: what is measured of every layer; None: nothing.
 
     Returns:
       The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
@@ -104,7 +109,9 @@ def evaluate(
 
         def first_pass(params: dict, images: Array, labels: Array) -> tuple[Array, tuple]:
             at = variables | {"params": params}
-            return _first_pass(at, data.normalize(images), labels, model=model, objective=objective)
+            return _first_pass(
+                at, data.normalize(images), labels, model=model, objective=objective, probe=probe
+            )
 
         def with_gradient(images: Array, labels: Array) -> tuple:
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
@@ -118,6 +125,10 @@ def evaluate(
             collapse.class_means(sums.classes) for sums in (train_sums, test_sums)
         )
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
+        # Of both splits; without a probe there is no layer.
+        layers = every_layer.frames(
+            [(sums.classes.examples, sums.layers) for sums in (train_sums, test_sums)]
+        )
 
         def split_statistics(
             split: Split,
@@ -125,28 +136,39 @@ def evaluate(
             means: collapse.ClassMeans,
             frame: collapse.Frame,
             held: tuple,
-        ) -> Statistics:
+            layers: Sequence[every_layer.Frame],
+        ) -> tuple[Statistics, tuple[every_layer.Scatter, ...]]:
             reach = collapse.certificate_of_split(means, frame)
 
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
-                h, f = held if held else _forward(variables, data.normalize(images), model)
+                states = held or _forward(variables, data.normalize(images), model, probe)
+                h, f = states[:2]
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
                 predictions, is_linear = jnp.argmax(f, 1), objective.loss == "square"
-                return collapse.class_scatter(
+                scatter = collapse.class_scatter(
                     h, residuals, predictions, labels, means, frame, frame_head, reach, is_linear
-                ), ()
+                )
+                return (scatter, every_layer.scatters(states, layers, labels)), ()
 
-            scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            return statistics_of_passes(means, frame, frame_head, scatter, head, first.correct)
+            (scatter, layer_scatters), _ = _sum_over_batches(second_pass, split, share, held)
+            statistics = statistics_of_passes(
+                means, frame, frame_head, scatter, head, first.correct
+            )
+            return statistics, layer_scatters
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
+        train, train_scatters = split_statistics(
+            data.train, train_sums, train_means, frame_train, train_held, layers[0]
+        )
         train = dataclasses.replace(
-            split_statistics(data.train, train_sums, train_means, frame_train, train_held),
+            train,
             residual_dot_logit=train_sums.residual_dot_logit / train_sums.classes.examples.sum(),
             fit_gradient=gradients["head"]["kernel"].T,
             weight_decay=weight_decay * decayed["head"]["kernel"],
         )
-        test = split_statistics(data.test, test_sums, test_means, frame_test, test_held)
+        test, test_scatters = split_statistics(
+            data.test, test_sums, test_means, frame_test, test_held, layers[1]
+        )
         fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
         penalty = decay_penalty(params, decayed, weight_decay)
         loss = jnp.stack([fit + penalty for fit in fits])
@@ -157,6 +179,16 @@ def evaluate(
             metrics |= _of_network(
                 params, gradients, quantities, train_sums, loss[0], weight_decay, structure, decayed
             )
+            if probe is not None:
+                metrics |= _stacked(
+                    every_layer.metrics(probe, *part)
+                    for part in zip(
+                        (train.examples, test.examples),
+                        layers,
+                        (train_scatters, test_scatters),
+                        strict=True,
+                    )
+                )
         if objective.loss != "square":  # the identity holds only for the square loss
             metrics["lemma2_residual"] = jnp.full((), jnp.nan)
         if not is_balanced:
@@ -176,7 +208,11 @@ def _by_split(train: Quantities, test: Quantities) -> dict[str, Array]:
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
     of_training = [name for name, metric in VOCABULARY.items() if metric.dims in ((), ("label",))]
     pairs = assemble(train, of_splits), assemble(test, of_splits)
-    return jax.tree.map(lambda *values: jnp.stack(values), *pairs) | assemble(train, of_training)
+    return _stacked(pairs) | assemble(train, of_training)
+
+
+def _stacked(parts: Iterable[dict[str, Array]]) -> dict[str, Array]:
+    return jax.tree.map(lambda *values: jnp.stack(values), *parts)
 
 
 def _of_network(
@@ -230,19 +266,29 @@ def _of_network(
     }
 
 
-def _forward(variables: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
+def _forward(variables: dict, x: Array, model: nn.Module, probe: Probe | None) -> tuple[Array, ...]:
+    """Returns h(x) and f(x), and with a probe what it adds to them."""
+    if probe is not None:
+        return probe.forward(variables, x)
     features = jnp.asarray(model.apply(variables, x, False, method="features"))
     return features, jnp.asarray(model.apply(variables, features, method="logits"))
 
 
 def _first_pass(
-    variables: dict, x: Array, labels: Array, *, model: nn.Module, objective: Objective
+    variables: dict,
+    x: Array,
+    labels: Array,
+    *,
+    model: nn.Module,
+    objective: Objective,
+    probe: Probe | None,
 ) -> tuple[Array, tuple]:
     """Returns the sum of the fit term over a batch, which is differentiated, and two more results.
 
-    These are the sums that need no class means, and (h, f).
+    These are the sums that need no class means, and (h, f), if they are kept.
     """
-    features, outputs = _forward(variables, x, model)
+    states = _forward(variables, x, model, probe)
+    features, outputs = states[:2]
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
     fit = jnp.sum(valid * objective.fit(outputs, y))
@@ -254,8 +300,9 @@ def _first_pass(
         fit,
         jnp.sum(valid * jnp.sum(residuals * logits, axis=1)),
         correct @ jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype),
+        () if probe is None else every_layer.sums(states, labels),
     )
-    return fit, (sums, (features, outputs))
+    return fit, (sums, states if probe is None else probe.held(states))
 
 
 def _sum_over_batches(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
 from ncjax.metrics import closed_forms
-from ncjax.training import layers, models, optim, parallel
+from ncjax.training import every_layer, layers, models, optim, parallel
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, Split, evaluate
 from ncjax.training.objective import Objective
@@ -84,6 +84,13 @@ class Recipe(NamedTuple):
     augment: Augmentation = "none"
     is_balanced: bool = True
     wiring: Wiring | None = None
+
+    @property
+    def probe(self) -> every_layer.Probe | None:
+        """What is measured of every layer; None: nothing."""
+        if self.wiring is None:
+            return None
+        return every_layer.Probe(self.model, self.structure, self.wiring)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -223,6 +230,7 @@ def measure(
         objective=recipe.objective,
         is_balanced=recipe.is_balanced,
         share=share,
+        probe=recipe.probe,
     )
 
 
