@@ -186,7 +186,7 @@ def metrics(
 
 
 def _metrics(
-    examples: Float[Array, " C"], frame: Frame, scatter: Scatter
+    examples: Float[AnyArray, " C"], frame: Frame, scatter: Scatter
 ) -> dict[str, Float[Array, ""]]:
     total = examples.sum()
     pairs = collapse.between_means(frame.centred, scatter.within / examples)
