@@ -30,7 +30,7 @@ from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
-from ncjax.training import evaluate, layers, own, parallel, program, sweep
+from ncjax.training import evaluate, every_layer, layers, own, parallel, program, sweep
 
 # The largest relative deviation from the recorded value that passes: another program rounds
 # differently.
@@ -363,6 +363,12 @@ def _make_measure(
                 )
             )
             values = jax.device_get(compiled(variables, hyper, data))
+        if recipe.wiring is not None:
+            params = jax.tree.map(lambda leaf: np.asarray(leaf)[None], variables["params"])
+            of_weights = every_layer.weight_metrics(
+                params, values["finite"][None], recipe.structure, recipe.wiring
+            )
+            values |= {name: one for name, (one,) in of_weights.items()}
         return values | {
             "mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))
         }
