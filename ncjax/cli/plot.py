@@ -37,7 +37,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("workdirs", metavar="WORKDIR", type=Path, nargs="+", help="folder of a run")
     parser.add_argument(
-        "--weight-decay", type=float, help="lambda whose budget is drawn (default: least NC3)"
+        "--weight-decay",
+        type=float,
+        help="lambda whose budget and layers are drawn (default: least NC3)",
     )
     where = (
         "folder: of one WORKDIR's figures (default: its own), else of the comparison (default: "

@@ -825,7 +825,13 @@ def nc0(q: Quantities) -> Array:
     return jnp.linalg.norm(q.statistics.head.sum(axis=0))
 
 
-@_metric("norm of features", "(mean ||h||^2)^(1/2)", scale=(1, 0, 0), of_features_alone=True)
+@_metric(
+    "norm of features",
+    "(mean ||h||^2)^(1/2)",
+    dims=_SPLIT,
+    scale=(1, 0, 0),
+    of_features_alone=True,
+)
 def mean_feature_norm(q: Quantities) -> Array:
     squares = q.statistics.examples @ jnp.sum(q.statistics.means**2, axis=1)
     return jnp.sqrt((squares + q.statistics.within.sum()) / q.total)
@@ -900,8 +906,36 @@ FEATURE_VOCABULARY = VOCABULARY | _OF_FEATURES_ALONE
 # decay makes it ever smaller, and never 0.
 RANK_SHARE = 1e-2
 
+_BY_LAYER = ("split", "layer")
+_AFTER = "the features after the layer, which the next one takes; of the head, the outputs"
+
 # What a history records besides where `log.layers` is on; computed by `training.every_layer`.
 LAYER_VOCABULARY: dict[str, Metric] = {
+    "layer_nc1": Metric(
+        "NC1 after each layer",
+        f"nc1 of {_AFTER}",
+        _BY_LAYER,
+        best=0,
+    ),
+    "layer_cdnv": Metric(
+        "CDNV after each layer",
+        f"cdnv of {_AFTER}",
+        _BY_LAYER,
+        best=0,
+    ),
+    "layer_nc4": Metric(
+        "NC4 after each layer",
+        f"share of examples whose largest output is not that of the nearest class mean of {_AFTER}",
+        _BY_LAYER,
+        most=1,
+        best=0,
+    ),
+    "mean_feature_norm": _OF_FEATURES_ALONE["mean_feature_norm"],
+    "class_mean_singular_values": Metric(
+        "singular values of the class means",
+        "singular values of Mdot, the centred class means, descending; the last is 0",
+        ("split", "mode"),
+    ),
     "layer_rank": Metric(
         "rank of the weights",
         f"number of singular values of W_k above {RANK_SHARE:g} of the largest",

@@ -3,7 +3,6 @@
 NumPy's LAPACK does it, which cannot be used inside the compiled program, see `linalg`.
 """
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +12,6 @@ from jaxtyping import Float
 from ncjax.metrics import geometry
 from ncjax.metrics.blas import one_thread
 from ncjax.metrics.vocabulary import RANK_SHARE
-
-# A singular value below this share of the largest is lost in the rounding of its square.
-_RESOLVED = math.sqrt(np.finfo(np.float64).eps)
 
 
 @one_thread
@@ -43,10 +39,7 @@ def measure_run(
     matrices = [kernel.astype(np.float64).reshape(-1, kernel.shape[-1]) for kernel in kernels]
     # W W^T of every layer, with W (out, in) as in h -> W h.
     outputs = [matrix.T @ matrix for matrix in matrices]
-    spectra = [
-        singular_values(product if len(product) <= len(matrix) else matrix @ matrix.T)
-        for matrix, product in zip(matrices, outputs, strict=True)
-    ]
+    spectra = [singular_values(matrix) for matrix in matrices]
     return {
         "layer_rank": np.array([_rank(values) for values in spectra]),
         "layer_effective_rank": np.array([geometry.effective_rank(s) for s in spectra]),
@@ -83,15 +76,11 @@ def imbalance(
     return float(np.linalg.norm(by_channel @ by_channel.T - product))
 
 
-def singular_values(product: Float[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
-    """Returns the singular values of W, descending, from W W^T or W^T W; NaN if it is not finite.
-
-    Those that rounding hides are `_RESOLVED` of the largest.
-    """
-    if not np.isfinite(product).all():
-        return np.full(len(product), np.nan)
-    values = np.sqrt(np.maximum(np.linalg.eigvalsh(product)[::-1], 0))
-    return np.maximum(values, _RESOLVED * values[0])
+def singular_values(matrix: Float[np.ndarray, "n m"]) -> Float[np.ndarray, " k"]:
+    """Returns the singular values, descending; NaN if the matrix is not finite."""
+    if not np.isfinite(matrix).all():
+        return np.full(min(matrix.shape), np.nan)
+    return np.linalg.svd(matrix, compute_uv=False)
 
 
 def _rank(values: Float[np.ndarray, " k"]) -> float:

@@ -9,7 +9,14 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import InputError
-from ncjax.report import figures, imbalance_figures, monitor_figures, panels, theory_figures
+from ncjax.report import (
+    figures,
+    imbalance_figures,
+    layer_figures,
+    monitor_figures,
+    panels,
+    theory_figures,
+)
 from ncjax.storage import varied
 from ncjax.storage.files import write_atomically
 from ncjax.storage.history import imbalance_ratio
@@ -29,6 +36,8 @@ FIGURES = (
     "bounds_against_lambda_and_epoch",
     "collapse_against_clock",
     "modes_against_lambda",
+    "layers_against_epoch",
+    "layers_by_depth",
     "compare_against_epoch",
     "minority_against_ratio",
 )
@@ -86,13 +95,19 @@ def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Calla
         "collapse_against_lambda": lambda: figures.collapse_against_lambda({words: one}),
         "class_mean_cosines": lambda: figures.class_mean_cosines(one),
     }
+    if layer_figures.has_layers(one):
+        shown = _shown_decay(one, weight_decay)
+        drawn |= {
+            "layers_against_epoch": lambda: layer_figures.layers_against_epoch(one, shown),
+            "layers_by_depth": lambda: layer_figures.layers_by_depth(one),
+        }
     if (one["weight_decay"] > 0).any():
         drawn |= {
             "equilibrium_against_epoch": lambda: theory_figures.equilibrium_against_epoch(one),
             "theory_against_lambda": lambda: theory_figures.theory_against_lambda({words: one}),
         }
         if imbalance_ratio(one) == 1:
-            decay = _budget_decay(one, weight_decay)
+            decay = _shown_decay(one, weight_decay)
             drawn["budget_against_epoch"] = lambda: theory_figures.budget_against_epoch(one, decay)
             if "nc2_bound_etf" in one:  # younger than some histories
                 drawn["bounds_against_lambda_and_epoch"] = lambda: (
@@ -106,9 +121,13 @@ def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Calla
     return drawn
 
 
-def _budget_decay(history: xr.Dataset, weight_decay: float | None) -> float:
-    """Returns the weight decay asked for, else the one with the least NC3 among those above 0."""
+def _shown_decay(history: xr.Dataset, weight_decay: float | None) -> float:
+    """Returns the weight decay asked for, else the one with the least NC3 among those above 0, or 0
+    where there is no other.
+    """
     values = history["weight_decay"].values
+    if weight_decay is None and not (values > 0).any():
+        return 0.0
     if weight_decay is None:
         decayed = history.isel(weight_decay=values > 0)
         return float(decayed["weight_decay"].values[figures.most_collapsed(decayed)])

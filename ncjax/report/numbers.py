@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import printable
-from ncjax.metrics.vocabulary import FEATURE_VOCABULARY
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, LAYER_VOCABULARY
 from ncjax.storage import monitored
 
 # Base64 characters of all numbers of a page; with its scripts it stays below 6 MB.
@@ -21,6 +21,8 @@ _MOST_SHRUNK = 4
 
 # In the order in which variables are left out, last first, where there are too many numbers.
 _INNER = ("split", "layer", "mode", "label", "other_label")
+
+_KNOWN = FEATURE_VOCABULARY | LAYER_VOCABULARY
 
 
 class Packed(NamedTuple):
@@ -139,10 +141,11 @@ def _little_endian(dtype: np.dtype) -> np.dtype:
 def _by_importance(history: xr.Dataset, grid: Iterable[str]) -> Iterator[str]:
     """Yields the variables that have a finite number, those of fewest dimensions first."""
 
+    order = list(_KNOWN)
+
     def rank(name: str) -> tuple[int, int]:
         inner = [dim for dim in history[name].dims if dim in _INNER and dim not in grid]
-        order = list(FEATURE_VOCABULARY)
-        place = order.index(name) if name in FEATURE_VOCABULARY else len(order)
+        place = order.index(name) if name in _KNOWN else len(order)
         return max((1 + _INNER.index(str(dim)) for dim in inner), default=0), place
 
     known = {*grid, "epoch", *_INNER}
@@ -166,7 +169,7 @@ def describe_metrics(histories: Iterable[xr.Dataset]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     for history in histories:
         for name, variable in history.data_vars.items():
-            metric = FEATURE_VOCABULARY.get(str(name))
+            metric = _KNOWN.get(str(name))
             attributes = metric.attributes if metric else variable.attrs
             found[str(name)] = {
                 "title": printable(str(attributes.get("long_name", name))),

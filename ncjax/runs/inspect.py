@@ -30,7 +30,7 @@ from ncjax.storage import checkpoint
 from ncjax.storage import history as histories
 from ncjax.storage.checkpoint import CheckpointMetadata, Damaged
 from ncjax.storage.files import write_atomically
-from ncjax.training import evaluate, layers, own, parallel, program, sweep
+from ncjax.training import evaluate, every_layer, layers, own, parallel, program, sweep
 
 # The largest relative deviation from the recorded value that passes: another program rounds
 # differently.
@@ -351,8 +351,8 @@ def _make_measure(
 
     @jax.jit
     def compiled(variables: dict, hyper: program.Hyper, data: evaluate.Data) -> dict:
-        stacked = jax.tree.map(lambda leaf: leaf[None], (variables, hyper))
-        values = program.measure(*stacked, data, recipe, jax.default_backend())
+        runs, hypers = jax.tree.map(lambda leaf: leaf[None], (variables, hyper))
+        values = program.measure(runs, hypers, data, recipe, jax.default_backend())
         effective = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
         return {name: of_runs[0] for name, of_runs in values.items()} | {
             "effective_decay": effective
@@ -367,6 +367,12 @@ def _make_measure(
                 )
             )
             values = jax.device_get(compiled(variables, hyper, data))
+        if recipe.wiring is not None:
+            params = jax.tree.map(lambda leaf: np.asarray(leaf)[None], variables["params"])
+            of_weights = every_layer.weight_metrics(
+                params, values["finite"][None], recipe.structure, recipe.wiring
+            )
+            values |= {name: one for name, (one,) in of_weights.items()}
         return values | {
             "mode_eigenvalues": theory.mode_eigenvalues(values.pop("class_mean_logits"))
         }

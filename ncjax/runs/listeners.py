@@ -172,6 +172,8 @@ class Reporter:
     def on_compiled(self, continues: bool) -> None:
         """Says what was compiled, and where training continues."""
         self._progress.say(summary.summary(self._sweep.program))
+        if self._sweep.recipe.wiring is not None:
+            self._progress.say(summary.LAYERS)
         if remark := self._sweep.recipe.structure.remark():
             self._progress.say(remark)
         if continues:

@@ -13,6 +13,9 @@ from ncjax.runs.schedule import make_schedule
 from ncjax.training import layers, parallel
 from ncjax.training.sweep import Program
 
+# What is said of `log.layers`; benchmarks/layers.py measures it.
+LAYERS = "every layer is measured: up to one training epoch more per measurement"
+
 
 def headline(plan: Plan, program: Program) -> str:
     grid, dataset = plan.grid, plan.dataset
@@ -66,6 +69,8 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
         "shapes)",
     }
+    if recipe.wiring is not None:
+        rows["layers"] = LAYERS
     if plan.grown_from is not None:
         held = configuration.make_grid(plan.grown_from, plan.dataset.num_classes).size
         rows["growth"] = (

@@ -3,7 +3,7 @@ the small arrays that they leave.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from ncjax.metrics import collapse, theory
 from ncjax.metrics.statistics import Statistics, statistics_of_passes
 from ncjax.metrics.vocabulary import VOCABULARY, Quantities, assemble
+from ncjax.training import every_layer
+from ncjax.training.every_layer import Probe
 from ncjax.training.layers import Structure, by_path, nest
 from ncjax.training.objective import Objective, decay_penalty
 from ncjax.training.parallel import Share
@@ -62,6 +64,7 @@ class _FirstPass(NamedTuple):
     fit: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
     correct: Float[Array, " C"]
+    layers: tuple[Float[Array, "C _"], ...]
 
 
 class LayerSums(NamedTuple):
@@ -111,6 +114,7 @@ class RunSums(NamedTuple):
       residual_dot_target: mean<r, y - b> over training examples.
       other_penalty: lambda/2 times the squared norm of what is decayed and no layer's weights.
       finite: whether all parameters are.
+      every_layer: the metrics of every layer, if there is a probe.
     """
 
     splits: SplitSums
@@ -125,6 +129,7 @@ class RunSums(NamedTuple):
     residual_dot_target: Float[Array, ""]
     other_penalty: Float[Array, ""]
     finite: Bool[Array, ""]
+    every_layer: dict[str, Array]
 
 
 def collect(
@@ -137,6 +142,7 @@ def collect(
     decayed: dict,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     share: Share = Share(),  # noqa: B008
+    probe: Probe | None = None,
 ) -> RunSums:
     """Passes twice over both splits; each split uses its own class means.
 
@@ -151,6 +157,7 @@ def collect(
       objective: the loss and its targets.
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
+      probe: what is measured of every layer; None: nothing.
     """
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
@@ -158,7 +165,9 @@ def collect(
 
         def first_pass(params: dict, images: Array, labels: Array) -> tuple[Array, tuple]:
             at = variables | {"params": params}
-            return _first_pass(at, data.normalize(images), labels, model=model, objective=objective)
+            return _first_pass(
+                at, data.normalize(images), labels, model=model, objective=objective, probe=probe
+            )
 
         def with_gradient(images: Array, labels: Array) -> tuple:
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
@@ -172,6 +181,10 @@ def collect(
             collapse.class_means(sums.classes) for sums in (train_sums, test_sums)
         )
         frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
+        # Of both splits; without a probe there is no layer.
+        layers = every_layer.frames(
+            [(sums.classes.examples, sums.layers) for sums in (train_sums, test_sums)]
+        )
 
         def sums_of_split(
             split: Split,
@@ -179,29 +192,36 @@ def collect(
             means: collapse.ClassMeans,
             frame: collapse.Frame,
             held: tuple,
-        ) -> SplitSums:
+            layers: Sequence[every_layer.Frame],
+        ) -> tuple[SplitSums, dict[str, Array]]:
             reach = collapse.certificate_of_split(means, frame)
 
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
-                h, f = held if held else _forward(variables, data.normalize(images), model)
+                states = held or _forward(variables, data.normalize(images), model, probe)
+                h, f = states[:2]
                 residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
                 predictions, is_linear = jnp.argmax(f, 1), objective.loss == "square"
-                return collapse.class_scatter(
+                scatter = collapse.class_scatter(
                     h, residuals, predictions, labels, means, frame, frame_head, reach, is_linear
-                ), ()
+                )
+                return (scatter, every_layer.scatters(states, layers, labels)), ()
 
-            scatter, _ = _sum_over_batches(second_pass, split, share, held)
-            return SplitSums(means, frame, scatter, first.correct)
+            (scatter, scatters), _ = _sum_over_batches(second_pass, split, share, held)
+            measured = every_layer.metrics(probe, scatter.examples, layers, scatters)
+            return SplitSums(means, frame, scatter, first.correct), measured
 
         gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
         examples = train_sums.classes.examples.sum()
-        train = sums_of_split(data.train, train_sums, train_means, frame_train, train_held)
-        test = sums_of_split(data.test, test_sums, test_means, frame_test, test_held)
+        train = sums_of_split(
+            data.train, train_sums, train_means, frame_train, train_held, layers[0]
+        )
+        test = sums_of_split(data.test, test_sums, test_means, frame_test, test_held, layers[1])
+        splits, measured = jax.tree.map(lambda *fields: jnp.stack(fields), train, test)
         fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
         penalty = decay_penalty(params, decayed, weight_decay)
         others = _without(decayed, [layer.path for layer in structure.layers])
         return RunSums(
-            splits=jax.tree.map(lambda *fields: jnp.stack(fields), train, test),
+            splits=splits,
             head=head,
             frame_head=frame_head,
             head_gradient=gradients["head"]["kernel"].T,
@@ -214,6 +234,7 @@ def collect(
             residual_dot_target=(2 * train_sums.fit + train_sums.residual_dot_logit) / examples,
             other_penalty=decay_penalty(params, others, weight_decay),
             finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all(),
+            every_layer=measured,
         )
 
 
@@ -251,7 +272,7 @@ def metrics(
         )
         quantities = Quantities(train)
         values = _by_split(run, quantities) | {"loss": run.loss, "fit_loss": run.fit_loss}
-        values |= _of_network(run, quantities, weight_decay, structure)
+        values |= _of_network(run, quantities, weight_decay, structure) | run.every_layer
     if objective.loss != "square":  # the identity holds only for the square loss
         values["lemma2_residual"] = jnp.full((), jnp.nan)
     if not is_balanced:
@@ -342,19 +363,29 @@ def _of_network(
     }
 
 
-def _forward(variables: dict, x: Array, model: nn.Module) -> tuple[Array, Array]:
+def _forward(variables: dict, x: Array, model: nn.Module, probe: Probe | None) -> tuple[Array, ...]:
+    """Returns h(x) and f(x), and with a probe what it adds to them."""
+    if probe is not None:
+        return probe.forward(variables, x)
     features = jnp.asarray(model.apply(variables, x, False, method="features"))
     return features, jnp.asarray(model.apply(variables, features, method="logits"))
 
 
 def _first_pass(
-    variables: dict, x: Array, labels: Array, *, model: nn.Module, objective: Objective
+    variables: dict,
+    x: Array,
+    labels: Array,
+    *,
+    model: nn.Module,
+    objective: Objective,
+    probe: Probe | None,
 ) -> tuple[Array, tuple]:
     """Returns the sum of the fit term over a batch, which is differentiated, and two more results.
 
-    These are the sums that need no class means, and (h, f).
+    These are the sums that need no class means, and (h, f), if they are kept.
     """
-    features, outputs = _forward(variables, x, model)
+    states = _forward(variables, x, model, probe)
+    features, outputs = states[:2]
     y = objective.target(labels, outputs.shape[1], outputs.dtype)
     residuals, valid = objective.residual(outputs, y), labels >= 0
     fit = jnp.sum(valid * objective.fit(outputs, y))
@@ -366,8 +397,9 @@ def _first_pass(
         fit,
         jnp.sum(valid * jnp.sum(residuals * logits, axis=1)),
         correct @ jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype),
+        () if probe is None else every_layer.sums(states, labels),
     )
-    return fit, (sums, (features, outputs))
+    return fit, (sums, states if probe is None else probe.held(states))
 
 
 def _sum_over_batches(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
 from ncjax.metrics import closed_forms
-from ncjax.training import evaluate, layers, models, optim, parallel
+from ncjax.training import evaluate, every_layer, layers, models, optim, parallel
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, RunSums, Split
 from ncjax.training.objective import Objective
@@ -84,6 +84,13 @@ class Recipe(NamedTuple):
     augment: Augmentation = "none"
     is_balanced: bool = True
     wiring: Wiring | None = None
+
+    @property
+    def probe(self) -> every_layer.Probe | None:
+        """What is measured of every layer; None: nothing."""
+        if self.wiring is None:
+            return None
+        return every_layer.Probe(self.model, self.structure, self.wiring)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -232,6 +239,7 @@ def measure(
             decayed=recipe.decayed(variables["params"], hyper),
             objective=recipe.objective,
             share=share,
+            probe=recipe.probe,
         )
 
     def metrics(sums: RunSums, hyper: Hyper) -> dict[str, Array]:

@@ -79,8 +79,8 @@ def test_weights_that_are_not_finite_or_zero_are_nan_and_leave_others_alone():
         assert np.isfinite(found[name][0]).all()
         assert np.isnan(found[name][1]).all()
     assert found["layer_rank"][2] == 0
-    # Rounding hides what is below 1e-8 of the largest: it is no number of ours.
-    assert found["layer_condition"][0] == pytest.approx(2**26)
+    # The weights have rank 2 of 5.
+    assert found["layer_condition"][0] > 1e12
 
 
 def test_every_number_lies_in_the_range_of_its_definition():

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
 from ncjax.report import page, watch
 from ncjax.storage.history import COSINES
 from tests.report.test_figures import changed, make_history
@@ -368,6 +368,15 @@ def test_a_history_without_a_finite_measurement_is_shown(opened):
     names = {*VOCABULARY, COSINES} - clocks
     shown = opened(run=changed(make_history(), **dict.fromkeys(names, np.nan)))
     assert shown.cells().size == 4
+    assert shown.errors() == []
+
+
+def test_every_layer_of_the_focused_run_is_drawn(opened):
+    shown = opened(run=make_history(vocabulary=VOCABULARY | LAYER_VOCABULARY))
+    shown.choose("layer-metric", "layer_nc1")
+    heading = shown.find("#layers").get_attribute("aria-label")
+    assert LAYER_VOCABULARY["layer_nc1"].title in heading
+    assert VOCABULARY["mode_eigenvalues"].title in shown.find("#modes").get_attribute("aria-label")
     assert shown.errors() == []
 
 

@@ -18,8 +18,8 @@ from ncjax.cli import plot
 from ncjax.config import SWEPT, Grid
 from ncjax.errors import printable
 from ncjax.metrics import closed_forms
-from ncjax.metrics.vocabulary import VOCABULARY
-from ncjax.report import draw, figures, panels, theory_figures
+from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
+from ncjax.report import draw, figures, layer_figures, panels, theory_figures
 from ncjax.storage import history as histories
 
 LAYERS = ("layer_1", "head")
@@ -74,7 +74,7 @@ def unwritten(monkeypatch):
     monkeypatch.setattr(draw, "_write", touch)
 
 
-def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
+def make_history(epochs=(0, 1, 10), classes=3, fields=(), vocabulary=VOCABULARY, **axes):
     """Random measurements in (0, 1), except that nothing has diverged or gone out, weight decay 0
     has no equilibrium, the clock runs at 1000 a unit of decay and epoch, the shares of the budget
     sum to 1, and no closed form is known.
@@ -93,7 +93,7 @@ def make_history(epochs=(0, 1, 10), classes=3, fields=(), **axes):
             name: rng.uniform(
                 0.01, 0.99, (grid.size, *(sizes[dim] for dim in variable.dims))
             ).astype(np.float32)
-            for name, variable in VOCABULARY.items()
+            for name, variable in vocabulary.items()
         }
         metrics["finite"][:] = 1
         metrics["effective_decay"], metrics["flow_time"] = decay, np.full(grid.size, 500.0 * epoch)
@@ -171,6 +171,38 @@ def assert_drawn(paths, names):
 @pytest.mark.slow
 def test_every_figure_is_written(tmp_path):
     assert_drawn(draw.draw_all(make_history(), tmp_path / "figures"), EVERY_FIGURE)
+
+
+def test_layers_are_drawn_where_they_were_measured(tmp_path, without_layout):
+    """Linear pairs solid, others dotted; the law of the former is dashed."""
+    history = make_history(vocabulary=EVERY_METRIC)
+    history["layer"].attrs["pairs"] = "relu"
+    history["layer_imbalance"][..., -1] = np.nan
+    style = draw.Style(only=("layers_against_epoch", "layers_by_depth"))
+    names = {f"{name}.png" for name in style.only}
+    assert_drawn(draw.draw_all(history, tmp_path / "a", style=style), names)
+    assert not draw.draw_all(make_history(), tmp_path / "b", style=style)
+    figure = layer_figures.layers_against_epoch(history, 1e-3)
+    (imbalance,) = [axes for axes in figure.axes if "Imbalance" in axes.get_title()]
+    styles = [line.get_linestyle() for line in imbalance.lines]
+    assert styles == [":", "-", "--"]
+    values = history["layer_imbalance"].sel(weight_decay=1e-3).isel(layer=0)
+    expected = (values / values.isel(epoch=0)).mean("seed")
+    np.testing.assert_allclose(imbalance.lines[0].get_ydata(), expected, rtol=1e-6)
+    by_depth = layer_figures.layers_by_depth(history).axes[0]
+    assert [text.get_text() for text in by_depth.get_xticklabels()] == list(LAYERS)
+    final = history["layer_nc1"].sel(split="train", weight_decay=1e-3).isel(epoch=-1).mean("seed")
+    np.testing.assert_allclose(by_depth.lines[1].get_ydata(), final, rtol=1e-6)
+
+
+def test_layers_without_decay_or_a_number_are_drawn(tmp_path, without_layout):
+    style = draw.Style(only=("layers_against_epoch", "layers_by_depth"))
+    history = make_history(vocabulary=EVERY_METRIC, weight_decay=(0.0,), seed=(0,))
+    lost = changed(history, **dict.fromkeys(LAYER_VOCABULARY, np.nan))
+    assert len(draw.draw_all(lost, tmp_path / "a", style=style)) == 2
+
+
+EVERY_METRIC = VOCABULARY | LAYER_VOCABULARY
 
 
 def test_terminal_phase_begins_where_every_seed_is_right_on_the_training_split():

@@ -13,7 +13,7 @@ import pytest
 
 from ncjax import config as configuration
 from ncjax.cli import report
-from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, VOCABULARY
+from ncjax.metrics.vocabulary import FEATURE_VOCABULARY, LAYER_VOCABULARY, VOCABULARY
 from ncjax.report import headline, numbers, page
 from ncjax.storage import history as histories
 from ncjax.storage import monitored, varied
@@ -107,6 +107,16 @@ def test_every_number_has_its_definition():
     for name in set(metrics) & set(VOCABULARY):
         assert metrics[name]["definition"] == FEATURE_VOCABULARY[name].definition
         assert metrics[name]["title"] == FEATURE_VOCABULARY[name].title
+
+
+def test_numbers_of_every_layer_are_on_the_page_with_their_definitions():
+    history = make_history(vocabulary=VOCABULARY | LAYER_VOCABULARY)
+    shown = render(run=history).data("page")
+    assert set(LAYER_VOCABULARY) <= set(shown["metrics"])
+    assert shown["sources"][0]["variables"]["layer_nc1"]["dims"][-2:] == ["split", "layer"]
+    for name, metric in LAYER_VOCABULARY.items():
+        assert shown["metrics"][name]["title"] == metric.title
+        assert shown["metrics"][name]["best"] == metric.best
 
 
 def hostile_history():

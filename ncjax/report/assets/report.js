@@ -582,9 +582,9 @@
     const layered = byId("layer-metric").value;
     byId("layers-part").hidden = !source.depends(layered, "layer") || source.axes[0].name === "layer";
     if (!byId("layers-part").hidden) by("layer", byId("layers"), layered);
-    const modes = Object.keys(source.variables).find((name) => source.depends(name, "mode"));
-    byId("modes-part").hidden = !modes;
-    if (modes) by("mode", byId("modes"), modes);
+    const modes = "mode_eigenvalues";
+    byId("modes-part").hidden = !source.has(modes);
+    if (source.has(modes)) by("mode", byId("modes"), modes);
     drawCosines(source, run);
   }
 
