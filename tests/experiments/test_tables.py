@@ -24,6 +24,7 @@ def headline():
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
+@pytest.mark.slow
 def test_every_table_of_the_documents_is_what_the_histories_say(capsys):
     assert tables.main([]) == 0
     printed = capsys.readouterr().out

@@ -142,7 +142,7 @@ SHAPES = {
 )
 @pytest.mark.parametrize(
     ("dtype", "rtol"),
-    [(np.float32, 1e-4), (np.float64, 1e-10)],
+    [pytest.param(np.float32, 1e-4, marks=SLOW), (np.float64, 1e-10)],
     ids=["float32", "float64"],
 )
 def test_every_metric_equals_its_definition(shape, dtype, rtol):

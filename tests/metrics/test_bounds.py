@@ -156,6 +156,7 @@ def test_every_bound_equals_its_definition(bias, centered):
             np.testing.assert_allclose(found[name][i], expected[name], rtol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_no_committed_history_violates_a_bound():
     """Norms and shares of the budget give N2 of NC3; the other bounds need matrices, which only
     younger histories have seen. Of a network that is put out, squares have left float32.

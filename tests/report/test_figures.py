@@ -313,7 +313,11 @@ def test_diverged_runs_are_counted_and_the_others_drawn():
 
 @pytest.mark.parametrize(
     ("width", "points", "columns"),
-    [("3.25in", 234, 1), ("16cm", 16 / 2.54 * 72, 2), ("90mm", 255, 1)],
+    [
+        ("3.25in", 234, 1),
+        pytest.param("16cm", 16 / 2.54 * 72, 2, marks=pytest.mark.slow),
+        pytest.param("90mm", 255, 1, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("without_layout")
 def test_a_figure_is_as_wide_as_it_is_asked_to_be(width, points, columns, tmp_path, monkeypatch):

@@ -125,6 +125,7 @@ def test_a_grown_sweep_is_that_of_all_runs_from_the_start(interrupted, tmp_path,
     assert inspect.verify(inspect.read(workdir, {}), 6).deviation < 1e-5
 
 
+@pytest.mark.slow
 def test_fewer_values_are_another_config(tmp_path):
     ncjax.train(config_of((0.0, 1e-3), (0,)), tmp_path / "run")
     with pytest.raises(InputError, match=r"sweep\.weight_decay"):
