@@ -67,6 +67,23 @@ class _FirstPass(NamedTuple):
     layers: tuple[Float[Array, "C _"], ...]
 
 
+class _Frames(NamedTuple):
+    """Holds what the second pass measures the examples of a split against.
+
+    Attributes:
+      means: the class means of the split.
+      span, head_span: the row spaces of the centred class means and of the head.
+      reach: the certificate of the class means.
+      layers: the frames of every layer, if there is a probe.
+    """
+
+    means: collapse.ClassMeans
+    span: collapse.Frame
+    head_span: collapse.Frame
+    reach: collapse.Certificate
+    layers: Sequence[every_layer.Frame]
+
+
 class LayerSums(NamedTuple):
     """Holds what is measured of L layers' weights W_k and of the gradients G_k of the fit term.
 
@@ -88,13 +105,13 @@ class SplitSums(NamedTuple):
 
     Attributes:
       means: the class means.
-      frame: the span of the centred class means.
+      span: the row space of the centred class means.
       scatter: the sums of the second pass.
       correct: the number of examples of each class whose largest output is their class's.
     """
 
     means: collapse.ClassMeans
-    frame: collapse.Frame
+    span: collapse.Frame
     scatter: collapse.Scatter
     correct: Float[Array, " C"]
 
@@ -105,7 +122,7 @@ class RunSums(NamedTuple):
     Attributes:
       splits: of train and test, along a leading axis.
       head: W_L.
-      frame_head: its row space.
+      head_span: its row space.
       head_gradient: the gradient of the fit term with respect to W_L.
       head_decay: lambda of W_L.
       residual_dot_logit: the mean of <r, f - b> over training examples.
@@ -119,7 +136,7 @@ class RunSums(NamedTuple):
 
     splits: SplitSums
     head: Float[Array, "C p"]
-    frame_head: collapse.Frame
+    head_span: collapse.Frame
     head_gradient: Float[Array, "C p"]
     head_decay: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
@@ -173,65 +190,45 @@ def collect(
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
             return (gradient, sums), held
 
-        (gradient_sum, train_sums), train_held = _sum_over_batches(with_gradient, data.train, share)
-        test_sums, test_held = _sum_over_batches(
+        (gradient_sum, train), train_held = _sum_over_batches(with_gradient, data.train, share)
+        test, test_held = _sum_over_batches(
             lambda *batch: first_pass(params, *batch)[1], data.test, share
         )
-        train_means, test_means = (
-            collapse.class_means(sums.classes) for sums in (train_sums, test_sums)
-        )
-        frame_train, frame_test, frame_head = collapse.frames((train_means, test_means), head)
-        # Of both splits; without a probe there is no layer.
-        layers = every_layer.frames(
-            [(sums.classes.examples, sums.layers) for sums in (train_sums, test_sums)]
-        )
+        frames = _frames((train, test), head)
 
         def sums_of_split(
-            split: Split,
-            first: _FirstPass,
-            means: collapse.ClassMeans,
-            frame: collapse.Frame,
-            held: tuple,
-            layers: Sequence[every_layer.Frame],
+            split: Split, first: _FirstPass, frames: _Frames, held: tuple
         ) -> tuple[SplitSums, dict[str, Array]]:
-            reach = collapse.certificate_of_split(means, frame)
-
             def second_pass(images: Array, labels: Array, *held: Array) -> tuple:
                 states = held or _forward(variables, data.normalize(images), model, probe)
-                h, f = states[:2]
-                residuals = objective.residual(f, objective.target(labels, f.shape[1], f.dtype))
-                predictions, is_linear = jnp.argmax(f, 1), objective.loss == "square"
-                scatter = collapse.class_scatter(
-                    h, residuals, predictions, labels, means, frame, frame_head, reach, is_linear
-                )
-                return (scatter, every_layer.scatters(states, layers, labels)), ()
+                return _second_pass(states, labels, frames, objective), ()
 
             (scatter, scatters), _ = _sum_over_batches(second_pass, split, share, held)
-            measured = every_layer.metrics(probe, scatter.examples, layers, scatters)
-            return SplitSums(means, frame, scatter, first.correct), measured
+            measured = every_layer.metrics(probe, scatter.examples, frames.layers, scatters)
+            return SplitSums(frames.means, frames.span, scatter, first.correct), measured
 
-        gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
-        examples = train_sums.classes.examples.sum()
-        train = sums_of_split(
-            data.train, train_sums, train_means, frame_train, train_held, layers[0]
+        splits, measured = jax.tree.map(
+            lambda *fields: jnp.stack(fields),
+            sums_of_split(data.train, train, frames[0], train_held),
+            sums_of_split(data.test, test, frames[1], test_held),
         )
-        test = sums_of_split(data.test, test_sums, test_means, frame_test, test_held, layers[1])
-        splits, measured = jax.tree.map(lambda *fields: jnp.stack(fields), train, test)
-        fits = (train_sums.fit / len(data.train.labels), test_sums.fit / len(data.test.labels))
+        gradients = jax.tree.map(lambda g: g / len(data.train.labels), gradient_sum)
+        examples = train.classes.examples.sum()
+        fits = (train.fit / len(data.train.labels), test.fit / len(data.test.labels))
         penalty = decay_penalty(params, decayed, weight_decay)
         others = _without(decayed, [layer.path for layer in structure.layers])
         return RunSums(
             splits=splits,
             head=head,
-            frame_head=frame_head,
+            head_span=frames[0].head_span,
             head_gradient=gradients["head"]["kernel"].T,
             head_decay=weight_decay * decayed["head"]["kernel"],
-            residual_dot_logit=train_sums.residual_dot_logit / examples,
+            residual_dot_logit=train.residual_dot_logit / examples,
             loss=jnp.stack([fit + penalty for fit in fits]),
             fit_loss=jnp.stack(fits),
             layers=_layer_sums(params, gradients, weight_decay, structure, decayed),
             # <r, y - b> = ||r||^2 + <r, f - b>
-            residual_dot_target=(2 * train_sums.fit + train_sums.residual_dot_logit) / examples,
+            residual_dot_target=(2 * train.fit + train.residual_dot_logit) / examples,
             other_penalty=decay_penalty(params, others, weight_decay),
             finite=jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all(),
             every_layer=measured,
@@ -312,7 +309,7 @@ def _layer_sums(
 
 def _statistics(run: RunSums, split: SplitSums) -> Statistics:
     return statistics_of_passes(
-        split.means, split.frame, run.frame_head, split.scatter, run.head, split.correct
+        split.means, split.span, run.head_span, split.scatter, run.head, split.correct
     )
 
 
@@ -400,6 +397,39 @@ def _first_pass(
         () if probe is None else every_layer.sums(states, labels),
     )
     return fit, (sums, states if probe is None else probe.held(states))
+
+
+def _frames(splits: Sequence[_FirstPass], head: Float[Array, "C p"]) -> list[_Frames]:
+    """Returns the frames of splits from their first passes."""
+    means = tuple(collapse.class_means(sums.classes) for sums in splits)
+    *spans, head_span = collapse.frames(means, head)
+    # Without a probe there is no layer.
+    layers = every_layer.frames([(sums.classes.examples, sums.layers) for sums in splits])
+    return [
+        _Frames(mu, span, head_span, collapse.certificate_of_split(mu, span), of_layers)
+        for mu, span, of_layers in zip(means, spans, layers, strict=True)
+    ]
+
+
+def _second_pass(
+    states: Sequence[Array], labels: Array, frames: _Frames, objective: Objective
+) -> tuple[collapse.Scatter, tuple[every_layer.Scatter, ...]]:
+    """Returns the sums over a batch of deviations from class means, in the features and after every
+    layer; `states` are those of `_forward`.
+    """
+    h, f = states[:2]
+    scatter = collapse.class_scatter(
+        h,
+        objective.residual(f, objective.target(labels, f.shape[1], f.dtype)),
+        jnp.argmax(f, axis=1),
+        labels,
+        frames.means,
+        frames.span,
+        frames.head_span,
+        frames.reach,
+        is_linear=objective.loss == "square",
+    )
+    return scatter, every_layer.scatters(states, frames.layers, labels)
 
 
 def _sum_over_batches(
