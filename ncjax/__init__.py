@@ -1,8 +1,7 @@
-"""Neural collapse and weight decay: sweeps trained and measured in one compiled JAX program.
+"""Neural collapse and weight decay: sweeps trained and measured in one compiled JAX program."""
 
-Public names are listed in `__init__.pyi`, which type checkers read, and imported when they are
-first used: a command line must not wait for JAX.
-"""
+# Public names are listed in `__init__.pyi`, which type checkers read, and imported when they are
+# first used: a command line must not wait for JAX.
 
 import lazy_loader
 

@@ -19,6 +19,7 @@ from ncjax.cli import train
 from ncjax.errors import InputError
 from ncjax.plan import prepare
 from ncjax.runs import loop
+from tests.helpers import ROOT
 
 # Deterministic: CI must not fail by chance. `deadline` is per example; what hangs, or loads too
 # much, exceeds it.
@@ -235,9 +236,9 @@ flag = st.one_of(
         [
             "--flagfile=/nowhere",
             "--undefok=x",
-            "--config=configs",
+            f"--config={ROOT}/configs",
             "--config=/dev/null",
-            "--config=README.md",
+            f"--config={ROOT}/README.md",
         ]
     ),
 )
@@ -256,6 +257,7 @@ def test_every_command_line_runs_or_is_refused_in_one_line(arguments):
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_and_show", lambda plan: None)
+        patch.chdir(folder)  # for what `--workdir` and a word make
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = train.main(["ncjax", f"--workdir={folder}/run", *arguments])
     assert code in (0, 2)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
+from ncjax.errors import near
 from ncjax.runs import signals
 
 _WIDTHS = (2.0, 40.0)  # inches; a narrower figure has no room for its text
@@ -67,11 +68,10 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
     """Adds the flags that choose among figures, and their format."""
     parser.add_argument(
         "--only",
-        metavar="FIGURE",
-        nargs="+",
-        choices=figures,
+        metavar="NAME,...",
+        type=lambda given: _chosen(given, figures),
         default=(),
-        help=f"these figures alone: {', '.join(figures)}",
+        help=f"these figures alone, separated by commas: {', '.join(figures)}",
     )
     parser.add_argument(
         "--format",
@@ -89,6 +89,16 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
         choices=("paper", "talk"),
         help="paper: text of 8 points, for a page; talk: text of 12 and 14 points, heavier lines",
     )
+
+
+def _chosen(given: str, figures: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of figures that are separated by commas, or raises argparse's error."""
+    names = tuple(given.split(","))
+    for name in names:
+        if name not in figures:
+            way_out = near(name, figures) or f"; choose among {', '.join(figures)}"
+            raise argparse.ArgumentTypeError(f"no figure is called {name!r}{way_out}")
+    return names
 
 
 def inches(length: str) -> float:

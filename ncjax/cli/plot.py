@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = _draw(shown, arguments)
         if arguments.only and not written:
             way_out = "these WORKDIRs have none of it; leave it out to draw those that they have"
-            raise InputError("--only", " ".join(arguments.only), way_out)
+            raise InputError("--only", ",".join(arguments.only), way_out)
     except (InputError, OSError) as error:
         return command.refuse(error)
     console = tables.make_console()

@@ -99,9 +99,9 @@ def _held_back(history: xr.Dataset) -> list[str]:
         if name != "seed"
     )
     return [
-        f"what holds it back at {where}, where nc3 is least: the theorem's part is "
-        f"{float(best['budget_theorem']):.0%} of lambda W_L; the largest other, {largest} "
-        f"({meaning}), {shares[largest]:+.0%}"
+        f"what holds it back: at {where}, where NC3 is least, the theorem's part projects to "
+        f"{float(best['budget_theorem']):.0%} of lambda W_L (100% where the theorem holds); what "
+        f"offsets it most is {largest} ({meaning}), {shares[largest]:+.0%}"
     ]
 
 

@@ -445,7 +445,9 @@ def least(history: xr.Dataset, variables: Sequence[str] = ("nc1", "nc3")) -> lis
         if not finite:
             continue
         best = min(finite, key=lambda index: np.nanmean(values[index]))
-        where = ", ".join(f"{n}={history[n].values[i]:g}" for n, i in zip(names, best, strict=True))
+        where = ", ".join(
+            f"{n} = {history[n].values[i]:g}" for n, i in zip(names, best, strict=True)
+        )
         line = (
             f"{variable} is least at {where.replace('weight_decay', 'lambda')}: "
             f"{mean_and_sd(values[best])}"
@@ -453,10 +455,10 @@ def least(history: xr.Dataset, variables: Sequence[str] = ("nc1", "nc3")) -> lis
         undecayed = [index for index in finite if history["weight_decay"].values[index[0]] == 0]
         if undecayed and undecayed[0] != best:
             zero = min(undecayed, key=lambda index: np.nanmean(values[index]))
-            line += f"; {mean_and_sd(values[zero])} at lambda=0"
+            line += f", against {mean_and_sd(values[zero])} at lambda = 0"
             least_mean = np.nanmean(values[best])
             if least_mean > 0:
-                line += f", {np.nanmean(values[zero]) / least_mean:.1f} times as much"
+                line += f" ({np.nanmean(values[zero]) / least_mean:.1f} times as much)"
         lines.append(line)
     return lines
 
@@ -511,10 +513,13 @@ def short(history: xr.Dataset) -> list[str]:
     short = elapsed[(elapsed > 0) & (elapsed < RELAXED)]
     if not short.size:
         return []
-    decays = ", ".join(f"{value:g}" for value in short["weight_decay"].values)
-    needed = ", ".join(f"{math.ceil(epochs * RELAXED / value):,}" for value in short.values)
-    short_of = f"short of equilibrium (2 lambda t below {RELAXED:g})"
-    return [f"{short_of} at lambda = {decays}: the same schedule needs {needed} epochs"]
+    needed = [f"{math.ceil(epochs * RELAXED / value):,}" for value in short.values]
+    needed[0] = f"the same schedule needs {needed[0]} epochs"
+    where = ", ".join(
+        f"{decay:g} ({length})"
+        for decay, length in zip(short["weight_decay"].values, needed, strict=True)
+    )
+    return [f"short of equilibrium (2 lambda t below {RELAXED:g}) at lambda = {where}"]
 
 
 def closed_form(history: xr.Dataset) -> list[str]:

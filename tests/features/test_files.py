@@ -153,7 +153,7 @@ def test_a_damaged_file_is_one_line_and_exit_code_2(name, tmp_path, said):
         ["--only", "angles"],
         ["--width=4in"],
         ["--figures=folder", "--only", "layers"],
-        ["--figures=folder", "--only", "spectrum", "layers"],
+        ["--figures=folder", "--only", "spectrum,layers"],
     ],
     ids=" ".join,
 )

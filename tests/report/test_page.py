@@ -214,7 +214,7 @@ def test_the_headline_says_how_far_training_is_and_where_collapse_is_most():
     assert "4 networks" in lines[0]
     assert "10 of 300" in lines[0]
     assert any(
-        "NC3" in line and "lambda=0.001: 0.125" in line and "4.0 times" in line for line in lines
+        "NC3" in line and "lambda = 0.001: 0.125" in line and "4.0 times" in line for line in lines
     )
     assert "epoch 0 at lambda = 0, 0 at lambda = 0.001" in lines[1]
     lost = headline.sentences(diverge(history, seed=1))
@@ -240,7 +240,9 @@ def test_an_axis_of_names_is_an_axis_and_each_has_its_own_headline():
     assert source["axes"][1]["labels"] == ["sgd", HOSTILE]
     lines = headline.sentences(history)
     for name in ("sgd", HOSTILE):
-        assert any(line.startswith(f"optimizer={name}: NC3 is least at lambda=") for line in lines)
+        assert any(
+            line.startswith(f"optimizer={name}: NC3 is least at lambda = ") for line in lines
+        )
 
 
 def test_a_monitored_model_has_its_layers_for_runs():
