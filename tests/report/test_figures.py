@@ -5,6 +5,7 @@ they are drawn from.
 import os
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -798,3 +799,13 @@ def test_a_layer_without_equilibrium_has_no_panel_and_captions_fit_what_is_left(
     assert "head" in [
         axes.get_title() for axes in theory_figures.equilibrium_against_epoch(history).axes
     ]
+
+
+def test_names_of_figures_are_separated_by_commas_and_may_stand_before_a_folder(capsys):
+    names = ("collapse_against_epoch", "collapse_against_lambda")
+    arguments = plot._parse(["--only", ",".join(names), "runs/digits"])
+    assert (arguments.only, arguments.workdirs) == (names, [Path("runs/digits")])
+    with pytest.raises(SystemExit) as stop:
+        plot._parse(["--only", "collapse_against_epoch,collapse", "runs/digits"])
+    assert stop.value.code == 2
+    assert "'collapse'; did you mean collapse_against_" in capsys.readouterr().err
