@@ -808,4 +808,4 @@ def test_names_of_figures_are_separated_by_commas_and_may_stand_before_a_folder(
     with pytest.raises(SystemExit) as stop:
         plot._parse(["--only", "collapse_against_epoch,collapse", "runs/digits"])
     assert stop.value.code == 2
-    assert "'collapse'; did you mean collapse_against_" in capsys.readouterr().err
+    assert "no figure is called 'collapse'" in capsys.readouterr().err
