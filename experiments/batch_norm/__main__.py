@@ -50,6 +50,7 @@ MEASURES = {
     "nc1": "nc1",
     "etf_error": "etf_error",
     "nc3": "nc3",
+    "equilibrium residual, head": "head_residual",
 }
 
 
@@ -90,7 +91,10 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         recorded = recorded.assign(_cosines_of_runs(recorded).data_vars)
         history.save(recorded, common.HISTORIES / "batch_norm.nc")
     found = recorded.isel(epoch=-1).sel(split="train")
-    found = found.assign(test_accuracy=recorded["accuracy"].isel(epoch=-1).sel(split="test"))
+    found = found.assign(
+        test_accuracy=recorded["accuracy"].isel(epoch=-1).sel(split="test"),
+        head_residual=found["equilibrium_residual"].sel(layer="head", drop=True),
+    )
     return {loss: found.sel(loss_function=loss) for loss in VARIED["loss"]}
 
 

@@ -228,11 +228,12 @@ def _duality(run: xr.Dataset) -> dict[str, list[str]]:
 def linear_collapse(
     scales: Float[np.ndarray, " modes"], weight_decay: float, layers: int, num_classes: int
 ) -> tuple[float, float]:
-    """Returns nc3 and etf_error of a linear network at its minimum, by the data alone.
+    """Returns nc3 and etf_error of a linear network at the critical point whose modes are those of X, by the
+    data alone.
 
     There is one example in each class; X are the inputs, and targets are centred. Every singular
     value of X is a mode of its own: with z the singular value of the product of all weights and a =
-    z scale the margin, a^(1 - 2/L) (1 - a) = C lambda/scale^(2/L). The head then has the singular
+    z scale the margin, a^(1 - 2/L) (1 - a) = C lambda/scale^(2/L), the larger root. The head then has the singular
     value z^(1/L), the class means have a z^(-1/L), on the same singular vectors.
 
     Args:

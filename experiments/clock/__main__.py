@@ -20,6 +20,8 @@ MEASURES = ("nc1", "etf_error", "nc3")
 VARIABLES = (*MEASURES, "accuracy", "finite", "relaxation_time", "flow_time")
 # Values of 2 lambda t at which curves are compared; those that a curve does not reach, it is not.
 POINTS = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
+# Whether curves come together is asked of the configurations that reach this one.
+REACHED = 3.0
 # The three lambdas of a data set: the middle one's curve is predicted from the outer two.
 DECAYS = {
     "digits": (3e-4, 1e-3, 3e-3),
@@ -165,6 +167,10 @@ def _together(
         rows.append(
             (measure, "lambda, at equal t instead", *_apart(_ranges(at_equal_t, ["weight_decay"])))
         )
+    # Every measure has the same clock.
+    counts = logs.notnull().sum([dim for dim in logs.dims if dim != "point"]).values
+    whole = logs.size // logs.sizes["point"]
+    rows.append(("all", "configurations compared", *(f"{count} of {whole}" for count in counts)))
     seeds = parts["outer"].sizes["seed"]
     return (f"measure (n = {seeds})", "what differs", *(f"{point:g}" for point in POINTS)), rows
 
@@ -189,7 +195,11 @@ def _groups(logs: xr.DataArray) -> dict[str, xr.DataArray]:
             for rate, momentum in ((0.1, 0), (0.03, 0.7))
         ]
         groups["momentum, at equal lr/(1 - m)"] = _ranges(xr.concat(same, "pair"), ["pair"])
-    return groups | {"all of these": _ranges(logs, dims)}
+    those = logs.where(logs.sel(point=REACHED).notnull())
+    return groups | {
+        "all of these": _ranges(logs, dims),
+        f"all, of those that reach {REACHED:g}": _ranges(those, dims),
+    }
 
 
 def _ranges(logs: xr.DataArray, dims: Sequence[str]) -> xr.DataArray:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LAYERS, CLASSES, PER_CLASS = 5, 10, 5
 # Layers before the first activation: with 2, the features W_1 are free to have any sign.
 INPUT_DEPTHS = {1: "ReLU", 2: "linear"}
+# The runs whose ranks are shown, of runs by ascending loss.
+_ENDS = {"least": 0, "greatest": -1}
 VARIABLES = (
     "finite",
     "loss",
@@ -114,9 +116,6 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
             ranks,
         ),
     }
-
-
-_ENDS = {"least": 0, "greatest": -1}
 
 
 def _losses(one: xr.Dataset, decay: float) -> tuple[str, ...]:
