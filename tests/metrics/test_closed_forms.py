@@ -342,3 +342,21 @@ def test_linear_collapse_is_that_of_a_critical_point(layers):
     expected = nc3_and_etf_error(weights[-1], features.T)
     found = closed_forms.linear_collapse(scales, weight_decay, layers, num_classes)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_without_a_bias_the_centred_head_has_one_term_more_than_with_one():
+    rng = np.random.default_rng(0)
+    num_classes = 5
+    means = rng.standard_normal((8, num_classes)) + 0.5
+    center = means.mean(1)
+    centred = means - center[:, None]
+    head = np.linalg.pinv(means)
+    head -= head.mean(0)
+    eigenvalues = np.linalg.svd(centred, compute_uv=False)[:-1] ** 2
+    inverse = np.linalg.pinv(centred)
+    across = center - centred @ inverse @ center
+    extra = np.sum((inverse @ center) ** 2) / np.sum(across**2)
+    np.testing.assert_allclose(np.sum((head - inverse) ** 2), extra, rtol=1e-10)
+    spread = eigenvalues.mean() * ((1 / eigenvalues).mean() + extra / (num_classes - 1))
+    found, _ = nc3_and_etf_error(head, means.T)
+    np.testing.assert_allclose(found, 2 - 2 / np.sqrt(spread), rtol=1e-10)
