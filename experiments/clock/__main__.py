@@ -168,6 +168,7 @@ def _together(
             (measure, "lambda, at equal t instead", *_apart(_ranges(at_equal_t, ["weight_decay"])))
         )
     # Every measure has the same clock.
+    logs = _logs(parts, MEASURES[0], "relaxation_time", POINTS).mean("seed")
     counts = logs.notnull().sum([dim for dim in logs.dims if dim != "point"]).values
     whole = logs.size // logs.sizes["point"]
     rows.append(("all", "configurations compared", *(f"{count} of {whole}" for count in counts)))

@@ -310,7 +310,7 @@ def _draw_bounded(
         if name:
             mean, least, greatest = panels.over_seeds(run[name])
             at = run[axis].values
-            shown = look | ({"linestyle": "none"} if are_few else {})
+            shown: dict[str, Any] = {**look, "linestyle": "none"} if are_few else look
             lines += axes.plot(at, mean, markersize=3 if are_few else 1.5, linewidth=1, **shown)
             if are_few:
                 axes.vlines(at, least, greatest, color=look["color"], linewidth=1)
