@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -27,6 +27,7 @@ from ncjax.storage import history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 REPO = Path(__file__).resolve().parents[1]
 HISTORIES = REPO / "experiments" / "histories"
@@ -215,6 +216,13 @@ def per_decay(values: xr.DataArray, *, least_in_bold: bool = False) -> list[str]
         least = int(values.mean("seed").values.argmin())
         cells[least] = f"**{cells[least]}**"
     return cells
+
+
+def legend_line(label: str, **look: Any) -> "Line2D":
+    """Returns what a legend shows of lines or marks of this look."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, **look)
 
 
 def save(figure: "Figure", name: str, stem: str = "") -> None:

@@ -121,32 +121,46 @@ def main(train: bool) -> None:
 
 
 def _figure(history: xr.Dataset) -> "Figure":
-    """Draws the imbalance of every pair over its first value against 2 lambda t."""
-    from matplotlib.lines import Line2D
-
+    """Draws the imbalance of every pair over its first value against 2 lambda t, and those without
+    decay at the same t.
+    """
     figure, [axes] = panels.frame(1, panels.CLOCKS["relaxation_time"], "")
     run = history.isel(weight_decay=-1)
+    decay = run["weight_decay"].item()
     ratio = run["layer_imbalance"] / run["layer_imbalance"].isel(epoch=0)
     times = run["relaxation_time"].mean("seed").values
-    looks = {"relu": panels.COLOURS[1], "linear": panels.COLOURS[0]}
-    drawn = []
-    for name, _, kind in _pairs(history):
+    control = history["layer_imbalance"].isel(weight_decay=0)
+    colours, marks = {"relu": panels.COLOURS[1], "linear": panels.COLOURS[0]}, iter(panels.MARKERS)
+    drawn, handles = [], {}
+    for name, following, kind in _pairs(history):
+        # The linear pairs lie on one another.
+        words = f"ReLU: {name}, {following}" if kind == "relu" else "linear: all three"
+        look = {"color": colours[kind], "linewidth": 1, "markersize": 2.5}
+        look["marker"] = next(marks) if kind == "relu" else "."
         mean, least, greatest = panels.over_seeds(ratio.sel(layer=name))
-        axes.plot(times, mean, color=looks[kind], linewidth=1, marker="o", markersize=1.5)
-        axes.fill_between(times, least, greatest, color=looks[kind], alpha=0.15, linewidth=0)
-        drawn += [mean, least, greatest]
+        axes.plot(times, mean, **look)
+        axes.fill_between(times, least, greatest, color=look["color"], alpha=0.15, linewidth=0)
+        kept, *_ = panels.over_seeds((control / control.isel(epoch=0)).sel(layer=name))
+        axes.plot(times, kept, color="0.6", linewidth=0.7)
+        handles[words] = common.legend_line(words, **look)
+        drawn += [mean, least, greatest, kept]
     axes.plot(times, np.exp(-times), color="black", linestyle="--", linewidth=1)
     panels.scale_x(axes, times)
     panels.finish(
         axes,
-        panels.Panel("Imbalance of neighbouring layers", "over its first value", ()),
+        panels.Panel(
+            rf"Imbalance of neighbouring layers, $\lambda$ = {panels.number(decay)}",
+            "over its first value",
+            (),
+        ),
         np.concatenate(drawn),
     )
-    handles = [Line2D([], [], color=colour, label=kind) for kind, colour in looks.items()]
-    handles.append(Line2D([], [], color="black", linestyle="--", label=r"$e^{-2\lambda t}$"))
-    panels.legend(
-        figure, handles, f"mean over n = {history.sizes['seed']} seeds, band: least to greatest"
-    )
+    others = [
+        common.legend_line(r"$e^{-2\lambda t}$", color="black", linestyle="--"),
+        common.legend_line(r"$\lambda$ = 0, at the same $t$", color="0.6", linewidth=0.7),
+    ]
+    caption = f"mean over n = {history.sizes['seed']} seeds, band: least to greatest"
+    panels.legend(figure, [*handles.values(), *others], caption)
     return figure
 
 

@@ -50,6 +50,7 @@ MEASURES = {
     "nc1": "nc1",
     "etf_error": "etf_error",
     "nc3": "nc3",
+    "equilibrium residual, head": "head_residual",
 }
 
 
@@ -90,7 +91,10 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
         recorded = recorded.assign(_cosines_of_runs(recorded).data_vars)
         history.save(recorded, common.HISTORIES / "batch_norm.nc")
     found = recorded.isel(epoch=-1).sel(split="train")
-    found = found.assign(test_accuracy=recorded["accuracy"].isel(epoch=-1).sel(split="test"))
+    found = found.assign(
+        test_accuracy=recorded["accuracy"].isel(epoch=-1).sel(split="test"),
+        head_residual=found["equilibrium_residual"].sel(layer="head", drop=True),
+    )
     return {loss: found.sel(loss_function=loss) for loss in VARIED["loss"]}
 
 
@@ -130,11 +134,17 @@ def _rows(final: xr.Dataset) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 PANELS = {
-    "1 - intra-class cosine": lambda run: 1 - run["intra_cosine"],
-    "Inter-class cosine + 1/(C - 1)": lambda run: abs(run["inter_cosine"] + 1 / 9),
-    "NC1": lambda run: run["nc1"],
-    "NC2: distance to a simplex ETF": lambda run: run["etf_error"],
+    panels.Panel("Cosine within classes", r"1 - mean of $\cos$", ()): (
+        lambda run: 1 - run["intra_cosine"]
+    ),
+    panels.Panel("Cosine between classes", r"$|$mean of $\cos + 1/(C-1)|$", ()): (
+        lambda run: abs(run["inter_cosine"] + 1 / (run.sizes["label"] - 1))
+    ),
+    panels.NC1: lambda run: run["nc1"],
+    panels.Panel("NC2: distance to a simplex ETF", "etf_error", ()): lambda run: run["etf_error"],
 }
+# What stands before the head, in the legend.
+_KINDS = {"none": "no normalization", "batch": "batch normalization before the head"}
 
 
 def main(train: bool) -> None:
@@ -145,11 +155,9 @@ def main(train: bool) -> None:
 
 def _figure(found: Mapping[str, xr.Dataset]) -> "Figure":
     """Draws cosines, NC1 and NC2 against weight decay."""
-    from matplotlib.lines import Line2D
-
     figure, all_axes = panels.frame(len(PANELS), r"weight decay $\lambda$", "")
     handles = {}
-    for axes, (title, of) in zip(all_axes, PANELS.items(), strict=True):
+    for axes, (panel, of) in zip(all_axes, PANELS.items(), strict=True):
         drawn = []
         decays = np.array(DECAYS)
         for (loss, final), style in zip(found.items(), ("-", "--"), strict=True):
@@ -161,11 +169,11 @@ def _figure(found: Mapping[str, xr.Dataset]) -> "Figure":
                 look = {"color": colour, "linestyle": style, "linewidth": 1}
                 axes.plot(decays, mean, marker="o", markersize=3, **look)
                 axes.fill_between(decays, least, greatest, color=colour, alpha=0.15, linewidth=0)
-                words = f"{loss.replace('_', '-')}, {kind} before the head"
-                handles[words] = Line2D([], [], label=words, **look)
+                words = f"{loss.replace('_', '-')}, {_KINDS[kind]}"
+                handles[words] = common.legend_line(words, **look)
                 drawn += [mean, least, greatest]
         panels.scale_x(axes, decays, broken=True)
-        panels.finish(axes, panels.Panel(title, "", ()), np.concatenate(drawn))
+        panels.finish(axes, panel, np.concatenate(drawn))
     seeds = next(iter(found.values())).sizes["seed"]
     caption = f"digits, training split; mean over n = {seeds} seeds, band: least to greatest"
     panels.legend(figure, list(handles.values()), caption)

@@ -225,29 +225,6 @@ def _duality(run: xr.Dataset) -> dict[str, list[str]]:
     }
 
 
-def linear_collapse(
-    scales: Float[np.ndarray, " modes"], weight_decay: float, layers: int, num_classes: int
-) -> tuple[float, float]:
-    """Returns nc3 and etf_error of a linear network at its minimum, by the data alone.
-
-    There is one example in each class; X are the inputs, and targets are centred. Every singular
-    value of X is a mode of its own: with z the singular value of the product of all weights and a =
-    z scale the margin, a^(1 - 2/L) (1 - a) = C lambda/scale^(2/L). The head then has the singular
-    value z^(1/L), the class means have a z^(-1/L), on the same singular vectors.
-
-    Args:
-      scales: the nonzero singular values of the centred inputs, C - 1 of them.
-    """
-    relative = num_classes * weight_decay / scales ** (2 / layers)
-    margins = closed_forms.margin(relative, layers) if weight_decay else np.ones_like(scales)
-    head = (margins / scales) ** (1 / layers)
-    means = margins / head
-    nc3 = 2 - 2 * np.sum(head * means) / np.sqrt(np.sum(head**2) * np.sum(means**2))
-    gram = means**2
-    cosine = gram.sum() / np.sqrt(len(gram) * np.sum(gram**2))
-    return float(nc3), float(np.sqrt(2 - 2 * cosine))
-
-
 def _scales() -> Float[np.ndarray, " modes"]:
     """Returns the singular values of what the linear networks are trained on."""
     data = preparation.load(_linear(2).data, None)
@@ -261,14 +238,14 @@ def _a_priori(found: Mapping[str, xr.Dataset]) -> common.Table:
     scales, rows = _scales(), []
     for layers in LINEAR:
         final = found[f"linear {layers}"].isel(epoch=-1).sel(split="train")
-        limit, _ = linear_collapse(scales, 0.0, layers, scales.size + 1)
+        limit, _ = closed_forms.linear_collapse(scales, 0.0, layers, scales.size + 1)
         # Kantorovich: mean(x) mean(1/x) <= (r + 1)^2/(4 r) with r the largest x over the least.
         ratio = (scales.max() / scales.min()) ** (2 / layers)
         most = 2 - 4 * np.sqrt(ratio) / (ratio + 1)
         for decay in final["weight_decay"].values:
             one = final.sel(weight_decay=decay)
             trained = [one[name].values for name in ("nc3", "etf_error")]
-            by_data = linear_collapse(scales, float(decay), layers, scales.size + 1)
+            by_data = closed_forms.linear_collapse(scales, float(decay), layers, scales.size + 1)
             deviations = [
                 np.abs(values / expected - 1).max()
                 for values, expected in zip(trained, by_data, strict=True)

@@ -20,6 +20,8 @@ MEASURES = ("nc1", "etf_error", "nc3")
 VARIABLES = (*MEASURES, "accuracy", "finite", "relaxation_time", "flow_time")
 # Values of 2 lambda t at which curves are compared; those that a curve does not reach, it is not.
 POINTS = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
+# Whether curves come together is asked of the configurations that reach this one.
+REACHED = 3.0
 # The three lambdas of a data set: the middle one's curve is predicted from the outer two.
 DECAYS = {
     "digits": (3e-4, 1e-3, 3e-3),
@@ -165,6 +167,11 @@ def _together(
         rows.append(
             (measure, "lambda, at equal t instead", *_apart(_ranges(at_equal_t, ["weight_decay"])))
         )
+    # Every measure has the same clock.
+    logs = _logs(parts, MEASURES[0], "relaxation_time", POINTS).mean("seed")
+    counts = logs.notnull().sum([dim for dim in logs.dims if dim != "point"]).values
+    whole = logs.size // logs.sizes["point"]
+    rows.append(("all", "configurations compared", *(f"{count} of {whole}" for count in counts)))
     seeds = parts["outer"].sizes["seed"]
     return (f"measure (n = {seeds})", "what differs", *(f"{point:g}" for point in POINTS)), rows
 
@@ -189,7 +196,11 @@ def _groups(logs: xr.DataArray) -> dict[str, xr.DataArray]:
             for rate, momentum in ((0.1, 0), (0.03, 0.7))
         ]
         groups["momentum, at equal lr/(1 - m)"] = _ranges(xr.concat(same, "pair"), ["pair"])
-    return groups | {"all of these": _ranges(logs, dims)}
+    those = logs.where(logs.sel(point=REACHED).notnull())
+    return groups | {
+        "all of these": _ranges(logs, dims),
+        f"all, of those that reach {REACHED:g}": _ranges(those, dims),
+    }
 
 
 def _ranges(logs: xr.DataArray, dims: Sequence[str]) -> xr.DataArray:
@@ -292,36 +303,43 @@ def main(train: bool) -> None:
     common.save(_figure(found), "clock")
 
 
-def _figure(found: Mapping[str, Mapping[str, xr.Dataset]]) -> "Figure":
-    """Draws NC3 of every configuration against 2 lambda t, and the blind predictions in dashes."""
-    from matplotlib.lines import Line2D
+_PLACES = ("smallest", "middle", "largest")
+# Dots so far apart that the curves below them are seen.
+_SPARSE = (0, (1, 3))
 
-    figure, all_axes = panels.frame(2 * len(found), panels.CLOCKS["relaxation_time"], "")
+
+def _figure(found: Mapping[str, Mapping[str, xr.Dataset]]) -> "Figure":
+    """Draws every configuration against 2 lambda t, and the blind predictions dotted; a row for
+    each data set.
+    """
+    shown = ("nc3", "etf_error", "nc1")
+    figure, all_axes = panels.frame(
+        len(shown) * len(found), panels.CLOCKS["relaxation_time"], "", columns=len(shown)
+    )
+    colours = dict(zip(_PLACES, panels.COLOURS, strict=False))
     points = np.geomspace(0.02, 30, 60)
     for row, (name, parts) in enumerate(found.items()):
-        for column, measure in enumerate(("nc3", "nc1")):
-            axes, drawn = all_axes[2 * row + column], []
-            for part, colours in (("outer", panels.COLOURS[:2]), ("middle", panels.COLOURS[2:])):
-                logs = at_clock(parts[part], measure, points).mean("seed")
-                for place, colour in zip(range(logs.sizes["weight_decay"]), colours, strict=False):
-                    curves = logs.isel(weight_decay=place).transpose("point", ...).values
-                    drawn.append(np.exp(curves.reshape(len(points), -1)))
-                    axes.plot(points, drawn[-1], color=colour, linewidth=0.7, alpha=0.7)
+        for column, measure in enumerate(shown):
+            axes, drawn = all_axes[len(shown) * row + column], []
+            logs = _logs(parts, measure, "relaxation_time", points).mean("seed")
+            for place, colour in enumerate(colours.values()):
+                curves = logs.isel(weight_decay=place).transpose("point", ...).values
+                drawn.append(np.exp(curves.reshape(len(points), -1)))
+                axes.plot(points, drawn[-1], color=colour, linewidth=0.7, alpha=0.7)
             predicted = predict(
                 parts["outer"], DECAYS[name][1], measure, points, "relaxation_time"
             ).transpose("point", ...)
             curves = np.exp(predicted.values.reshape(len(points), -1))
-            axes.plot(points, curves, color="black", linestyle=":", linewidth=1)
+            axes.plot(points, curves, color="black", linestyle=_SPARSE, linewidth=0.8)
             panels.scale_x(axes, points)
-            words = panels.Panel(f"{measure}, {name}", measure, ())
+            words = panels.Panel(name, measure, ())
             panels.finish(axes, words, np.concatenate([*map(np.ravel, drawn)]))
-    looks = zip(("smallest lambda", "largest", "middle"), panels.COLOURS, strict=False)
-    handles = [Line2D([], [], color=colour, label=words) for words, colour in looks]
-    handles.append(
-        Line2D(
-            [], [], color="black", linestyle=":", label="middle, predicted before it was trained"
-        )
-    )
+    handles = []
+    for place, (words, colour) in enumerate(colours.items()):
+        values = ", ".join(f"{panels.number(DECAYS[name][place])} {name}" for name in found)
+        handles.append(common.legend_line(rf"{words} $\lambda$: {values}", color=colour))
+    words = r"middle $\lambda$, predicted before it was trained"
+    handles.append(common.legend_line(words, color="black", linestyle=_SPARSE))
     seeds = {parts["outer"].sizes["seed"] for parts in found.values()}
     caption = f"training split; a line per configuration, mean of log over n = {max(seeds)} seeds"
     panels.legend(figure, handles, caption)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LAYERS, CLASSES, PER_CLASS = 5, 10, 5
 # Layers before the first activation: with 2, the features W_1 are free to have any sign.
 INPUT_DEPTHS = {1: "ReLU", 2: "linear"}
+# The runs whose ranks are shown, of runs by ascending loss.
+_ENDS = {"least": 0, "greatest": -1}
 VARIABLES = (
     "finite",
     "loss",
@@ -116,9 +118,6 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     }
 
 
-_ENDS = {"least": 0, "greatest": -1}
-
-
 def _losses(one: xr.Dataset, decay: float) -> tuple[str, ...]:
     loss, collapse = one["loss"].values, collapsed_loss(decay)
     whole = one["accuracy"].values == 1
@@ -148,30 +147,31 @@ def main(train: bool) -> None:
 
 
 def _figure(final: xr.Dataset) -> "Figure":
-    """Draws the loss of every run over collapse's against the rank of its head."""
-    from matplotlib.lines import Line2D
-
+    """Draws the loss of every run over collapse's against the rank of its hidden layers."""
     figure, all_axes = panels.frame(
-        len(INPUT_DEPTHS), "effective rank, mean over layers but the first", ""
+        len(INPUT_DEPTHS), "effective rank, mean over hidden layers 2 to 4", ""
     )
     decays = final["weight_decay"].values
+    all_axes[1].sharey(all_axes[0])
     for axes, (depth, words) in zip(all_axes, INPUT_DEPTHS.items(), strict=True):
         for decay, colour in zip(decays, panels.COLOURS, strict=False):
             one = final.sel(linear_input_depth=depth, weight_decay=decay)
-            ranks = one["layer_effective_rank"].isel(layer=slice(1, None)).mean("layer").values
+            ranks = one["layer_effective_rank"].isel(layer=slice(1, -1)).mean("layer").values
             relative = one["loss"].values / collapsed_loss(float(decay))
-            axes.plot(ranks, relative, "o", color=colour, markersize=3)
+            whole = one["accuracy"].values == 1
+            axes.plot(ranks[whole], relative[whole], "o", color=colour, markersize=3)
+            axes.plot(ranks[~whole], relative[~whole], "o", color=colour, markersize=3, mfc="none")
         axes.axhline(1, color="black", linewidth=1)
         axes.set_title(f"first map: {words}", size=panels.SIZE)
         axes.set_ylabel("loss over that of collapse", size=panels.SIZE)
+    mark = {"marker": "o", "markersize": 3, "linestyle": "none"}
     handles = [
-        Line2D([], [], color=colour, marker="o", markersize=3, linestyle="none", label=label)
-        for colour, label in zip(
-            panels.COLOURS, [rf"$\lambda$ = {panels.number(x)}" for x in decays], strict=False
-        )
+        common.legend_line(rf"$\lambda$ = {panels.number(decay)}", color=colour, **mark)
+        for decay, colour in zip(decays, panels.COLOURS, strict=False)
     ]
-    handles.append(Line2D([], [], color="black", label="collapse"))
-    panels.legend(figure, handles, f"a point per run, {final.sizes['seed']} seeds")
+    handles.append(common.legend_line("collapse", color="black"))
+    caption = f"a point per run, {final.sizes['seed']} seeds; hollow: not every example classified"
+    panels.legend(figure, handles, caption)
     return figure
 
 

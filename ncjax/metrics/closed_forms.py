@@ -198,6 +198,34 @@ def critical_decays(gamma: float, depth: int, setting: Setting) -> tuple[float, 
     return unit * equal_loss(depth), unit * spinodal(depth)
 
 
+def linear_collapse(
+    scales: np.ndarray, weight_decay: float, depth: int, num_classes: int
+) -> tuple[float, float]:
+    """Returns nc3 and etf_error of a linear network at the critical point whose modes are those
+    of its inputs X.
+
+    There is one example in each class, and targets are centred, so that data, lambda and depth
+    decide. Every singular value of X is a mode of its own: with z the singular value of the product
+    of all weights and a = z scale the margin, a is the larger root of
+
+        a^(1 - 2/L) (1 - a) = C lambda/scale^(2/L).
+
+    The head then has the singular value z^(1/L), the class means have a z^(-1/L), on the same
+    singular vectors. Both are NaN where a mode has no root.
+
+    Args:
+      scales: the nonzero singular values of the centred inputs, (C - 1,).
+    """
+    relative = num_classes * weight_decay / scales ** (2 / depth)
+    margins = margin(relative, depth) if weight_decay else np.ones_like(scales)
+    head = (margins / scales) ** (1 / depth)
+    means = margins / head
+    nc3 = 2 - 2 * np.sum(head * means) / np.sqrt(np.sum(head**2) * np.sum(means**2))
+    gram = means**2
+    cosine = gram.sum() / np.sqrt(len(gram) * np.sum(gram**2))
+    return float(nc3), float(np.sqrt(2 - 2 * cosine))
+
+
 def sum_of_outputs(relative: Numbers, bias_decay: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sum of the outputs as two parts: (by the weights, by a bias decayed by lambda_b).
 

@@ -372,12 +372,12 @@ def figure_size(width: float, height: float) -> tuple[float, float]:
     return given, max(height * given / width, _LEAST_HEIGHT * look.panel)
 
 
-def frame(count: int, x_label: str, title: str) -> tuple["Figure", list["Axes"]]:
+def frame(count: int, x_label: str, title: str, columns: int = 2) -> tuple["Figure", list["Axes"]]:
     """Returns a figure of so many panels, which have an x axis in common where it has a label."""
     from matplotlib.figure import Figure
 
     given, look = _page.get()
-    columns = 1 if is_narrow() else min(2, count)
+    columns = 1 if is_narrow() else min(columns, count)
     rows = -(-count // columns)
     width = WIDTH * columns * look.panel if given is None else given
     # Six panels below one another fit on a page.

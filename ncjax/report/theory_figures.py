@@ -61,7 +61,7 @@ def collapse_against_clock(history: xr.Dataset) -> "Figure":
     Along gradient flow, norm balance is the same function of this clock for all lambdas.
     """
     curves = panels.one_per_lambda(_decayed(history))
-    what = "What falls together is on the relaxation clock, what does not is not"
+    what = "Four measures against the relaxation clock"
     title = ", ".join(filter(None, [what, setting_title(history)]))
     figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time")
     times = np.concatenate([panels.clock_of(curve.run, "relaxation_time") for curve in curves])
@@ -246,11 +246,12 @@ _CAUSE_WORDS = (
     "class-mean outputs",
 )
 # A measure, its upper bound and, if there is one, its floor.
+_FEW = 3  # weight decays that a line does not join
 _BOUNDED = (
-    ("NC1", "nc1", "nc1_bound", ""),
-    ("NC2: distance to a simplex ETF", "etf_error", "nc2_bound_etf", ""),
-    ("NC3: self-duality", "nc3", "nc3_bound", "nc3_floor"),
-    ("NC4: nearest class mean", "nc4", "nc4_bound", ""),
+    ("NC1", panels.NC1.label, "nc1", "nc1_bound", ""),
+    ("NC2: distance to a simplex ETF", "etf_error", "etf_error", "nc2_bound_etf", ""),
+    ("NC3: self-duality", panels.NC3.label, "nc3", "nc3_bound", "nc3_floor"),
+    ("NC4: nearest class mean", "share of examples", "nc4", "nc4_bound", ""),
 )
 
 
@@ -260,7 +261,9 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
     The left panels are of the last epoch against weight decay, the right ones of one weight decay
     against epochs.
     """
-    title = ", ".join(filter(None, ("Measured, and proved to be at most", setting_title(history))))
+    title = ", ".join(
+        filter(None, ("Measured values and their proved bounds", setting_title(history)))
+    )
     final = panels.training(_decayed(history).sortby("weight_decay")).isel(epoch=-1)
     run = panels.training(history.sel(weight_decay=weight_decay))
     by_epoch = (run, "epoch", "epoch", rf"at $\lambda$ = {number(weight_decay)}")
@@ -277,11 +280,14 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
         if row is None:
             areas = _draw_causes(axes, one, axis, f"Causes of the bound on NC2, {where}")
         else:
-            areas = _draw_bounded(axes, one, axis, row[1:], Panel(f"{row[0]}, {where}", "", ()))
+            areas = _draw_bounded(axes, one, axis, row[2:], Panel(f"{row[0]}, {where}", row[1], ()))
         drawn |= {str(area.get_label()): area for area in areas}
         if row is None:
             axes.set_xlabel(label, size=panels.SIZE)
-    remark = "bounds hold at any weights, no equilibrium assumed (docs/theory.md); training split, "
+    remark = (
+        "bounds hold at any weights, no equilibrium assumed (docs/theory.md); bands and bars go "
+        "from the least seed to the greatest; training split, "
+    )
     panels.legend(figure, list(drawn.values()), remark + panels.caption_of([history]))
     return figure
 
@@ -293,20 +299,23 @@ def _draw_bounded(
     lines.
     """
     looks: tuple[dict[str, Any], ...] = (
-        {"color": panels.COLOURS[0], "label": "measured"},
-        {"color": "black", "linestyle": "--", "label": "at most"},
-        {"color": "black", "linestyle": ":", "label": "at least"},
+        {"color": panels.COLOURS[0], "label": "measured", "marker": "o"},
+        {"color": "black", "linestyle": "--", "label": "at most", "marker": "v"},
+        {"color": "black", "linestyle": ":", "label": "at least", "marker": "^"},
     )
+    # A line through few weight decays would say what lies between them.
+    are_few = axis == "weight_decay" and run.sizes[axis] <= _FEW
     drawn, lines = [], []
     for name, look in zip(names, looks, strict=True):
         if name:
             mean, least, greatest = panels.over_seeds(run[name])
-            lines += axes.plot(
-                run[axis].values, mean, marker="o", markersize=1.5, linewidth=1, **look
-            )
-            axes.fill_between(
-                run[axis].values, least, greatest, color=look["color"], alpha=0.15, linewidth=0
-            )
+            at = run[axis].values
+            shown: dict[str, Any] = {**look, "linestyle": "none"} if are_few else look
+            lines += axes.plot(at, mean, markersize=3 if are_few else 1.5, linewidth=1, **shown)
+            if are_few:
+                axes.vlines(at, least, greatest, color=look["color"], linewidth=1)
+            else:
+                axes.fill_between(at, least, greatest, color=look["color"], alpha=0.15, linewidth=0)
             drawn.append(np.concatenate([mean, least, greatest]))
     panels.scale_x(axes, run[axis].values)
     panels.finish(axes, panel, np.concatenate(drawn))

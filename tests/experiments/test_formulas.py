@@ -7,52 +7,8 @@ import pytest
 import xarray as xr
 
 from experiments.batch_norm.__main__ import cosines
-from experiments.bounds.__main__ import linear_collapse
 from experiments.clock.__main__ import at_clock, predict
 from experiments.low_rank import __main__ as low_rank
-
-
-def nc3_and_etf_error(head, means):
-    """By definition, of a head (C, p) and class means (C, p)."""
-    centred = means - means.mean(0)
-    num_classes = len(means)
-    unit = (matrix / np.linalg.norm(matrix) for matrix in (head, centred))
-    gram = centred @ centred.T
-    etf = (np.eye(num_classes) - 1 / num_classes) / np.sqrt(num_classes - 1)
-    nc3 = np.sum(np.subtract(*unit) ** 2)
-    return nc3, np.linalg.norm(gram / np.linalg.norm(gram) - etf)
-
-
-@pytest.mark.parametrize("layers", [2, 3, 4])
-def test_linear_collapse_is_that_of_a_critical_point(layers):
-    num_classes, weight_decay = 4, 0.01
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((7, num_classes)) * 2
-    x -= x.mean(1, keepdims=True)
-    left, scales, right = np.linalg.svd(x, full_matrices=False)
-    left, scales, right = left[:, :-1], scales[:-1], right[:-1]
-    # Every mode by bisection of the derivative of its loss.
-    low, high = 0.5 / scales, 1 / scales
-    z = low
-    for _ in range(100):
-        z = (low + high) / 2
-        slope = -scales / num_classes * (1 - z * scales) + weight_decay * z ** (2 / layers - 1)
-        low, high = np.where(slope < 0, z, low), np.where(slope < 0, high, z)
-    middle = np.eye(num_classes - 1) * z ** (1 / layers)
-    weights = [middle @ left.T, *[middle] * (layers - 2), right.T @ middle]
-    targets = np.eye(num_classes) - 1 / num_classes
-    outputs = np.linalg.multi_dot([*weights[::-1], x])
-    for k in range(layers):
-        above = [np.eye(len(weights[k])), *weights[k + 1 :]]
-        below = [x, *weights[:k]]
-        back = np.linalg.multi_dot([*above[::-1]]) if len(above) > 1 else above[0]
-        input_ = np.linalg.multi_dot([*below[::-1]]) if len(below) > 1 else below[0]
-        gradient = back.T @ (outputs - targets) @ input_.T / num_classes
-        np.testing.assert_allclose(gradient, -weight_decay * weights[k], atol=1e-12)
-    features = np.linalg.multi_dot([*weights[:-1][::-1], x])
-    expected = nc3_and_etf_error(weights[-1], features.T)
-    found = linear_collapse(scales, weight_decay, layers, num_classes)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_collapsed_loss_is_that_of_orthogonal_frames_in_every_layer():

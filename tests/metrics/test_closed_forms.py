@@ -299,3 +299,64 @@ def test_the_sum_of_the_heads_rows_tends_to_its_exponential_law(momentum):
     np.testing.assert_allclose(share[:, -1], np.exp(-decay * time), rtol=0.03)
     alone = closed_forms.head_sum(decay, rates, np.full(2, momentum), is_coupled=False)
     np.testing.assert_allclose(alone[:, -1], (1 - rate * decay) ** steps, rtol=1e-12)
+
+
+def nc3_and_etf_error(head, means):
+    """By definition, of a head (C, p) and class means (C, p)."""
+    centred = means - means.mean(0)
+    num_classes = len(means)
+    unit = (matrix / np.linalg.norm(matrix) for matrix in (head, centred))
+    gram = centred @ centred.T
+    etf = (np.eye(num_classes) - 1 / num_classes) / np.sqrt(num_classes - 1)
+    nc3 = np.sum(np.subtract(*unit) ** 2)
+    return nc3, np.linalg.norm(gram / np.linalg.norm(gram) - etf)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_linear_collapse_is_that_of_a_critical_point(layers):
+    num_classes, weight_decay = 4, 0.01
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((7, num_classes)) * 2
+    x -= x.mean(1, keepdims=True)
+    left, scales, right = np.linalg.svd(x, full_matrices=False)
+    left, scales, right = left[:, :-1], scales[:-1], right[:-1]
+    # Every mode by bisection of the derivative of its loss.
+    low, high = 0.5 / scales, 1 / scales
+    z = low
+    for _ in range(100):
+        z = (low + high) / 2
+        slope = -scales / num_classes * (1 - z * scales) + weight_decay * z ** (2 / layers - 1)
+        low, high = np.where(slope < 0, z, low), np.where(slope < 0, high, z)
+    middle = np.eye(num_classes - 1) * z ** (1 / layers)
+    weights = [middle @ left.T, *[middle] * (layers - 2), right.T @ middle]
+    targets = np.eye(num_classes) - 1 / num_classes
+    outputs = np.linalg.multi_dot([*weights[::-1], x])
+    for k in range(layers):
+        above = [np.eye(len(weights[k])), *weights[k + 1 :]]
+        below = [x, *weights[:k]]
+        back = np.linalg.multi_dot([*above[::-1]]) if len(above) > 1 else above[0]
+        input_ = np.linalg.multi_dot([*below[::-1]]) if len(below) > 1 else below[0]
+        gradient = back.T @ (outputs - targets) @ input_.T / num_classes
+        np.testing.assert_allclose(gradient, -weight_decay * weights[k], atol=1e-12)
+    features = np.linalg.multi_dot([*weights[:-1][::-1], x])
+    expected = nc3_and_etf_error(weights[-1], features.T)
+    found = closed_forms.linear_collapse(scales, weight_decay, layers, num_classes)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_without_a_bias_the_centred_head_has_one_term_more_than_with_one():
+    rng = np.random.default_rng(0)
+    num_classes = 5
+    means = rng.standard_normal((8, num_classes)) + 0.5
+    center = means.mean(1)
+    centred = means - center[:, None]
+    head = np.linalg.pinv(means)
+    head -= head.mean(0)
+    eigenvalues = np.linalg.svd(centred, compute_uv=False)[:-1] ** 2
+    inverse = np.linalg.pinv(centred)
+    across = center - centred @ inverse @ center
+    extra = np.sum((inverse @ center) ** 2) / np.sum(across**2)
+    np.testing.assert_allclose(np.sum((head - inverse) ** 2), extra, rtol=1e-10)
+    spread = eigenvalues.mean() * ((1 / eigenvalues).mean() + extra / (num_classes - 1))
+    found, _ = nc3_and_etf_error(head, means.T)
+    np.testing.assert_allclose(found, 2 - 2 / np.sqrt(spread), rtol=1e-10)

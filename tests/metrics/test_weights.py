@@ -90,3 +90,6 @@ def test_every_number_lies_in_the_range_of_its_definition():
         metric = LAYER_VOCABULARY[name]
         known = values[np.isfinite(values)]
         assert ((known >= metric.least) & (known <= metric.most)).all(), name
+    # The definition of a rank has no greatest value: the shorter side of the kernel is.
+    ranks = weights.measure(kernels, [1, None])["layer_rank"]
+    assert ((ranks >= 1) & (ranks <= [5, 4])).all()
