@@ -369,7 +369,7 @@ def one_program() -> Iterator[None]:
     made, begun, compile_, begin = {}, {}, sweep.Program.compiled, train.start
 
     def compile_once(program):
-        key = (program.recipe, program.mesh, program.runs, program.image_shape, train.evaluate)
+        key = (program.recipe, program.mesh, program.runs, program.image_shape, train.measure)
         if key not in made:
             made[key] = compile_.func(program)
         return made[key]
