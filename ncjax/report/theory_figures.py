@@ -135,7 +135,7 @@ def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
             all_axes[0].plot(weight_decay, epsilon, color=colour, linestyle="--", linewidth=1)
             bottom, top = all_axes[0].get_ylim()
             shown = epsilon[weight_decay >= history["weight_decay"].values.min()]
-            all_axes[0].set_ylim(min(bottom, 0.9 * np.nanmin(shown)), top)
+            all_axes[0].set_ylim(min(bottom, 0.9 * np.nanmin(shown, initial=np.inf)), top)
     return figure
 
 
