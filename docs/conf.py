@@ -52,6 +52,7 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = "ncjax"
+html_show_copyright = False
 html_static_path = ["assets"]
 html_css_files = ["site.css"]
 html_extra_path = ["generated/pages"]

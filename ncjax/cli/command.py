@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from ncjax.errors import near
 from ncjax.runs import signals
 
 _WIDTHS = (2.0, 40.0)  # inches; a narrower figure has no room for its text
@@ -96,8 +95,9 @@ def _chosen(given: str, figures: Sequence[str]) -> tuple[str, ...]:
     names = tuple(given.split(","))
     for name in names:
         if name not in figures:
-            way_out = near(name, figures) or f"; choose among {', '.join(figures)}"
-            raise argparse.ArgumentTypeError(f"no figure is called {name!r}{way_out}")
+            raise argparse.ArgumentTypeError(
+                f"no figure is called {name!r}; choose among {', '.join(figures)}"
+            )
     return names
 
 

@@ -3,6 +3,7 @@ network, and formulas are set.
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -86,3 +87,11 @@ def test_every_formula_of_theory_is_set(site, browser):
     formulas = browser.execute_script(count, ".math")
     assert browser.execute_script(count, ".math .katex") == formulas > 500
     assert browser.execute_script(count, ".katex-error") == 0
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))
+)
+def test_notebooks_show_what_they_found(notebook):
+    cells = json.loads((ROOT / "examples" / notebook).read_text())["cells"]
+    assert any(output for cell in cells for output in cell.get("outputs", ()))
