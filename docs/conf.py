@@ -49,6 +49,7 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
+python_display_short_literal_types = True
 
 html_theme = "furo"
 html_title = "ncjax"
@@ -63,6 +64,14 @@ katex_css_path = "katex/katex.min.css"
 def setup(app: Sphinx) -> None:
     app.add_source_parser(NotebookParser)
     app.connect("config-inited", lambda *_: _generate())
+    app.connect("autodoc-process-signature", _without_factories)
+
+
+def _without_factories(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, returns: str
+) -> tuple[str, str]:
+    """Writes defaults that a dataclass makes as `...`, for <factory> is no Python."""
+    return signature and signature.replace("<factory>", "..."), returns
 
 
 class NotebookParser(MystParser):
