@@ -408,7 +408,7 @@ def bounds(history: xr.Dataset) -> list[str]:
         return []
     best = min(bounded, key=lambda index: np.nanmean(nc3[index]))
     run = final.isel(dict(zip(names, best, strict=True)))
-    where = ", ".join(f"{name}={run[name].item():g}" for name in names)
+    where = ", ".join(f"{name} = {run[name].item():g}" for name in names)
     lines = [f"proved at {where.replace('weight_decay', 'lambda')}, means over seeds:"]
     for words, measured, bound, causes, last in _CAUSES:
         value, most = _mean(run, measured), _mean(run, bound)

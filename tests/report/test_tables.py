@@ -98,7 +98,7 @@ def test_bounds_and_causes_are_said_at_the_decay_of_least_nc3_that_has_them():
     for name in ("nc4", "nc4_bound", "etf_error"):
         history[name] = history[name].expand_dims(split=["train", "test"])
     where, *lines = tables.bounds(history)
-    assert "lambda=0.001" in where
+    assert "lambda = 0.001" in where
     numbers = [re.findall(r"\d+(?:\.\d+)?%?", line) for line in lines]
     assert numbers == [
         ["1", "0.3", "0.35", "60%", "40%"],
