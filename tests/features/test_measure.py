@@ -224,6 +224,7 @@ def softmax(f):
     return e / e.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_logits", [False, True])
 def test_cross_entropy_measures_what_softmax_leaves(given_logits):
     h, labels, head, bias = split(sizes=[5, 9, 12, 12, 3])
@@ -240,6 +241,7 @@ def test_cross_entropy_measures_what_softmax_leaves(given_logits):
     assert got["norm_target"] == pytest.approx(np.sum(pull * head) / 1e-2, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_a_negative_norm_target_is_noted():
     h, labels, _, _ = split()
     means = np.stack([h[labels == label].mean(0) for label in range(5)])
@@ -249,7 +251,14 @@ def test_a_negative_norm_target_is_noted():
         assert (found.norm_target < 0) == remarks == len(of_target)
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_classes": 9, "dim": 4}, {"sizes": [5, 9, 12, 12, 3]}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        pytest.param({"num_classes": 9, "dim": 4}, marks=SLOW),
+        pytest.param({"sizes": [5, 9, 12, 12, 3]}, marks=SLOW),
+    ],
+)
 def test_a_ridge_regression_is_at_equilibrium_and_its_budget_adds_up(shape):
     h, labels, _, bias = split(**shape)
     targets = np.eye(len(bias))[labels] - bias
@@ -750,6 +759,7 @@ def passes(parts, num_classes, **about):
     )
 
 
+@pytest.mark.slow
 @INVARIANT
 # Every length is a compilation.
 @given(seed=st.integers(0, 2**16), cuts=st.tuples(*[st.sampled_from([0, 7, 20, 41])] * 2))

@@ -103,9 +103,8 @@ def test_a_direct_call_outside_jit_and_x64_gives_float64_metrics():
     assert_equal(got, oracle_split(*split), 2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["x64_off", "x64_on"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("x64", [False, True], ids=["x64_off", "x64_on"])
 def test_vmap_measures_each_run_of_a_stack(x64):
     splits = [random_split(seed=seed, dtype=np.float32) for seed in range(3)]
     with jax.enable_x64(x64):
@@ -123,6 +122,7 @@ def test_vmap_measures_each_run_of_a_stack(x64):
         )
 
 
+@pytest.mark.slow
 def test_sums_over_uneven_batches_with_padding_equal_the_whole_split():
     features, outputs, labels, head = random_split()
     padded = np.concatenate([labels, [-1, -1, -1]])
@@ -253,6 +253,7 @@ def test_nc1_row_space_is_1_in_the_row_space_of_the_head_and_0_in_its_null_space
         assert got["nc1_row_space"] == pytest.approx(share, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "ranks"), [(np.float32, (2, 2)), (np.float64, (3, 3))], ids=["float32", "float64"]
 )

@@ -99,6 +99,7 @@ def lemma2_terms(head_bias, hidden_bias=0.0):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_bias", ["none", "free", "decayed"])
 def test_lemma_2_holds_at_any_moment_of_training(head_bias):
     assert float(theory.lemma2_residual(**lemma2_terms(head_bias))) < 1e-14

@@ -448,6 +448,7 @@ def test_figures_that_a_run_does_not_have_are_refused(tmp_path, capsys):
     assert err.startswith("error: --only: got 'compare_against_epoch'; ")
 
 
+@pytest.mark.slow
 def test_many_weight_decays_share_a_colour_bar():
     history = make_history(weight_decay=(0.0, *np.logspace(-5, -2, 11)))
     figure = figures.collapse_against_epoch(history)

@@ -537,6 +537,7 @@ def test_other_random_bits_are_refused_and_named(workdir, monkeypatch, setting, 
     assert everything(workdir) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -173,6 +173,7 @@ def test_convolutions_are_of_degree_1_in_every_layer(scaled):
     }
 
 
+@pytest.mark.slow
 def test_convolution_kernels_are_drawn_with_variance_2_over_9_channels():
     model = models.ConvNet(widths=(64, 128), num_classes=10)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

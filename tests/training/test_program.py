@@ -191,11 +191,16 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("head_bias", "batch_size", "choice"),
     [
-        ("none", 16, "plain"),
         ("decayed", 16, "plain"),
         *(
             pytest.param(head_bias, batch_size, "plain", marks=pytest.mark.slow)
-            for head_bias, batch_size in (("none", 0), ("free", 0), ("free", 16), ("decayed", 0))
+            for head_bias, batch_size in (
+                ("none", 0),
+                ("none", 16),
+                ("free", 0),
+                ("free", 16),
+                ("decayed", 0),
+            )
         ),
         *(
             pytest.param("free", 16, choice, marks=pytest.mark.slow)
