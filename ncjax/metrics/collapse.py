@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ncjax.metrics.linalg import row_space, symmetric_part
 
@@ -209,9 +209,7 @@ def class_scatter(
     along_means, along_head, along_centred = jnp.split(
         along, [num_classes, 2 * num_classes], axis=1
     )
-    # h - mu_G is the deviation plus the centred mean of h's class.
-    gram = _gram(centred)
-    nearest = nearest_mean(along_centred + gram[labels], jnp.diagonal(gram))
+    nearest = nearest_by_deviation(along_centred, centred, labels)
     return Scatter(
         examples=one_hot.sum(0),
         within=one_hot.T @ jnp.sum(deviation**2, axis=1),
@@ -260,8 +258,7 @@ def frames(means: tuple[ClassMeans, ...], head: Float[Array, "C p"]) -> tuple[Fr
         singular_values, basis = jax.vmap(row_space)(
             jnp.stack([*centred, head.astype(jnp.float64)])
         )
-        kept = singular_values > rank_tolerance(dtype) * singular_values[:, :1]
-        kept &= jnp.arange(num_classes)[None] < jnp.asarray(ranks)[:, None]
+        kept = counts_as_nonzero(singular_values, rank_tolerance(dtype), np.array(ranks))
         fields = (basis * kept[..., None]).astype(dtype), singular_values * kept, kept.sum(1)
     return tuple(Frame(*(field[i] for field in fields)) for i in range(len(ranks)))
 
@@ -274,8 +271,29 @@ def span(
     They are 0 beyond the first `most`, and if the value is below `tolerance` times the largest.
     """
     singular_values, basis = row_space(rows)
-    kept = (singular_values > tolerance * singular_values[0]) & (jnp.arange(len(rows)) < most)
+    kept = counts_as_nonzero(singular_values, tolerance, np.array(most))
     return singular_values * kept, basis * kept[:, None]
+
+
+def counts_as_nonzero(
+    singular_values: Float[Array, "*batch k"], tolerance: float, most: Int[np.ndarray, "*batch"]
+) -> Bool[Array, "*batch k"]:
+    """Returns which singular values, descending, are not rounding: those above `tolerance` times
+    the largest, and at most the first `most`.
+    """
+    is_first = np.arange(singular_values.shape[-1]) < most[..., None]
+    return (singular_values > tolerance * singular_values[..., :1]) & is_first
+
+
+def nearest_by_deviation(
+    along_centred: Float[Array, "B C"], centred: Float[Array, "C p"], labels: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """Returns `nearest_mean` of examples from <h - mu_c, mu_c' - mu_G>, c the class of each.
+
+    h - mu_G is the deviation plus the centred mean of h's class.
+    """
+    gram = _gram(centred)
+    return nearest_mean(along_centred + gram[labels], jnp.diagonal(gram))
 
 
 def nearest_mean(

@@ -909,7 +909,8 @@ RANK_SHARE = 1e-2
 _BY_LAYER = ("split", "layer")
 _AFTER = "the features after the layer, which the next one takes; of the head, the outputs"
 
-# What a history records besides where `log.layers` is on; computed by `training.every_layer`.
+# What a history records besides where `log.layers` is on; what has no function is computed by
+# `training.every_layer`.
 LAYER_VOCABULARY: dict[str, Metric] = {
     "layer_nc1": Metric(
         "NC1 after each layer",
@@ -935,6 +936,7 @@ LAYER_VOCABULARY: dict[str, Metric] = {
         "singular values of the class means",
         "singular values of Mdot, the centred class means, descending; the last is 0",
         ("split", "mode"),
+        function=lambda q: q.statistics.spectrum * jnp.sqrt(q.num_classes),
     ),
     "layer_rank": Metric(
         "rank of the weights",
@@ -971,8 +973,8 @@ def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict
 
     Args:
       quantities: of the split.
-      names: metrics that are wanted, of `FEATURE_VOCABULARY`; None: those of `VOCABULARY` that are
-        not by class.
+      names: metrics that are wanted, of `FEATURE_VOCABULARY` and `LAYER_VOCABULARY`; None: those
+        of `VOCABULARY` that are not by class.
 
     Returns:
       name -> float64 scalar, by class (C,). Metrics whose `needs` are not all there are left out,
@@ -980,7 +982,8 @@ def assemble(quantities: Quantities, names: Iterable[str] | None = None) -> dict
     """
     if names is None:
         names = [name for name, metric in VOCABULARY.items() if "label" not in metric.dims]
-    entries = {name: FEATURE_VOCABULARY[name] for name in names}
+    known = FEATURE_VOCABULARY | LAYER_VOCABULARY
+    entries = {name: known[name] for name in names}
     return {
         name: metric.function(quantities)
         for name, metric in entries.items()

@@ -124,21 +124,19 @@ class RunSums(NamedTuple):
       head: W_L.
       head_span: its row space.
       head_gradient: the gradient of the fit term with respect to W_L.
-      head_decay: lambda of W_L.
       residual_dot_logit: the mean of <r, f - b> over training examples.
       loss, fit_loss: of train and test, with and without weight decay.
       layers: what is measured of the layers.
       residual_dot_target: mean<r, y - b> over training examples.
       other_penalty: lambda/2 times the squared norm of what is decayed and no layer's weights.
       finite: whether all parameters are.
-      every_layer: the metrics of every layer, if there is a probe.
+      every_layer: what `every_layer.metrics` finds of both splits; empty without a probe.
     """
 
     splits: SplitSums
     head: Float[Array, "C p"]
     head_span: collapse.Frame
     head_gradient: Float[Array, "C p"]
-    head_decay: Float[Array, ""]
     residual_dot_logit: Float[Array, ""]
     loss: Float[Array, "2"]
     fit_loss: Float[Array, "2"]
@@ -204,7 +202,7 @@ def collect(
                 return _second_pass(states, labels, frames, objective), ()
 
             (scatter, scatters), _ = _sum_over_batches(second_pass, split, share, held)
-            measured = every_layer.metrics(probe, scatter.examples, frames.layers, scatters)
+            measured = every_layer.metrics(scatter.examples, frames.layers, scatters)
             return SplitSums(frames.means, frames.span, scatter, first.correct), measured
 
         splits, measured = jax.tree.map(
@@ -222,7 +220,6 @@ def collect(
             head=head,
             head_span=frames[0].head_span,
             head_gradient=gradients["head"]["kernel"].T,
-            head_decay=weight_decay * decayed["head"]["kernel"],
             residual_dot_logit=train.residual_dot_logit / examples,
             loss=jnp.stack([fit + penalty for fit in fits]),
             fit_loss=jnp.stack(fits),
@@ -242,12 +239,13 @@ def metrics(
     structure: Structure,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     is_balanced: bool = True,
+    probe: Probe | None = None,
 ) -> dict[str, Array]:
     """Computes all metrics of one run.
 
     Args:
       run: what `collect` found.
-      weight_decay, structure, objective: as in `collect`.
+      weight_decay, structure, objective, probe: as in `collect`.
       is_balanced: whether all classes have the same number of training examples.
 
     Returns:
@@ -265,11 +263,14 @@ def metrics(
             _statistics(run, jax.tree.map(lambda field: field[0], run.splits)),
             residual_dot_logit=run.residual_dot_logit,
             fit_gradient=run.head_gradient,
-            weight_decay=run.head_decay,
+            # The head is the last of the layers.
+            weight_decay=weight_decay * run.layers.decay_factors[-1],
         )
         quantities = Quantities(train)
         values = _by_split(run, quantities) | {"loss": run.loss, "fit_loss": run.fit_loss}
-        values |= _of_network(run, quantities, weight_decay, structure) | run.every_layer
+        values |= _of_network(run, quantities, weight_decay, structure)
+        if probe is not None:
+            values |= probe.by_layer(values, run.every_layer)
     if objective.loss != "square":  # the identity holds only for the square loss
         values["lemma2_residual"] = jnp.full((), jnp.nan)
     if not is_balanced:
@@ -319,6 +320,7 @@ def _by_split(run: RunSums, train: Quantities) -> dict[str, Array]:
     Metrics with a number for every layer are computed by `_of_network`.
     """
     of_splits = [name for name, metric in VOCABULARY.items() if "split" in metric.dims]
+    of_splits += every_layer.OF_FEATURES if run.every_layer else ()
     of_training = [name for name, metric in VOCABULARY.items() if metric.dims in ((), ("label",))]
     by_split = jax.vmap(lambda split: assemble(Quantities(_statistics(run, split)), of_splits))
     return by_split(run.splits) | assemble(train, of_training)

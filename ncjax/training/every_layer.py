@@ -21,6 +21,8 @@ _MOST_HELD = 2**15
 # Singular values of class means below this share of the largest are lost in the rounding of their
 # squares.
 _RESOLVED = 1e-7
+# Metrics of the head's input that are recorded where every layer is measured.
+OF_FEATURES = ("mean_feature_norm", "class_mean_singular_values")
 
 
 class Probe(NamedTuple):
@@ -44,11 +46,22 @@ class Probe(NamedTuple):
         """The indices of layers below the head that take what comes after another."""
         return sorted({*self.wiring.following} - {self.head})
 
-    @property
-    def places(self) -> list[int]:
-        """The places of the features after every layer in what `forward` returns."""
-        of_layers = {self.head: 0} | {index: 2 + i for i, index in enumerate(self.below)}
-        return [*(of_layers[index] for index in self.wiring.following), 1]
+    def by_layer(
+        self, of_head_input: Mapping[str, Array], elsewhere: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Returns `layer_nc1`, `layer_cdnv` and `layer_nc4` (2, L) over layers in forward order.
+
+        Args:
+          of_head_input: nc1, cdnv and nc4, (2,): those after the layer below the head.
+          elsewhere: the result of `metrics`.
+        """
+        # In the order of what `forward` returns.
+        places = {self.head: 0} | {index: 2 + i for i, index in enumerate(self.below)}
+        after = np.array([*(places[index] for index in self.wiring.following), 1])
+        return {
+            f"layer_{name}": jnp.concatenate([of_head_input[name][:, None], values], 1)[:, after]
+            for name, values in elsewhere.items()
+        }
 
     def forward(self, variables: dict, x: Float[Array, "B *image"]) -> tuple[Array, ...]:
         """Returns h(x), f(x), and the inputs of the layers `below`, each (B, p)."""
@@ -64,12 +77,12 @@ class Probe(NamedTuple):
 
 
 def sums(states: Sequence[Float[Array, "B _"]], labels: Int[Array, " B"]) -> tuple[Array, ...]:
-    """Returns the sums (C, p) of features by class at every place, the outputs being the second; a
-    label outside [0, C) leaves its example out.
+    """Returns the sums (C, p) by class of all that `Probe.forward` returns but h, which
+    `collapse.class_sums` has; a label outside [0, C) leaves its example out.
     """
     outputs = states[1]
     one_hot = jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype)
-    return tuple(one_hot.T @ h for h in states)
+    return tuple(one_hot.T @ h for h in states[1:])
 
 
 class Frame(NamedTuple):
@@ -115,8 +128,7 @@ def frames(
         squares, vectors = jax.vmap(linalg.row_space)(grams)
         spectra = jnp.sqrt(squares)
         most = np.minimum(num_classes - 1, [mu.shape[1] for mu in means])
-        kept = spectra > tolerance * spectra[:, :1]
-        kept &= jnp.arange(num_classes)[None] < most[:, None]
+        kept = collapse.counts_as_nonzero(spectra, tolerance, most)
         factors = jnp.where(kept, 1 / jnp.where(kept, spectra * jnp.sqrt(num_classes), 1), 0)
         bases = [
             (factor[:, None] * (rows @ mdot)).astype(dtype)
@@ -130,9 +142,9 @@ def frames(
 def scatters(
     states: Sequence[Float[Array, "B _"]], frames_of: Sequence[Frame], labels: Int[Array, " B"]
 ) -> tuple[Scatter, ...]:
-    """Sums one batch at every place that has a frame; labels as in `sums`."""
+    """Sums one batch, of what `sums` sums; nothing without frames."""
     predictions = jnp.argmax(states[1], axis=1)
-    pairs = zip(states, frames_of, strict=False)
+    pairs = zip(states[1:], frames_of, strict=True) if frames_of else ()
     return tuple(_scatter(h, frame, predictions, labels) for h, frame in pairs)
 
 
@@ -150,8 +162,7 @@ def _scatter(
     centred = frame.centred.astype(features.dtype)
     along = deviation @ jnp.concatenate([frame.basis, centred]).T
     along_means, along_centred = jnp.split(along, [num_classes], axis=1)
-    gram = centred @ centred.T
-    nearest = collapse.nearest_mean(along_centred + gram[labels], jnp.diagonal(gram))
+    nearest = collapse.nearest_by_deviation(along_centred, centred, labels)
     return Scatter(
         within=one_hot.T @ jnp.sum(deviation**2, axis=1),
         along_means=jnp.sum(along_means**2, axis=0),
@@ -160,33 +171,19 @@ def _scatter(
 
 
 def metrics(
-    probe: Probe | None,
     examples: Float[AnyArray, " C"],
     frames_of: Sequence[Frame],
     scatters_of: Sequence[Scatter],
 ) -> dict[str, Array]:
-    """Returns the metrics of one split in float64, none without a probe.
-
-    `layer_nc1`, `layer_cdnv` and `layer_nc4` are (L,) over layers in forward order,
-    `mean_feature_norm` and `class_mean_singular_values` (C,) are of the head's input.
+    """Returns nc1, cdnv and nc4 of one split wherever there is a frame, in float64; nothing without
+    frames.
     """
-    if probe is None:
-        return {}
     with jax.enable_x64(True):
-        examples, scatters_of = jax.tree.map(
-            lambda a: a.astype(jnp.float64), (examples, tuple(scatters_of))
-        )
-        pairs = zip(frames_of, scatters_of, strict=True)
-        by_place = [_metrics(examples, frame, scatter) for frame, scatter in pairs]
-        frame, scatter = frames_of[0], scatters_of[0]
-        squares = examples @ jnp.sum(frame.means.astype(jnp.float64) ** 2, axis=1)
-        return {
-            name: jnp.stack([by_place[place][name] for place in probe.places])
-            for name in by_place[0]
-        } | {
-            "mean_feature_norm": jnp.sqrt((squares + scatter.within.sum()) / examples.sum()),
-            "class_mean_singular_values": frame.spectrum * jnp.sqrt(len(examples)),
-        }
+        found = [
+            _metrics(*jax.tree.map(lambda a: a.astype(jnp.float64), (examples, frame, scatter)))
+            for frame, scatter in zip(frames_of, scatters_of, strict=True)
+        ]
+        return jax.tree.map(lambda *values: jnp.stack(values), *found) if found else {}
 
 
 def _metrics(
@@ -195,9 +192,9 @@ def _metrics(
     total = examples.sum()
     pairs = collapse.between_means(frame.centred, scatter.within / examples)
     return {
-        "layer_nc1": collapse.nc1(scatter.along_means / total, frame.spectrum, len(examples)),
-        "layer_cdnv": pairs["cdnv"],
-        "layer_nc4": scatter.disagreements / total,
+        "nc1": collapse.nc1(scatter.along_means / total, frame.spectrum, len(examples)),
+        "cdnv": pairs["cdnv"],
+        "nc4": scatter.disagreements / total,
     }
 
 

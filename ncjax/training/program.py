@@ -87,7 +87,7 @@ class Recipe(NamedTuple):
 
     @property
     def probe(self) -> every_layer.Probe | None:
-        """What is measured of every layer; None: nothing."""
+        """Returns what is measured of every layer, or None."""
         if self.wiring is None:
             return None
         return every_layer.Probe(self.model, self.structure, self.wiring)
@@ -229,10 +229,10 @@ def measure(
       The metrics of `evaluate.metrics`, each with a leading run axis.
     """
 
-    def collect(variables: dict, hyper: Hyper) -> RunSums:
+    def collect(variables: dict, hyper: Hyper, weight_decay: Array) -> RunSums:
         return evaluate.collect(
             variables,
-            recipe.effective_decay(hyper.weight_decay, hyper.momentum),
+            weight_decay,
             data,
             model=recipe.model,
             structure=recipe.structure,
@@ -242,20 +242,22 @@ def measure(
             probe=recipe.probe,
         )
 
-    def metrics(sums: RunSums, hyper: Hyper) -> dict[str, Array]:
+    def metrics(sums: RunSums, weight_decay: Array) -> dict[str, Array]:
         return evaluate.metrics(
             sums,
-            recipe.effective_decay(hyper.weight_decay, hyper.momentum),
+            weight_decay,
             structure=recipe.structure,
             objective=recipe.objective,
             is_balanced=recipe.is_balanced,
+            probe=recipe.probe,
         )
 
-    runs = len(hyper.weight_decay)
+    weight_decay = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
+    runs = len(weight_decay)
     _, group = parallel.group_sizes(runs, platform, recipe.structure.has_convolutions)
-    sums = _in_groups(collect, group, variables, hyper)
+    sums = _in_groups(collect, group, variables, hyper, weight_decay)
     group = parallel.side_by_side(runs, sums.head[0].size, platform)
-    return _in_groups(metrics, group, sums, hyper)
+    return _in_groups(metrics, group, sums, weight_decay)
 
 
 class Advance:

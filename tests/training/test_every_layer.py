@@ -12,7 +12,7 @@ from ncjax import plan
 from ncjax.cli import merge
 from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
 from ncjax.storage.history import COSINES
-from ncjax.training import every_layer, layers, models, wiring
+from ncjax.training import evaluate, every_layer, layers, models, wiring
 from tests.helpers import small_config, whole_checkpoint
 
 WEIGHTS = ("layer_rank", "layer_effective_rank", "layer_condition", "layer_imbalance")
@@ -92,12 +92,9 @@ def assert_features(found, states, labels):
     np.testing.assert_allclose(found["mean_feature_norm"], norm, rtol=1e-5)
 
 
-def add(parts):
-    return jax.tree.map(lambda *values: sum(values), *parts)
-
-
-def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters():
+def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters(monkeypatch):
     """In two batches, the second padded with an example that must not count."""
+    monkeypatch.setattr(evaluate, "_ROWS", 16)
     rng = np.random.default_rng(0)
     model = models.MLP((6, 5), 3, linear_head_depth=2, use_head_bias=True)
     structure = layers.find(model, (7,), "free", "float32")
@@ -108,26 +105,32 @@ def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters()
     }
     params["head"]["bias"] = np.array([0.5, -0.5, 0.1], np.float32)
     x = rng.standard_normal((31, 7)).astype(np.float32)
-    labels = np.append(np.arange(30) % 3, -1).astype(np.int32)
+    labels = (np.arange(31) % 3).astype(np.int32)
+    split = evaluate.Split(jnp.asarray(x), jnp.asarray(labels))
+    data = evaluate.Data(split, split, jnp.zeros(7, jnp.float32), jnp.ones((), jnp.float32))
 
     @jax.jit
-    def measured(variables, batches):
-        states = [(probe.forward(variables, images), at) for images, at in batches]
-        sums = add([every_layer.sums(*one) for one in states])
-        examples = jnp.full(3, 10, jnp.float32)
-        (frames,) = every_layer.frames([(examples, sums)])
-        scatters = add([every_layer.scatters(h, frames, at) for h, at in states])
-        return every_layer.metrics(probe, examples, frames, scatters)
+    def measured(params, weight_decay):
+        sums = evaluate.collect(
+            {"params": params},
+            weight_decay,
+            data,
+            model=model,
+            structure=structure,
+            decayed=layers.decay_factors(params, True, True, True, "free", "decayed"),
+            probe=probe,
+        )
+        return evaluate.metrics(sums, weight_decay, structure=structure, probe=probe)
 
     with jax.enable_x64(True):
-        found = measured({"params": params}, [(x[at], labels[at]) for at in HALVES])
+        found = measured(params, jnp.float32(1e-3))
     after_first = np.maximum(x @ params["layer_1"]["kernel"], 0)
     after_second = after_first @ params["layer_2"]["kernel"]
     outputs = after_second @ params["head"]["kernel"] + params["head"]["bias"]
-    assert_features(found, [h[:30] for h in (after_first, after_second, outputs)], labels[:30])
-
-
-HALVES = (slice(0, 16), slice(16, 31))
+    names = ("layer_nc1", "layer_cdnv", "layer_nc4", *every_layer.OF_FEATURES)
+    for of_split in range(2):
+        of_one = {name: found[name][of_split] for name in names}
+        assert_features(of_one, [after_first, after_second, outputs], labels)
 
 
 def test_features_that_are_large_are_not_kept():
