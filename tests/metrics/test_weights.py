@@ -53,7 +53,8 @@ def test_imbalance_is_the_norm_of_the_difference_of_products():
 def test_layers_that_balance_each_other_have_an_imbalance_of_0():
     u, s, v = np.linalg.svd(np.random.default_rng(0).standard_normal((4, 6)), full_matrices=False)
     below, above = (u * s) @ v, (u * s).T
-    assert weights.measure_run([below.T, above.T], [1, None])["layer_imbalance"][0] < 1e-12
+    found = weights.measure([below.T[None], above.T[None]], [1, None])["layer_imbalance"]
+    assert found[0, 0] < 1e-12
 
 
 def test_products_of_convolutions_are_summed_over_positions():
@@ -68,8 +69,8 @@ def test_products_of_convolutions_are_summed_over_positions():
         (conv, np.einsum("hwao,hwbo->ab", conv, conv)),
         (dense, np.einsum("hwao,hwbo->ab", by_position, by_position)),
     ):
-        found = weights.measure_run([below, above], [1, None])["layer_imbalance"][0]
-        assert found == pytest.approx(np.linalg.norm(summed - product), rel=1e-12)
+        found = weights.measure([below[None], above[None]], [1, None])["layer_imbalance"]
+        assert found[0, 0] == pytest.approx(np.linalg.norm(summed - product), rel=1e-12)
 
 
 def test_weights_that_are_not_finite_or_zero_are_nan_and_leave_others_alone():
