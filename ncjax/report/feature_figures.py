@@ -167,13 +167,5 @@ def layers(found: dict[str, "Measurement"]) -> "Figure":
         values = np.array([one.metrics[panel.drawn[0]] for one in found.values()])
         axes.plot(places, values, color=_BLUE, marker="o", markersize=3, linewidth=1)
         panels.finish(axes, panel, values)
-        turned = max(map(len, found)) * len(found) > 40
-        words = [panels.literal(name) if axes in all_axes[-2:] else "" for name in found]
-        axes.set_xticks(
-            places,
-            words,
-            size=panels.SMALL,
-            rotation=45 if turned else 0,
-            ha="right" if turned else "center",
-        )
+        panels.name_places(axes, list(found), are_shown=axes in all_axes[-2:])
     return figure

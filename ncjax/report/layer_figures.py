@@ -94,14 +94,12 @@ def layers_by_depth(history: xr.Dataset) -> "Figure":
     """Draws collapse after every layer, and ranks, at the last epoch by depth, a colour for each
     weight decay.
     """
-    from matplotlib.lines import Line2D
 
     curves = panels.one_per_lambda(history.isel(epoch=[-1]))
     drawn = _measured((*_COLLAPSE, _RANK, *_RANKS), [curve.run for curve in curves])
     figure, all_axes = panels.frame(len(drawn), "layer", setting_title(history))
-    names = [panels.literal(str(name)) for name in history["layer"].values]
+    names = [str(name) for name in history["layer"].values]
     places = np.arange(len(names))
-    is_turned = max(map(len, names)) * len(names) > 40
     for axes, panel in zip(all_axes, drawn, strict=True):
         values = []
         for curve in curves:
@@ -109,19 +107,12 @@ def layers_by_depth(history: xr.Dataset) -> "Figure":
             look = {"color": curve.colour, "linestyle": curve.linestyle}
             values.append(_draw(axes, places, one, look))
         panels.finish(axes, panel, np.concatenate(values))
-        axes.set_xticks(
-            places,
-            names,
-            size=panels.SMALL,
-            rotation=45 if is_turned else 0,
-            ha="right" if is_turned else "center",
-        )
-    handles = [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves]
+        panels.name_places(axes, names)
     last = int(history["epoch"].values[-1])
     caption = (
         f"training split at epoch {last}; {panels.caption_of([history])}, band: least to greatest"
     )
-    panels.legend(figure, handles, caption)
+    panels.legend(figure, panels.handles_of(curves), caption)
     return figure
 
 

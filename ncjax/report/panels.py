@@ -38,9 +38,8 @@ _MOST_DECADES = 9  # decades on one axis that are all labelled
 _MOST_LABELS = 8  # of a y axis with a place for 0
 _NARROW = 3  # values within this factor are labelled as on a linear axis
 _LABEL_HEIGHT = 0.75  # inches that a label has beside a low panel
-_LEAST_SHOWN = (
-    0.01  # of the least value measured: what is predicted below that does not stretch axes
-)
+# Of the least value measured: what is predicted below that does not stretch axes.
+_LEAST_SHOWN = 0.01
 # Okabe and Ito's colours without the yellow. Seven colours and six markers repeat together only
 # after 42 runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -176,7 +175,6 @@ def against(
     Args:
       compared: whether the curves are runs that are compared, which a legend names.
     """
-    from matplotlib.lines import Line2D
 
     panels = _measured(panels, [curve.run for curve in curves])
     figure, all_axes = frame(len(panels), CLOCKS[clock], title)
@@ -198,12 +196,15 @@ def against(
     if len(curves) > _MOST_IN_LEGEND and not compared:
         _lambda_bar(figure, all_axes, curves)
         curves = []
-    legend(
-        figure,
-        [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves],
-        caption,
-    )
+    legend(figure, handles_of(curves), caption)
     return figure
+
+
+def handles_of(curves: Sequence[Curve]) -> "list[Line2D]":
+    """Returns what a legend shows of curves."""
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves]
 
 
 def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[Panel]:
@@ -566,6 +567,22 @@ def diverged(*histories: xr.Dataset) -> str:
     last = [history["finite"].isel(epoch=-1) for history in histories]
     count = sum(int((finite == 0).sum()) for finite in last)
     return f" ({count} of {sum(finite.size for finite in last)} diverged)" if count else ""
+
+
+def name_places(axes: "Axes", names: Sequence[str], *, are_shown: bool = True) -> None:
+    """Puts names on the x axis, one at each integer from 0 on, turned where they need more room.
+
+    Args:
+      are_shown: whether this panel has the names of its column; the ticks it has anyway.
+    """
+    turned = max(map(len, names)) * len(names) > 40
+    axes.set_xticks(
+        np.arange(len(names)),
+        [literal(name) if are_shown else "" for name in names],
+        size=SMALL,
+        rotation=45 if turned else 0,
+        ha="right" if turned else "center",
+    )
 
 
 def caption_of(histories: Sequence[xr.Dataset]) -> str:

@@ -245,8 +245,8 @@ _CAUSE_WORDS = (
     "gradient",
     "class-mean outputs",
 )
-# A measure, its upper bound and, if there is one, its floor.
 _FEW = 3  # weight decays that a line does not join
+# A title, a label, a measure, its upper bound and, if there is one, its floor.
 _BOUNDED = (
     ("NC1", panels.NC1.label, "nc1", "nc1_bound", ""),
     ("NC2: distance to a simplex ETF", "etf_error", "etf_error", "nc2_bound_etf", ""),
@@ -279,11 +279,10 @@ def bounds_against_lambda_and_epoch(history: xr.Dataset, weight_decay: float) ->
     for axes, (row, (one, axis, label, where)) in zip(all_axes, pairs, strict=True):
         if row is None:
             areas = _draw_causes(axes, one, axis, f"Causes of the bound on NC2, {where}")
+            axes.set_xlabel(label, size=panels.SIZE)
         else:
             areas = _draw_bounded(axes, one, axis, row[2:], Panel(f"{row[0]}, {where}", row[1], ()))
         drawn |= {str(area.get_label()): area for area in areas}
-        if row is None:
-            axes.set_xlabel(label, size=panels.SIZE)
     remark = (
         "bounds hold at any weights, no equilibrium assumed (docs/theory.md); bands and bars go "
         "from the least seed to the greatest; training split, "
