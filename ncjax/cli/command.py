@@ -12,9 +12,12 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from ncjax.runs import signals
+
+if TYPE_CHECKING:
+    from ncjax.report.draw import Style
 
 _WIDTHS = (2.0, 40.0)  # inches; a narrower figure has no room for its text
 
@@ -88,6 +91,13 @@ def add_style(parser: argparse.ArgumentParser, figures: Sequence[str]) -> None:
         choices=("paper", "talk"),
         help="paper: text of 8 points, for a page; talk: text of 12 and 14 points, heavier lines",
     )
+
+
+def style_of(arguments: argparse.Namespace) -> "Style":
+    """Returns what the flags of `add_style` ask for."""
+    from ncjax.report.draw import Style
+
+    return Style(arguments.only, arguments.format or "png", arguments.width, arguments.style or "")
 
 
 def _chosen(given: str, figures: Sequence[str]) -> tuple[str, ...]:

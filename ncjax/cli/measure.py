@@ -312,15 +312,13 @@ def _report(arguments: argparse.Namespace, found: list["Measurement"]) -> int:
         if arguments.by_class:
             tables.show_by_class(found[-1].by_class(), tables.make_console())
     if arguments.figures is not None:
-        from ncjax.report import draw, feature_figures
+        from ncjax.report import feature_figures
 
         console = tables.make_console(stderr=is_data)
         names = dict.fromkeys(path.stem for path in arguments.features)
         shown = names if len(names) == len(layers) else layers
         folder = expanded("--figures", arguments.figures)
-        style = draw.Style(
-            arguments.only, arguments.format or "png", arguments.width, arguments.style or ""
-        )
+        style = command.style_of(arguments)
         for path in feature_figures.write(dict(zip(shown, found, strict=True)), folder, style):
             tables.say(console, f"figure: {path}")
     return 0

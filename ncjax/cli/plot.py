@@ -76,9 +76,7 @@ def _draw(shown: dict[Path, xr.Dataset], arguments: argparse.Namespace) -> list[
     """Draws one run into --out or its own folder; several each into its own folder, and compared
     into --out.
     """
-    style = draw.Style(
-        arguments.only, arguments.format or "png", arguments.width, arguments.style or ""
-    )
+    style = command.style_of(arguments)
     if len(shown) == 1 and arguments.out is not None:
         (history,) = shown.values()
         return _draw_one(history, arguments.out, arguments, style)
