@@ -23,6 +23,7 @@ from ncjax.config import Config
 from ncjax.errors import InputError
 from ncjax.metrics.vocabulary import VOCABULARY
 from ncjax.report import tables as report
+from ncjax.runs.signals import Interrupted
 from ncjax.storage import history
 
 if TYPE_CHECKING:
@@ -64,12 +65,20 @@ def start(main: Callable[[bool], None], description: str | None) -> None:
         action="store_true",
         help="train in runs/experiments, instead of reading histories/",
     )
-    arguments = parser.parse_args()
+    train = parser.parse_args().train
+    run(lambda: main(train))
+
+
+def run(work: Callable[[], None]) -> None:
+    """Does the work of a command; bad input and a signal in training end it with one line."""
     try:
-        main(arguments.train)
+        work()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        print(f"stopped by {stop}; the same command continues", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
 
 
 def record(

@@ -3,29 +3,36 @@ what they show.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import xarray as xr
 
 from experiments import common
+from experiments.clock import __main__ as clock
 from ncjax.config import Config
-from ncjax.errors import InputError
 from ncjax.report import figures, panels
 from ncjax.report.panels import Panel
 
 GetConfig = Callable[[str], Config]
 
-NETWORKS = {"homogeneous": "", "batch_norm": "batch_norm"}
+SIZES = ("whole", "subset")
+NETWORKS = {"batch_norm": "batch_norm", "homogeneous": ""}
+DATA_SETS = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
 # For two CPU cores: fewer images and epochs; smaller batches, so that there are steps enough, which
 # batch normalization bears at a lower learning rate.
 SUBSET = {"data__per_class": 200, "train__epochs": 150, "train__batch_size": 32}
 SUBSET_OF = {"homogeneous": SUBSET, "batch_norm": SUBSET | {"sweep__learning_rate": (0.04,)}}
+# Measured closer together where the learning rate falls, after epochs 116 and 233.
+WHOLE = {"log__epochs": (0, 1, 2, 4, 8, 16, 32, 64, 116, 140, 190, 233, 260, 300, 350)}
 PANELS = (
     *figures.PANELS,
     Panel("Loss without the penalty", r"mean of $\frac{1}{2}\Vert y-f\Vert^2$", ("fit_loss",)),
     panels.HEAD_EQUILIBRIUM,
 )
+# What README.md begins with: NC1, angles, NC3, NC4.
+HEADLINE = tuple(figures.PANELS[place] for place in (0, 2, 3, 4))
 MEASURES = {
     "NC1": "nc1",
     "NC2 equal norms, means": "nc2_equinorm_means",
@@ -37,25 +44,29 @@ MEASURES = {
     "equilibrium residual, head": "equilibrium_residual",
     "2 lambda t": "relaxation_time",
 }
+# Whether the subset collapses less because its runs are shorter is asked of these.
+COMPARED = {"NC1": "nc1", "NC2": "etf_error", "NC3": "nc3"}
 
 
 def histories(
-    train: bool, name: str, get_config: GetConfig, *, full: bool = False
+    train: bool, name: str, get_config: GetConfig, *, sizes: Sequence[str] = SIZES
 ) -> dict[str, xr.Dataset]:
-    """Returns the history of each network, on a subset of the data or on all."""
-    return {
-        network: common.recorded(
-            f"{name}_{network}" + ("_full" if full else ""),
-            common.changed(get_config(variant), **({} if full else SUBSET_OF[network])),
-            train,
-            every_epoch=True,
-        )
-        for network, variant in NETWORKS.items()
-    }
+    """Returns the history of each network on the whole data set, then on the subset."""
+    found = {}
+    for size in sizes:
+        for network, variant in NETWORKS.items():
+            fields = WHOLE if size == "whole" else SUBSET_OF[network]
+            key = network if size == "whole" else f"{network}_{size}"
+            config = common.changed(get_config(variant), **fields)
+            found[key] = common.recorded(f"{name}_{key}", config, train, every_epoch=True)
+    return found
 
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
-    return {network: _table(network, history) for network, history in histories.items()}
+    found = {network: _table(network, history) for network, history in histories.items()}
+    if set(NETWORKS) < set(histories):
+        found["clock"] = _at_equal_clock(histories)
+    return found
 
 
 def _table(network: str, history: xr.Dataset) -> common.Table:
@@ -76,40 +87,69 @@ def _table(network: str, history: xr.Dataset) -> common.Table:
     )
 
 
+def _at_equal_clock(histories: Mapping[str, xr.Dataset]) -> common.Table:
+    """Compares the end of the subset's runs with the whole at their 2 lambda t, and at its end."""
+    rows = []
+    for network in NETWORKS:
+        whole, subset = histories[network], histories[f"{network}_subset"]
+        for place, decay in list(enumerate(_of_pytorch(whole)))[1:]:
+            one = whole.isel(weight_decay=place)
+            last, other = (
+                run.isel(epoch=-1).sel(split="train")
+                for run in (one, subset.isel(weight_decay=place))
+            )
+            reached = other["relaxation_time"].mean().item()
+            cells = []
+            for measure in COMPARED.values():
+                then = np.exp(clock.at_clock(one, measure, np.array([reached])).isel(point=0))
+                cells += map(common.over_seeds, (other[measure], then, last[measure]))
+            rows.append((network, common.number(decay), f"{reached:.3g}", *cells))
+    columns = [
+        heading
+        for words in COMPARED
+        for heading in (f"{words}: subset", "whole, then", "whole, at the end")
+    ]
+    return common.Table(
+        "The end of the subset's runs, the whole at the same 2 lambda t, and the whole at its end",
+        (f"network (n = {whole.sizes['seed']})", "wd", "2 lambda t", *columns),
+        rows,
+    )
+
+
 def main(name: str, get_config: GetConfig, claim: str | None) -> None:
     parser = argparse.ArgumentParser(f"python -m experiments.{name}", description=claim)
     parser.add_argument(
         "--train",
-        action="store_true",
-        help="train in runs/experiments, instead of reading histories/",
+        choices=SIZES,
+        help="train in runs/experiments, instead of reading histories/; the whole data set is for "
+        "an accelerator, the subset for two CPU cores",
     )
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="all images, 350 epochs, batches of 128: with --train, for an accelerator",
-    )
-    arguments = parser.parse_args()
-    try:
-        named = histories(arguments.train, name, get_config, full=arguments.full)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    common.print_tables(tables(named))
-    for network, history in named.items():
+    train = parser.parse_args().train
+    sizes = (train,) if train else SIZES
+    common.run(lambda: _show(name, histories(bool(train), name, get_config, sizes=sizes)))
+
+
+def _show(name: str, found: Mapping[str, xr.Dataset]) -> None:
+    common.print_tables(tables(found))
+    for network, history in found.items():
         decays, of_pytorch = history["weight_decay"].values, _of_pytorch(history)
         title = (
             rf"{_title(network, history)}; $\lambda$ = {decays[-1] / of_pytorch[-1]:g} wd of "
             rf"PyTorch"
         )
-        figure = panels.against(panels.one_per_lambda(history), PANELS, title)
-        common.save(figure, name, f"{name}_{network}" + ("_full" if arguments.full else ""))
+        curves = panels.one_per_lambda(history)
+        common.save(panels.against(curves, PANELS, title), name, f"{name}_{network}")
+        if network == "batch_norm":
+            common.save(panels.against(curves, HEADLINE, title), name)
 
 
 def _title(network: str, history: xr.Dataset) -> str:
-    return (
-        f"{network}: {int(history.attrs['per_class']):,} images a class, "
-        f"{int(history['epoch'][-1])} epochs"
-    )
+    config = json.loads(history.attrs["config"])
+    last, epochs = int(history["epoch"][-1]), config["train"]["epochs"]
+    length = f"{last} epochs" if last == epochs else f"{last} of {epochs} epochs"
+    words = "batch normalization" if network.startswith("batch_norm") else "homogeneous"
+    images = f"{int(history.attrs['per_class']):,} images a class"
+    return f"{DATA_SETS[config['data']['name']]}, {words}: {images}, {length}"
 
 
 def _of_pytorch(history: xr.Dataset) -> list[float]:

@@ -20,10 +20,11 @@ LAYERS = "every layer is measured: up to one training epoch more per measurement
 def headline(plan: Plan, program: Program) -> str:
     grid, dataset = plan.grid, plan.dataset
     shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
+    devices = program.mesh.size
     return (
         f"{grid.size} runs ({shape}) of {_network(plan)} on {plan.config.data.name}: "
         f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test examples, "
-        f"{program.mesh.size} {device()} devices"
+        f"{devices} {device()} device{'s' * (devices > 1)}"
     )
 
 
