@@ -227,6 +227,30 @@ def per_decay(values: xr.DataArray, *, least_in_bold: bool = False) -> list[str]
     return cells
 
 
+def by_decay(
+    caption: str,
+    final: xr.Dataset,
+    chosen: Mapping[str, tuple[str, Mapping[str, str]]],
+    *,
+    least_in_bold: bool = False,
+) -> Table:
+    """Returns a row for every weight decay.
+
+    Args:
+      chosen: by heading, a variable and what selects one number a run of it.
+      least_in_bold: in columns of collapse, whose headings begin with nc.
+    """
+    columns = [
+        per_decay(
+            final[variable].sel(select), least_in_bold=least_in_bold and heading.startswith("nc")
+        )
+        for heading, (variable, select) in chosen.items()
+    ]
+    decays = [number(decay) for decay in final["weight_decay"].values]
+    headings = (f"lambda (n = {final.sizes['seed']})", *chosen)
+    return Table(caption, headings, list(zip(decays, *columns, strict=True)))
+
+
 def legend_line(label: str, **look: Any) -> "Line2D":
     """Returns what a legend shows of lines or marks of this look."""
     from matplotlib.lines import Line2D

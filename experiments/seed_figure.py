@@ -89,7 +89,7 @@ def _table(network: str, history: xr.Dataset) -> common.Table:
 
 def _at_equal_clock(histories: Mapping[str, xr.Dataset]) -> common.Table:
     """Compares the end of the subset's runs with the whole at their 2 lambda t, and at its end."""
-    rows = []
+    rows, seeds = [], next(iter(histories.values())).sizes["seed"]
     for network in NETWORKS:
         whole, subset = histories[network], histories[f"{network}_subset"]
         for place, decay in list(enumerate(_of_pytorch(whole)))[1:]:
@@ -101,7 +101,8 @@ def _at_equal_clock(histories: Mapping[str, xr.Dataset]) -> common.Table:
             reached = other["relaxation_time"].mean().item()
             cells = []
             for measure in COMPARED.values():
-                then = np.exp(clock.at_clock(one, measure, np.array([reached])).isel(point=0))
+                logs = clock.at_clock(one, measure, np.array([reached])).isel(point=0)
+                then = logs.copy(data=np.exp(logs.values))
                 cells += map(common.over_seeds, (other[measure], then, last[measure]))
             rows.append((network, common.number(decay), f"{reached:.3g}", *cells))
     columns = [
@@ -111,7 +112,7 @@ def _at_equal_clock(histories: Mapping[str, xr.Dataset]) -> common.Table:
     ]
     return common.Table(
         "The end of the subset's runs, the whole at the same 2 lambda t, and the whole at its end",
-        (f"network (n = {whole.sizes['seed']})", "wd", "2 lambda t", *columns),
+        (f"network (n = {seeds})", "wd", "2 lambda t", *columns),
         rows,
     )
 

@@ -110,28 +110,29 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     return {
         "tightness": common.Table(
             "Bound over measured at the last epoch, training split; mean ± sd over seeds",
-            *_rows(finals, _tightness),
+            *rows_of(finals, tightness),
         ),
         "values": common.Table(
             "Measured, and what it is proved to be at most and at least; means over seeds",
-            *_rows(finals, _values),
+            *rows_of(finals, measured_and_bound),
         ),
         "causes": common.Table(
-            "Shares of causes in the bounds; mean ± sd over seeds", *_rows(finals, _causes)
+            "Shares of causes in the bounds; mean ± sd over seeds",
+            *rows_of(finals, shares_of_causes),
         ),
         "nc4": common.Table(
-            "NC4, its bound, and the runs whose NC4 is proved to be 0", *_rows(finals, _certified)
+            "NC4, its bound, and the runs whose NC4 is proved to be 0", *rows_of(finals, _certified)
         ),
         "violations": _violations(trained),
         "duality": common.Table(
             "Centred NC3 beside the square of NC2's etf_error; mean ± sd over seeds",
-            *_rows(finals | relaxed, _duality),
+            *rows_of(finals | relaxed, _duality),
         ),
         "a_priori": _a_priori(found),
     }
 
 
-def _rows(finals: Mapping[str, xr.Dataset], columns) -> tuple[tuple[str, ...], list[tuple]]:
+def rows_of(finals: Mapping[str, xr.Dataset], columns) -> tuple[tuple[str, ...], list[tuple]]:
     """Returns headings, and a row for every data set and weight decay."""
     rows, headings = [], ()
     for name, final in finals.items():
@@ -143,14 +144,14 @@ def _rows(finals: Mapping[str, xr.Dataset], columns) -> tuple[tuple[str, ...], l
     return headings, rows
 
 
-def _tightness(run: xr.Dataset) -> dict[str, list[str]]:
+def tightness(run: xr.Dataset) -> dict[str, list[str]]:
     return {
         heading: common.per_decay(run[bound] / run[measured])
         for heading, (measured, bound) in BOUNDS.items()
     }
 
 
-def _values(run: xr.Dataset) -> dict[str, list[str]]:
+def measured_and_bound(run: xr.Dataset) -> dict[str, list[str]]:
     columns = {
         heading: _joined(*(run[name] for name in names)) for heading, names in BOUNDS.items()
     }
@@ -163,7 +164,7 @@ def _joined(*values: xr.DataArray) -> list[str]:
     return [" ≤ ".join(f"{mean:.3g}" for mean in row) for row in means]
 
 
-def _causes(run: xr.Dataset) -> dict[str, list[str]]:
+def shares_of_causes(run: xr.Dataset) -> dict[str, list[str]]:
     """Returns shares: in the root of nc1_bound, in nc2_bound_* by squares, and in the sum of the
     norms across the head that bounds nc3 (18b).
     """

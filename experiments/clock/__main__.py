@@ -156,17 +156,16 @@ def _together(
     for measure in MEASURES:
         runs = _logs(parts, measure, "relaxation_time", POINTS)
         logs = runs.mean("seed")
-        for words, groups in _groups(logs).items():
-            rows.append((measure, words, *_apart(groups)))
+        for words, groups in ranges_by_factor(logs).items():
+            rows.append((measure, words, *mean_and_largest(groups)))
         # The mean distance of two means of n normal numbers is 2/sqrt(pi) sd/sqrt(n).
         chance = runs.std("seed", ddof=1) * 2 / np.sqrt(np.pi * runs.sizes["seed"])
         rows.append((measure, "two sets of seeds", *(_mean_ratio(one) for one in _columns(chance))))
         # The flow time that the middle lambda's clock has at a point, for every lambda.
         times = POINTS / (2 * DECAYS[name][1])
         at_equal_t = _logs(parts, measure, "flow_time", times).mean("seed")
-        rows.append(
-            (measure, "lambda, at equal t instead", *_apart(_ranges(at_equal_t, ["weight_decay"])))
-        )
+        by_lambda = _ranges(at_equal_t, ["weight_decay"])
+        rows.append((measure, "lambda, at equal t instead", *mean_and_largest(by_lambda)))
     # Every measure has the same clock.
     logs = _logs(parts, MEASURES[0], "relaxation_time", POINTS).mean("seed")
     counts = logs.notnull().sum([dim for dim in logs.dims if dim != "point"]).values
@@ -185,7 +184,7 @@ def _logs(
     ).sortby("weight_decay")
 
 
-def _groups(logs: xr.DataArray) -> dict[str, xr.DataArray]:
+def ranges_by_factor(logs: xr.DataArray) -> dict[str, xr.DataArray]:
     """Returns max - min of log over what differs, in every group of what does not."""
     dims = [dim for dim in FACTORS if logs.sizes.get(dim, 1) > 1]
     groups = {FACTORS[dim]: _ranges(logs, [dim]) for dim in dims}
@@ -209,7 +208,7 @@ def _ranges(logs: xr.DataArray, dims: Sequence[str]) -> xr.DataArray:
     return apart.where(logs.notnull().sum(dims) > 1)
 
 
-def _apart(groups: xr.DataArray) -> list[str]:
+def mean_and_largest(groups: xr.DataArray) -> list[str]:
     return [
         f"{_mean_ratio(one)} ({np.exp(np.nanmax(one)):.2f})" if np.isfinite(one).any() else "-"
         for one in _columns(groups)

@@ -36,33 +36,16 @@ def histories(train: bool) -> dict[str, xr.Dataset]:
 
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
-    history = histories["digits"]
-    when = (
-        f"Epoch {int(history['epoch'][-1])}, training split unless test is named, mean ± sd over "
-        "seeds"
-    )
+    final = histories["digits"].isel(epoch=-1)
+    when = f"Epoch {int(final['epoch'])}, training split unless test is named, mean ± sd over seeds"
     return {
-        "collapse": _table(f"{when}; in bold the least", history, COLLAPSE),
-        "theory": _table(
-            f"{when}; theory beside it, and the budget as shares of lambda W_L", history, THEORY
+        "collapse": common.by_decay(
+            f"{when}; in bold the least", final, COLLAPSE, least_in_bold=True
+        ),
+        "theory": common.by_decay(
+            f"{when}; theory beside it, and the budget as shares of lambda W_L", final, THEORY
         ),
     }
-
-
-def _table(
-    caption: str, history: xr.Dataset, chosen: Mapping[str, tuple[str, dict[str, str]]]
-) -> common.Table:
-    final = history.isel(epoch=-1)
-    columns = [
-        common.per_decay(
-            final[variable].sel(select),
-            least_in_bold=chosen is COLLAPSE and heading.startswith("nc"),
-        )
-        for heading, (variable, select) in chosen.items()
-    ]
-    decays = [common.number(decay) for decay in final["weight_decay"].values]
-    headings = (f"lambda (n = {history.sizes['seed']})", *chosen)
-    return common.Table(caption, headings, list(zip(decays, *columns, strict=True)))
 
 
 def main(train: bool) -> None:
