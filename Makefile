@@ -1,6 +1,6 @@
 # make demo    install, then the main job on the embedded digits, into runs/digits
 # make test    install, then lint, types, layers of imports and tests
-# make suite   install, then tests alone
+# make suite   install, then tests alone; TESTS="tests/metrics tests/runs" chooses among them
 # make slow    install, then the checks that take minutes
 # make docs    install what that takes, too, then build the site, build/docs/index.html
 # make tables  install, then compare every table of the documents with the histories it is from
@@ -26,7 +26,7 @@ test: $(INSTALLED)
 	$(PYTEST)
 
 suite: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
