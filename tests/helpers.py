@@ -4,9 +4,12 @@ The oracles are written from the definitions in docs/theory.md, in float64 NumPy
 matrices and loops over classes and pairs; they share no code and no algorithm with ncjax.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,19 @@ from ncjax.plan import prepare
 from ncjax.report import draw
 from ncjax.runs import loop
 from ncjax.storage import checkpoint
+from ncjax.training import program
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def unmeasured() -> Iterator[None]:
+    """Compiles sweeps without what measures, which is most of them."""
+    with (
+        mock.patch.object(program, "sums_of_runs", return_value=({}, {})),
+        mock.patch.object(program, "metrics_of_runs", return_value={}),
+    ):
+        yield
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -18,7 +18,8 @@ import jax
 from ncjax.config import default_config
 from ncjax.plan import prepare
 from ncjax.runs import inspect, loop, processes, signals
-from ncjax.training import program, sweep
+from ncjax.training import sweep
+from tests.helpers import unmeasured
 
 MESHES = ((1, 1), (4, 1), (2, 2), (1, 4))
 
@@ -59,7 +60,7 @@ def recorded(folder, *mesh, **fields):
 def trained(folder, *mesh, **fields):
     """States after all epochs."""
     config = make_config(*mesh, **fields)
-    with mock.patch.object(program, "measure", nothing):
+    with unmeasured():
         begun = sweep.Sweep(prepare(config, folder))
         begun.advance(config.train.epochs, measured=False)
     return jax.device_get(begun.states)
@@ -72,18 +73,14 @@ def deviation(found, expected):
     return max(inspect.deviation(found[name].values, expected[name].values) for name in names)
 
 
-def nothing(*_, **__):
-    """In the place of what measures, which is most of a program."""
-    return {}
-
-
 def collectives(folder, run, data, measures, **fields):
-    """Those of the compiled program, of training alone or with what measures: kind -> bytes that
+    """Those of the compiled programs, of training alone or with what measures: kind -> bytes that
     each moves.
     """
     plan = prepare(make_config(run, data, **fields), folder)
-    with mock.patch.object(program, "measure", program.measure if measures else nothing):
-        text = sweep.make_program(plan).compiled.as_text()
+    with contextlib.nullcontext() if measures else unmeasured():
+        compiled = sweep.make_program(plan).compiled
+    text = compiled.passes.as_text() + compiled.metrics.as_text()
     found = re.findall(
         r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
         text,

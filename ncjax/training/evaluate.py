@@ -89,7 +89,7 @@ class LayerSums(NamedTuple):
 
     Attributes:
       norms_sq: ||W_k||_F^2.
-      dot_gradients: <W_k, G_k>.
+      dot_gradients: <W_k, G_k>; NaN where no law of homogeneous layers holds.
       equilibrium_residuals: see `theory.equilibrium_residual`; NaN where a layer has none.
       decay_factors: the factors on lambda.
     """
@@ -232,21 +232,22 @@ def collect(
         )
 
 
-def metrics(
-    run: RunSums,
-    weight_decay: Float[Array, ""],
-    *,
-    structure: Structure,
-    objective: Objective = Objective(),  # noqa: B008 (immutable)
-    is_balanced: bool = True,
-    probe: Probe | None = None,
-) -> dict[str, Array]:
-    """Computes all metrics of one run.
+class Meaning(NamedTuple):
+    """Holds what decides which metrics of a network have a meaning, and which are NaN.
 
-    Args:
-      run: what `collect` found.
-      weight_decay, structure, objective, probe: as in `collect`.
+    Attributes:
+      structure, objective, probe: as in `collect`.
       is_balanced: whether all classes have the same number of training examples.
+    """
+
+    structure: Structure
+    objective: Objective = Objective()
+    is_balanced: bool = True
+    probe: Probe | None = None
+
+
+def metrics(run: RunSums, weight_decay: Float[Array, ""], meaning: Meaning) -> dict[str, Array]:
+    """Computes all metrics of one run from what `collect` found at this weight decay.
 
     Returns:
       The metrics by name, in the type of the parameters. Each is a scalar, (2,) over train and
@@ -268,12 +269,12 @@ def metrics(
         )
         quantities = Quantities(train)
         values = _by_split(run, quantities) | {"loss": run.loss, "fit_loss": run.fit_loss}
-        values |= _of_network(run, quantities, weight_decay, structure)
-        if probe is not None:
-            values |= probe.by_layer(values, run.every_layer)
-    if objective.loss != "square":  # the identity holds only for the square loss
+        values |= _of_network(run, quantities, weight_decay, meaning.structure)
+        if meaning.probe is not None:
+            values |= meaning.probe.by_layer(values, run.every_layer)
+    if meaning.objective.loss != "square":  # the identity holds only for the square loss
         values["lemma2_residual"] = jnp.full((), jnp.nan)
-    if not is_balanced:
+    if not meaning.is_balanced:
         values |= {
             name: jnp.full((), jnp.nan)
             for name, metric in VOCABULARY.items()
@@ -292,17 +293,21 @@ def _layer_sums(
     kernels, slopes, factors = (
         [layer.of(tree) for layer in structure.layers] for tree in (params, gradients, decayed)
     )
+    # A gradient that nothing needs is not computed.
+    none = jnp.full((), jnp.nan, kernels[0].dtype)
     residuals = [
-        theory.equilibrium_residual(kernel, slope, weight_decay * factor)
-        if has_equilibrium
-        else jnp.full((), jnp.nan, kernel.dtype)
-        for kernel, slope, factor, has_equilibrium in zip(
+        theory.equilibrium_residual(kernel, slope, weight_decay * factor) if has_one else none
+        for kernel, slope, factor, has_one in zip(
             kernels, slopes, factors, structure.equilibria(), strict=True
         )
     ]
+    dots = [
+        jnp.sum(kernel * slope) if scales else none
+        for kernel, slope, scales in zip(kernels, slopes, structure.scaling(), strict=True)
+    ]
     return LayerSums(
         norms_sq=jnp.stack([jnp.sum(kernel**2) for kernel in kernels]),
-        dot_gradients=jnp.stack([jnp.sum(w * g) for w, g in zip(kernels, slopes, strict=True)]),
+        dot_gradients=jnp.stack(dots),
         equilibrium_residuals=jnp.stack(residuals),
         decay_factors=jnp.stack(factors),
     )

@@ -1,6 +1,8 @@
-"""Defines the compiled program that trains and measures all runs of a grid at once."""
+"""Defines the compiled programs that train and measure all runs of a grid at once."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -91,6 +93,11 @@ class Recipe(NamedTuple):
         if self.wiring is None:
             return None
         return every_layer.Probe(self.model, self.structure, self.wiring)
+
+    @property
+    def meaning(self) -> evaluate.Meaning:
+        """Returns what decides which metrics have a meaning."""
+        return evaluate.Meaning(self.structure, self.objective, self.is_balanced, self.probe)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -222,11 +229,18 @@ def measure(
 ) -> dict[str, Array]:
     """Measures stacked runs, each at the lambda whose critical points its optimizer seeks.
 
-    The passes over examples take few runs at a time. The arithmetic on what they leave is many
-    small steps, which cost the same for many runs as for one.
-
     Returns:
       The metrics of `evaluate.metrics`, each with a leading run axis.
+    """
+    found = sums_of_runs(variables, hyper, data, recipe, platform, share)
+    return metrics_of_runs(*found, recipe.meaning, platform)
+
+
+def sums_of_runs(
+    variables: dict, hyper: Hyper, data: Data, recipe: Recipe, platform: str, share: Share
+) -> tuple[RunSums, Float[Array, " R"]]:
+    """Passes over the examples with stacked runs, few at a time; returns what `evaluate.collect`
+    finds, and the lambda of each run.
     """
 
     def collect(variables: dict, hyper: Hyper, weight_decay: Array) -> RunSums:
@@ -242,55 +256,73 @@ def measure(
             probe=recipe.probe,
         )
 
-    def metrics(sums: RunSums, weight_decay: Array) -> dict[str, Array]:
-        return evaluate.metrics(
-            sums,
-            weight_decay,
-            structure=recipe.structure,
-            objective=recipe.objective,
-            is_balanced=recipe.is_balanced,
-            probe=recipe.probe,
-        )
-
     weight_decay = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
-    runs = len(weight_decay)
-    _, group = parallel.group_sizes(runs, platform, recipe.structure.has_convolutions)
-    sums = _in_groups(collect, group, variables, hyper, weight_decay)
-    group = parallel.side_by_side(runs, sums.head[0].size, platform)
+    _, group = parallel.group_sizes(len(weight_decay), platform, recipe.structure.has_convolutions)
+    return _in_groups(collect, group, variables, hyper, weight_decay), weight_decay
+
+
+def metrics_of_runs(
+    sums: RunSums, weight_decay: Float[Array, " R"], meaning: evaluate.Meaning, platform: str
+) -> dict[str, Array]:
+    """Computes the metrics of stacked runs: many small steps, which cost the same for many runs as
+    for one.
+    """
+    group = parallel.side_by_side(len(weight_decay), sums.head[0].size, platform)
+
+    def metrics(sums: RunSums, weight_decay: Array) -> dict[str, Array]:
+        return evaluate.metrics(sums, weight_decay, meaning)
+
     return _in_groups(metrics, group, sums, weight_decay)
 
 
-class Advance:
-    """Runs the one program of a sweep with float64 enabled; see `make_advance`."""
+class Advance(NamedTuple):
+    """Trains, then measures if asked, with float64 enabled; see `make_advance`.
 
-    def __init__(self, jitted: Any):
-        self._jitted = jitted
+    Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the
+    precision of training. The whole trace must be made with it, because vmap batches the bodies of
+    loops after tracing them.
 
-    # Small sums of a measurement are float64 and batches are sorted as 64-bit words, whatever the
-    # precision of training. The whole trace must be made in the context, because vmap batches the
-    # bodies of loops after tracing them.
-    def __call__(self, *arguments: Any) -> tuple[RunState, dict[str, Array]]:
+    Attributes:
+      passes: the program that trains and passes over the examples.
+      metrics: the program that computes metrics from what the passes leave. It knows neither data
+        nor optimizer, so that recipes whose sums have the same shapes share it.
+    """
+
+    passes: Any
+    metrics: Any
+
+    def __call__(
+        self, states: RunState, keys: Array, hyper: Hyper, data: Data, epochs: int, measured: bool
+    ) -> tuple[RunState, dict[str, Array]]:
         with jax.enable_x64(True):
-            return self._jitted(*arguments)
+            states, found = self.passes(states, keys, hyper, data, epochs, measured)
+            return states, self.metrics(*found) if measured else {}
 
-    def compile(self, *arguments: Any) -> jax.stages.Compiled:
-        """Compiles for arguments of these shapes, which may be `jax.ShapeDtypeStruct`s."""
-        with jax.enable_x64(True):
-            return self._jitted.lower(*arguments).compile()
+    def compile(self, *arguments: Any) -> "Advance":
+        """Compiles both programs, at the same time, for arguments of these shapes, which may be
+        `jax.ShapeDtypeStruct`s.
+        """
+        with jax.enable_x64(True), ThreadPoolExecutor(1) as thread:
+            lowered = self.passes.lower(*arguments)
+            passes = thread.submit(lowered.compile)
+            _, found = lowered.out_info
+            metrics = self.metrics.lower(*found).compile()
+            return Advance(passes.result(), metrics)
 
 
 def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
-    """Builds the one program of a sweep, which is compiled at its first call or by `compile`.
+    """Builds the programs of a sweep, which are compiled at their first call or by `compile`.
 
     Returns:
       advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys`
       and `hyper` are stacked over runs and sharded over the mesh; `states` is donated. `n_epochs`
       and `measured` are traced, so chunks of any length share one trace. Metrics are those of
-      `evaluate.metrics`, each with a leading run axis; NaN if not measured.
+      `evaluate.metrics`, each with a leading run axis; {} if not measured.
     """
     share = Share(mesh.shape[DATA])
     model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
     recipe = recipe._replace(model=model)
+    platform = mesh.devices.flat[0].platform
 
     def on_one_device(states, keys, hyper, data, n_epochs, measured):
         def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
@@ -299,20 +331,17 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 
             return lax.fori_loop(0, n_epochs, epoch, state)
 
-        platform = mesh.devices.flat[0].platform
         group, _ = parallel.group_sizes(len(keys), platform, recipe.structure.has_convolutions)
         states = _in_groups(train_run, group, states, keys, hyper)
 
-        def measure_all(variables: dict) -> dict[str, Array]:
-            return measure(variables, hyper, data, recipe, platform, share)
+        def collect(variables: dict):
+            return sums_of_runs(variables, hyper, data, recipe, platform, share)
 
-        def skip(variables: dict) -> dict[str, Array]:
-            return jax.tree.map(
-                lambda s: jnp.full(s.shape, jnp.nan, s.dtype),
-                jax.eval_shape(measure_all, variables),
-            )
+        def skip(variables: dict):
+            shapes = jax.eval_shape(collect, variables)
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        return states, lax.cond(measured, measure_all, skip, states.variables)
+        return states, lax.cond(measured, collect, skip, states.variables)
 
     by_run, everywhere = PartitionSpec(RUN), PartitionSpec()
     specs = (by_run, by_run, by_run, everywhere, everywhere, everywhere)
@@ -322,7 +351,23 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False
     )
     placed = tuple(NamedSharding(mesh, spec) for spec in specs)
-    return Advance(jax.jit(sharded, in_shardings=placed, out_shardings=placed[0], donate_argnums=0))
+    passes = jax.jit(sharded, in_shardings=placed, out_shardings=placed[0], donate_argnums=0)
+    return Advance(passes, _make_metrics(recipe.meaning, mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def _make_metrics(meaning: evaluate.Meaning, mesh: Mesh) -> Any:
+    """Returns the jitted program (sums, weight_decay) -> metrics of the runs on a mesh."""
+    platform, by_run = mesh.devices.flat[0].platform, PartitionSpec(RUN)
+
+    def on_one_device(sums, weight_decay):
+        return metrics_of_runs(sums, weight_decay, meaning, platform)
+
+    sharded = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=by_run, out_specs=by_run, check_vma=False
+    )
+    placed = NamedSharding(mesh, by_run)
+    return jax.jit(sharded, in_shardings=placed, out_shardings=placed)
 
 
 def _in_groups(f: Callable, group: int, *runs):

@@ -19,6 +19,7 @@ from ncjax.plan import Plan
 from ncjax.training import every_layer, layers, models, parallel, wiring
 from ncjax.training.objective import Objective
 from ncjax.training.program import (
+    Advance,
     Recipe,
     RunState,
     host_data,
@@ -101,7 +102,7 @@ class Program:
         return self._started[0]
 
     @functools.cached_property
-    def compiled(self) -> jax.stages.Compiled:
+    def compiled(self) -> Advance:
         begin = time.perf_counter()
         compiled = make_advance(self.recipe, self.mesh).compile(
             *self._started, self._data, 0, False
@@ -120,8 +121,8 @@ class Program:
 
     @property
     def bytes_per_device(self) -> int:
-        """The bytes of data, states and temporaries that XLA reports for the compiled program."""
-        memory: Any = self.compiled.memory_analysis()
+        """The bytes of data, states and temporaries that XLA reports for training and passes."""
+        memory: Any = self.compiled.passes.memory_analysis()
         shared = memory.alias_size_in_bytes  # donated states are counted as argument and as output
         return (
             memory.argument_size_in_bytes
@@ -299,14 +300,17 @@ class Sweep:
     def advance(self, epochs: int, measured: bool) -> tuple[dict[str, np.ndarray], float]:
         """Trains, then measures if asked; returns (R, ...) measurements, or {}, and the seconds."""
         begin, measurements = time.perf_counter(), []
-        for i, (part, fixed) in enumerate(zip(self.program.slices, self._fixed, strict=True)):
+        for i, (part, (keys, hyper)) in enumerate(
+            zip(self.program.slices, self._fixed, strict=True)
+        ):
             states = jax.device_put(self._states[i], parallel.by_run(self.mesh))
-            with jax.enable_x64(True):
-                states, metrics = self.program.compiled(states, *fixed, self.data, epochs, measured)
+            states, metrics = self.program.compiled(
+                states, keys, hyper, self.data, epochs, measured
+            )
             if measured:
-                metrics = parallel.fetch(metrics)
-                metrics |= self._weight_metrics(states, metrics["finite"])
-                measurements.append(_first(metrics, part.stop - part.start))
+                values: Any = parallel.fetch(metrics)  # NumPy arrays
+                values |= self._weight_metrics(states, values["finite"])
+                measurements.append(_first(values, part.stop - part.start))
             self._states[i] = self._set_aside(jax.block_until_ready(states))
         self.epoch += epochs
         return _join(measurements) if measured else {}, time.perf_counter() - begin

@@ -13,8 +13,7 @@ from ncjax.cli import show, train
 from ncjax.config import default_config
 from ncjax.runs import loop
 from ncjax.storage import history
-from ncjax.training import program
-from tests.helpers import oracle_split
+from tests.helpers import oracle_split, unmeasured
 
 
 def make_config(**fields):
@@ -47,8 +46,7 @@ def normalized(tmp_path_factory):
 
 
 def trained_only(sweep, *chunks):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "measure", lambda *_, **__: {})  # most of the program
+    with unmeasured():
         for epochs in chunks:
             sweep.advance(epochs, measured=False)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(sweep.states))]

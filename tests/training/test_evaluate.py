@@ -204,7 +204,7 @@ def compiled(head_bias, objective, dtype, rows, held, image):
             decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
             objective=objective,
         )
-        return evaluate.metrics(collected, weight_decay, structure=structure, objective=objective)
+        return evaluate.metrics(collected, weight_decay, evaluate.Meaning(structure, objective))
 
     return jax.jit(measure)
 

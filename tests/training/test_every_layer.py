@@ -120,7 +120,7 @@ def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters(m
             decayed=layers.decay_factors(params, True, True, True, "free", "decayed"),
             probe=probe,
         )
-        return evaluate.metrics(sums, weight_decay, structure=structure, probe=probe)
+        return evaluate.metrics(sums, weight_decay, evaluate.Meaning(structure, probe=probe))
 
     with jax.enable_x64(True):
         found = measured(params, jnp.float32(1e-3))

@@ -21,7 +21,7 @@ from ncjax.errors import InputError
 from ncjax.runs import loop
 from ncjax.storage import history
 from ncjax.training import own, program
-from tests.helpers import oracle_split
+from tests.helpers import oracle_split, unmeasured
 from tests.networks import Own
 
 ASKED = {
@@ -50,9 +50,8 @@ def make_config(network="tests.networks:Own", **fields):
 
 
 def trained_only(folder, epochs=1, **fields):
-    """A sweep that has been trained and not measured, which is most of the program."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "measure", lambda *_, **__: {})
+    """A sweep that has been trained and not measured."""
+    with unmeasured():
         sweep = loop.Sweep(plan.prepare(make_config(**fields), folder))
         sweep.advance(epochs, measured=False)
     return jax.device_get(sweep.states)
@@ -166,8 +165,11 @@ def lowered(platforms, config, folder):
     made = loop.make_program(plan.prepare(config, folder))
     advance = program.make_advance(made.recipe, made.mesh)
     with jax.enable_x64(True):
-        traced = advance._jitted.trace(*made._started, made._data, 0, False)
-        return traced.lower(lowering_platforms=platforms).as_text(), made.recipe.structure.layers
+        traced = advance.passes.trace(*made._started, made._data, 0, False)
+        _, found = traced.out_info
+        both = (traced, advance.metrics.trace(*found))
+        texts = [one.lower(lowering_platforms=platforms).as_text() for one in both]
+    return "\n".join(texts), made.recipe.structure.layers
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from ncjax.errors import InputError
 from ncjax.plan import prepare
 from ncjax.runs import loop
 from ncjax.training import layers, models, parallel, sweep
-from ncjax.training import program as train
 from tests import chaos, meshes
+from tests.helpers import unmeasured
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,9 @@ def test_a_grid_is_cut_into_equal_programs(tmp_path, most, slices, runs):
 
 
 @pytest.mark.slow
+@unmeasured()
 def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
     """By the account of the compiled program; too little for one is one line."""
-    monkeypatch.setattr(train, "measure", lambda *_, **__: {})  # most of a program
     big = plan(tmp_path, sweep__seed=tuple(range(5)), run=1)
     whole = sweep.make_program(big)
     assert whole.runs == 10
@@ -152,9 +152,9 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@unmeasured()
 def test_states_that_wait_lie_in_the_hosts_memory_and_come_back_as_they_were(tmp_path, monkeypatch):
     """Two programs of two runs, in two chunks, to the bit."""
-    monkeypatch.setattr(train, "measure", lambda *_, **__: {})
     begun = plan(tmp_path, sweep__runs_per_program=2)
     here = sweep.Sweep(begun)
     monkeypatch.setattr(sweep, "_shares_memory", lambda mesh: False)

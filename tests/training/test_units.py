@@ -10,7 +10,7 @@ import pytest
 from ncjax import plan
 from ncjax.config import default_config
 from ncjax.runs import loop
-from ncjax.training import program
+from tests.helpers import unmeasured
 
 STEPS, CLASSES = 10, 3
 # loss, optimizer, learning rate, momentum or beta_1, weight decay, mean norm of an input.
@@ -60,9 +60,7 @@ def trained_by_us(case, folder):
         inputs = np.asarray(sweep.data.normalize(sweep.data.train.images)).reshape(
             -1, len(start[0])
         )
-    with pytest.MonkeyPatch.context() as patch:
-        # Most of the program, and not of interest here.
-        patch.setattr(program, "measure", lambda *_, **__: {})
+    with unmeasured():
         sweep.advance(STEPS, measured=False)
     return start, inputs, np.asarray(sweep.data.train.labels), weights()
 
