@@ -7,11 +7,11 @@ convolutions.
 
 32x32x3-32-64-128-256-10 on the whole training split, 350 epochs, batches of 128, the learning rate
 x0.1 at 1/3 and 2/3, PyTorch's weight decay 0 to 2e-3 on all parameters, three seeds. These 12 runs
-are 2.1e8 samples of 22 MFLOP, 4.7e15 FLOP: three minutes of one NVIDIA H200, hours of a CPU.
-`batch_norm` is the paper's network as far as it is known, at learning rate 0.067; the homogeneous
-one takes 0.5 on inputs of mean norm 8. Two CPU cores have a subset, 200 images a class: `python -m
-experiments.fig1_cifar10 --train=subset`, whose README has the numbers of both. There `:smoke` (or
-`:batch_norm,smoke`) ends within half a minute.
+are 2.1e8 samples of 22 MFLOP, 4.7e15 FLOP: with batch normalization three minutes of one NVIDIA
+H200, hours of a CPU. `batch_norm` is the paper's network as far as it is known, at learning rate
+0.067; the homogeneous one takes 0.5 on inputs of mean norm 8. Two CPU cores have a subset, 200
+images a class: `python -m experiments.fig1_cifar10 --train=subset`, whose README has the numbers of
+both. There `:smoke` (or `:batch_norm,smoke`) ends within half a minute.
 """
 
 from ncjax.config import Config, default_config

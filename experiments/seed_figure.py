@@ -31,8 +31,12 @@ PANELS = (
     Panel("Loss without the penalty", r"mean of $\frac{1}{2}\Vert y-f\Vert^2$", ("fit_loss",)),
     panels.HEAD_EQUILIBRIUM,
 )
-# What README.md begins with: NC1, angles, NC3, NC4.
-HEADLINE = tuple(figures.PANELS[place] for place in (0, 2, 3, 4))
+# What README.md begins with.
+HEADLINE = tuple(
+    panel
+    for panel in figures.PANELS
+    if panel.drawn[0] in ("nc1", "nc2_equiangular_means", "nc3", "nc4")
+)
 MEASURES = {
     "NC1": "nc1",
     "NC2 equal norms, means": "nc2_equinorm_means",
@@ -46,6 +50,8 @@ MEASURES = {
 }
 # Whether the subset collapses less because its runs are shorter is asked of these.
 COMPARED = {"NC1": "nc1", "NC2": "etf_error", "NC3": "nc3"}
+# Epochs at which the test split is shown: before and after the learning rate falls, and the end.
+SHOWN = (16, 116, 140, 190, 350)
 
 
 def histories(
@@ -64,8 +70,9 @@ def histories(
 
 def tables(histories: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     found = {network: _table(network, history) for network, history in histories.items()}
-    if set(NETWORKS) < set(histories):
-        found["clock"] = _at_equal_clock(histories)
+    if all(f"{network}_subset" in histories and network in histories for network in NETWORKS):
+        found["time"] = _at_equal_time(histories)
+        found["test"] = _of_test(histories["batch_norm"])
     return found
 
 
@@ -87,34 +94,53 @@ def _table(network: str, history: xr.Dataset) -> common.Table:
     )
 
 
-def _at_equal_clock(histories: Mapping[str, xr.Dataset]) -> common.Table:
-    """Compares the end of the subset's runs with the whole at their 2 lambda t, and at its end."""
+def _at_equal_time(histories: Mapping[str, xr.Dataset]) -> common.Table:
+    """Compares the end of the subset's runs with the whole at the same t, and at its end.
+
+    At one weight decay equal flow time t is equal 2 lambda t; without decay there is t alone. The
+    whole is interpolated between the epochs at which it was measured.
+    """
     rows, seeds = [], next(iter(histories.values())).sizes["seed"]
     for network in NETWORKS:
         whole, subset = histories[network], histories[f"{network}_subset"]
-        for place, decay in list(enumerate(_of_pytorch(whole)))[1:]:
-            one = whole.isel(weight_decay=place)
-            last, other = (
-                run.isel(epoch=-1).sel(split="train")
-                for run in (one, subset.isel(weight_decay=place))
-            )
-            reached = other["relaxation_time"].mean().item()
+        for decay, of_pytorch in zip(whole["weight_decay"].values, _of_pytorch(whole), strict=True):
+            run = whole.sel(weight_decay=decay)
+            subset_end = subset.sel(weight_decay=decay, split="train").isel(epoch=-1)
+            time = subset_end["flow_time"].mean().item()
             cells = []
             for measure in COMPARED.values():
-                logs = clock.at_clock(one, measure, np.array([reached])).isel(point=0)
+                logs = clock.at_clock(run, measure, np.array([time]), "flow_time").isel(point=0)
                 then = logs.copy(data=np.exp(logs.values))
-                cells += map(common.over_seeds, (other[measure], then, last[measure]))
-            rows.append((network, common.number(decay), f"{reached:.3g}", *cells))
+                end = run[measure].sel(split="train").isel(epoch=-1)
+                cells += map(common.over_seeds, (subset_end[measure], then, end))
+            rows.append((network, common.number(of_pytorch), f"{time:.3g}", *cells))
     columns = [
-        heading
+        f"{words}: {what}"
         for words in COMPARED
-        for heading in (f"{words}: subset", "whole, then", "whole, at the end")
+        for what in ("subset, at its end", "whole, then", "whole, at its end")
     ]
     return common.Table(
-        "The end of the subset's runs, the whole at the same 2 lambda t, and the whole at its end",
-        (f"network (n = {seeds})", "wd", "2 lambda t", *columns),
+        "The end of the subset's runs, the whole at the same flow time t, and the whole at its end",
+        (f"network (n = {seeds})", "wd", "t", *columns),
         rows,
     )
+
+
+def _of_test(history: xr.Dataset) -> common.Table:
+    """Compares both splits during training."""
+    epochs = [epoch for epoch in SHOWN if epoch in history["epoch"].values]
+    rows = []
+    for decay, of_pytorch in zip(history["weight_decay"].values, _of_pytorch(history), strict=True):
+        for words, measure, split in (
+            ("test accuracy", "accuracy", "test"),
+            ("NC1, test", "nc1", "test"),
+            ("NC1, training", "nc1", "train"),
+        ):
+            values = history[measure].sel(split=split, weight_decay=decay)
+            cells = [common.over_seeds(values.sel(epoch=epoch)) for epoch in epochs]
+            rows.append((common.number(of_pytorch), words, *cells))
+    headings = (f"wd (n = {history.sizes['seed']})", "", *(f"epoch {e}" for e in epochs))
+    return common.Table("Training and test split during training", headings, rows)
 
 
 def main(name: str, get_config: GetConfig, claim: str | None) -> None:

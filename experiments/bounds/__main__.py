@@ -110,7 +110,7 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
     return {
         "tightness": common.Table(
             "Bound over measured at the last epoch, training split; mean ± sd over seeds",
-            *rows_of(finals, tightness),
+            *rows_of(finals, _tightness),
         ),
         "values": common.Table(
             "Measured, and what it is proved to be at most and at least; means over seeds",
@@ -144,7 +144,7 @@ def rows_of(finals: Mapping[str, xr.Dataset], columns) -> tuple[tuple[str, ...],
     return headings, rows
 
 
-def tightness(run: xr.Dataset) -> dict[str, list[str]]:
+def _tightness(run: xr.Dataset) -> dict[str, list[str]]:
     return {
         heading: common.per_decay(run[bound] / run[measured])
         for heading, (measured, bound) in BOUNDS.items()

@@ -156,8 +156,7 @@ def _together(
     for measure in MEASURES:
         runs = _logs(parts, measure, "relaxation_time", POINTS)
         logs = runs.mean("seed")
-        for words, groups in ranges_by_factor(logs).items():
-            rows.append((measure, words, *mean_and_largest(groups)))
+        rows += rows_by_factor(measure, logs)
         # The mean distance of two means of n normal numbers is 2/sqrt(pi) sd/sqrt(n).
         chance = runs.std("seed", ddof=1) * 2 / np.sqrt(np.pi * runs.sizes["seed"])
         rows.append((measure, "two sets of seeds", *(_mean_ratio(one) for one in _columns(chance))))
@@ -165,7 +164,7 @@ def _together(
         times = POINTS / (2 * DECAYS[name][1])
         at_equal_t = _logs(parts, measure, "flow_time", times).mean("seed")
         by_lambda = _ranges(at_equal_t, ["weight_decay"])
-        rows.append((measure, "lambda, at equal t instead", *mean_and_largest(by_lambda)))
+        rows.append((measure, "lambda, at equal t instead", *_mean_and_largest(by_lambda)))
     # Every measure has the same clock.
     logs = _logs(parts, MEASURES[0], "relaxation_time", POINTS).mean("seed")
     counts = logs.notnull().sum([dim for dim in logs.dims if dim != "point"]).values
@@ -184,7 +183,15 @@ def _logs(
     ).sortby("weight_decay")
 
 
-def ranges_by_factor(logs: xr.DataArray) -> dict[str, xr.DataArray]:
+def rows_by_factor(measure: str, logs: xr.DataArray) -> list[tuple[str, ...]]:
+    """Returns how far configurations lie apart at every point, by what differs between them."""
+    return [
+        (measure, words, *_mean_and_largest(ranges))
+        for words, ranges in _ranges_by_factor(logs).items()
+    ]
+
+
+def _ranges_by_factor(logs: xr.DataArray) -> dict[str, xr.DataArray]:
     """Returns max - min of log over what differs, in every group of what does not."""
     dims = [dim for dim in FACTORS if logs.sizes.get(dim, 1) > 1]
     groups = {FACTORS[dim]: _ranges(logs, [dim]) for dim in dims}
@@ -208,7 +215,7 @@ def _ranges(logs: xr.DataArray, dims: Sequence[str]) -> xr.DataArray:
     return apart.where(logs.notnull().sum(dims) > 1)
 
 
-def mean_and_largest(groups: xr.DataArray) -> list[str]:
+def _mean_and_largest(groups: xr.DataArray) -> list[str]:
     return [
         f"{_mean_ratio(one)} ({np.exp(np.nanmax(one)):.2f})" if np.isfinite(one).any() else "-"
         for one in _columns(groups)

@@ -90,16 +90,15 @@ def tables(found: Mapping[str, xr.Dataset]) -> dict[str, common.Table]:
             "Shares of causes in the bounds; mean ± sd over seeds",
             *bounds.rows_of(decayed, bounds.shares_of_causes),
         ),
-        "clock": _at_equal_clock(found["clock"]),
+        "clock": _by_factor(found["clock"]),
     }
 
 
-def _at_equal_clock(history: xr.Dataset) -> common.Table:
+def _by_factor(history: xr.Dataset) -> common.Table:
     rows = []
     for measure in clock.MEASURES:
         logs = clock.at_clock(history, measure, clock.POINTS).mean("seed")
-        for words, ranges in clock.ranges_by_factor(logs).items():
-            rows.append((measure, words, *clock.mean_and_largest(ranges)))
+        rows += clock.rows_by_factor(measure, logs)
     return common.Table(
         "Largest over least at equal 2 lambda t, mean (largest) over groups",
         (
@@ -115,7 +114,8 @@ def main(train: bool) -> None:
     found = histories(train)
     common.print_tables(tables(found))
     history = found["lambda"]
-    title = f"MNIST, 784-512-512-512-10: 5,421 images a class, {int(history['epoch'][-1])} epochs"
+    images, epochs = int(history.attrs["per_class"]), int(history["epoch"][-1])
+    title = f"MNIST, 784-512-512-512-10: {images:,} images a class, {epochs} epochs"
     curves = panels.one_per_lambda(history)
     common.save(panels.against(curves, figures.PANELS, title), "mnist_mlp")
     figure = theory_figures.bounds_against_lambda_and_epoch(history, 1e-3)
