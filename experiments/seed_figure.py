@@ -88,14 +88,15 @@ def _table(network: str, history: xr.Dataset) -> common.Table:
         values = values.sel(layer="head") if "layer" in values.dims else values
         rows.append((words, *common.per_decay(values, least_in_bold=words.startswith("NC"))))
     decays = [f"wd {common.number(decay)}" for decay in _of_pytorch(history)]
-    headings = (f"at the end, training split (n = {history.sizes['seed']})", *decays)
+    epoch, seeds = int(final["epoch"]), history.sizes["seed"]
+    headings = (f"at epoch {epoch}, training split (n = {seeds})", *decays)
     return common.Table(
         f"{_title(network, history)}; mean ± sd over seeds, in bold the least", headings, rows
     )
 
 
 def _at_equal_time(histories: Mapping[str, xr.Dataset]) -> common.Table:
-    """Compares the end of the subset's runs with the whole at the same t, and at its end.
+    """Compares the end of the subset's runs with the whole at the same t, and as last measured.
 
     At one weight decay equal flow time t is equal 2 lambda t; without decay there is t alone. The
     whole is interpolated between the epochs at which it was measured.
@@ -117,10 +118,10 @@ def _at_equal_time(histories: Mapping[str, xr.Dataset]) -> common.Table:
     columns = [
         f"{words}: {what}"
         for words in COMPARED
-        for what in ("subset, at its end", "whole, then", "whole, at its end")
+        for what in ("subset, at its end", "whole, then", "whole, last measured")
     ]
     return common.Table(
-        "The end of the subset's runs, the whole at the same flow time t, and the whole at its end",
+        "The end of the subset's runs, the whole at the same flow time t, and as last measured",
         (f"network (n = {seeds})", "wd", "t", *columns),
         rows,
     )

@@ -6,22 +6,25 @@ matrices and loops over classes and pairs; they share no code and no algorithm w
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ncjax.config import default_config
+from ncjax.config import HeadBias, default_config
 from ncjax.plan import prepare
 from ncjax.report import draw
 from ncjax.runs import loop
 from ncjax.storage import checkpoint
-from ncjax.training import program
+from ncjax.training import evaluate, every_layer, layers, program
+from ncjax.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +37,32 @@ def unmeasured() -> Iterator[None]:
         mock.patch.object(program, "metrics_of_runs", return_value={}),
     ):
         yield
+
+
+def measure_by(
+    model: nn.Module,
+    structure: layers.Structure,
+    head_bias: HeadBias,
+    objective: Objective = Objective(),  # noqa: B008 (immutable)
+    probe: every_layer.Probe | None = None,
+) -> Callable[[dict, Any, evaluate.Data], dict]:
+    """Returns measure(params, weight_decay, data) of one run whose leaves are all decayed."""
+
+    def measure(params: dict, weight_decay: Any, data: evaluate.Data) -> dict:
+        sums = evaluate.collect(
+            {"params": params},
+            weight_decay,
+            data,
+            model=model,
+            structure=structure,
+            decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
+            objective=objective,
+            probe=probe,
+        )
+        meaning = evaluate.Meaning(structure, objective, probe=probe)
+        return evaluate.metrics(sums, weight_decay, meaning)
+
+    return measure
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

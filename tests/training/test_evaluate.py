@@ -10,6 +10,7 @@ import pytest
 from ncjax.training import evaluate, layers, models
 from ncjax.training.objective import Objective
 from tests.helpers import (
+    measure_by,
     oracle_bounds,
     oracle_by_class,
     oracle_geometry,
@@ -193,20 +194,7 @@ def compiled(head_bias, objective, dtype, rows, held, image):
     model = models.MLP(widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype)
 
     structure = layers.find(model, image, head_bias, np.dtype(dtype).name)
-
-    def measure(params, weight_decay, data):
-        collected = evaluate.collect(
-            {"params": params},
-            weight_decay,
-            data,
-            model=model,
-            structure=structure,
-            decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
-            objective=objective,
-        )
-        return evaluate.metrics(collected, weight_decay, evaluate.Meaning(structure, objective))
-
-    return jax.jit(measure)
+    return jax.jit(measure_by(model, structure, head_bias, objective))
 
 
 def evaluated(

@@ -13,7 +13,7 @@ from ncjax.cli import merge
 from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
 from ncjax.storage.history import COSINES
 from ncjax.training import evaluate, every_layer, layers, models, wiring
-from tests.helpers import small_config, whole_checkpoint
+from tests.helpers import measure_by, small_config, whole_checkpoint
 
 WEIGHTS = ("layer_rank", "layer_effective_rank", "layer_condition", "layer_imbalance")
 
@@ -109,21 +109,9 @@ def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters(m
     split = evaluate.Split(jnp.asarray(x), jnp.asarray(labels))
     data = evaluate.Data(split, split, jnp.zeros(7, jnp.float32), jnp.ones((), jnp.float32))
 
-    @jax.jit
-    def measured(params, weight_decay):
-        sums = evaluate.collect(
-            {"params": params},
-            weight_decay,
-            data,
-            model=model,
-            structure=structure,
-            decayed=layers.decay_factors(params, True, True, True, "free", "decayed"),
-            probe=probe,
-        )
-        return evaluate.metrics(sums, weight_decay, evaluate.Meaning(structure, probe=probe))
-
+    measure = jax.jit(measure_by(model, structure, "free", probe=probe))
     with jax.enable_x64(True):
-        found = measured(params, jnp.float32(1e-3))
+        found = measure(params, jnp.float32(1e-3), data)
     after_first = np.maximum(x @ params["layer_1"]["kernel"], 0)
     after_second = after_first @ params["layer_2"]["kernel"]
     outputs = after_second @ params["head"]["kernel"] + params["head"]["bias"]
