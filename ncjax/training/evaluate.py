@@ -24,9 +24,9 @@ from ncjax.training.parallel import Share
 # The most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in
 # a core's cache.
 _ROWS = 256
-# A split of at most this many rows keeps its features for the second pass; a larger one computes
-# them again.
-_HELD_ROWS = 2048
+# The most bytes of features that a device keeps of a split from the first pass to the second, of
+# all runs that it measures at once; those of a larger split are computed again.
+_HELD_BYTES = 2**28
 
 T = TypeVar("T")
 
@@ -158,6 +158,7 @@ def collect(
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     share: Share = Share(),  # noqa: B008
     probe: Probe | None = None,
+    at_once: int = 1,
 ) -> RunSums:
     """Passes twice over both splits; each split uses its own class means.
 
@@ -173,7 +174,10 @@ def collect(
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
       probe: what is measured of every layer; None: nothing.
+      at_once: the number of runs that this device measures at once, whose features share its
+        memory.
     """
+    most_held = _HELD_BYTES // at_once
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
         head = params["head"]["kernel"].T
@@ -188,9 +192,11 @@ def collect(
             gradient, (sums, held) = jax.grad(first_pass, has_aux=True)(params, images, labels)
             return (gradient, sums), held
 
-        (gradient_sum, train), train_held = _sum_over_batches(with_gradient, data.train, share)
+        (gradient_sum, train), train_held = _sum_over_batches(
+            with_gradient, data.train, share, most_held=most_held
+        )
         test, test_held = _sum_over_batches(
-            lambda *batch: first_pass(params, *batch)[1], data.test, share
+            lambda *batch: first_pass(params, *batch)[1], data.test, share, most_held=most_held
         )
         frames = _frames((train, test), head)
 
@@ -386,7 +392,7 @@ def _first_pass(
 ) -> tuple[Array, tuple]:
     """Returns the sum of the fit term over a batch, which is differentiated, and two more results.
 
-    These are the sums that need no class means, and (h, f), if they are kept.
+    These are the sums that need no class means, and what `_forward` returns.
     """
     states = _forward(variables, x, model, probe)
     features, outputs = states[:2]
@@ -403,7 +409,7 @@ def _first_pass(
         correct @ jax.nn.one_hot(labels, outputs.shape[1], dtype=outputs.dtype),
         () if probe is None else every_layer.sums(states, labels),
     )
-    return fit, (sums, states if probe is None else probe.held(states))
+    return fit, (sums, states)
 
 
 def _frames(splits: Sequence[_FirstPass], head: Float[Array, "C p"]) -> list[_Frames]:
@@ -440,19 +446,27 @@ def _second_pass(
 
 
 def _sum_over_batches(
-    f: Callable[..., tuple[T, tuple]], split: Split, share: Share, held: tuple = ()
+    f: Callable[..., tuple[T, tuple]],
+    split: Split,
+    share: Share,
+    held: tuple = (),
+    most_held: int = 0,
 ) -> tuple[T, tuple]:
     """Sums the first result of f(images, labels, *held) over a split, and stacks the second.
 
-    The second result is kept for each batch, but only of a small split, and () otherwise. If
-    devices share the split, each sums its own rows, and their sums are added up at the end. The
-    last batch is padded with label -1, which `f` must leave out.
+    The second result is kept for each batch if all batches take at most `most_held` bytes, and is
+    () otherwise. If devices share the split, each sums its own rows, and their sums are added up at
+    the end. The last batch is padded with label -1, which `f` must leave out.
     """
     size = len(split.labels)
     mine = -(-size // share.devices)
     batches = -(-mine // _ROWS)
     rows = -(-mine // batches)
-    keep = size <= _HELD_ROWS
+    shapes, to_keep = jax.eval_shape(
+        f, split.images[:rows], split.labels[:rows], *(a[0] for a in held)
+    )
+    bytes_held = batches * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(to_keep))
+    keeps = bytes_held <= most_held
 
     def add(total: T, batch: tuple) -> tuple[T, tuple]:
         number, *held = batch
@@ -463,9 +477,8 @@ def _sum_over_batches(
             (place < mine) & (index < size), split.labels.at[index].get(mode="clip"), -1
         )
         term, to_hold = f(images, labels, *held)
-        return jax.tree.map(jnp.add, total, term), to_hold if keep else ()
+        return jax.tree.map(jnp.add, total, term), to_hold if keeps else ()
 
-    shapes, _ = jax.eval_shape(f, split.images[:rows], split.labels[:rows], *(a[0] for a in held))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, to_hold = lax.scan(add, zeros, (jnp.arange(batches), *held))
     return share.sum(total), to_hold

@@ -15,9 +15,6 @@ from ncjax.training import wiring
 from ncjax.training.layers import Structure
 from ncjax.training.wiring import Wiring
 
-# The most bytes of one example that are kept for the second pass; larger features are computed
-# again.
-_MOST_HELD = 2**15
 # Singular values of class means below this share of the largest are lost in the rounding of their
 # squares.
 _RESOLVED = 1e-7
@@ -69,11 +66,6 @@ class Probe(NamedTuple):
         inputs = (found.calls[index].input for index in (self.head, *self.below))
         features, *others = inputs
         return features, found.outputs, *others
-
-    def held(self, states: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Returns what of `forward` is kept for the second pass: all or nothing."""
-        per_example = sum(h.nbytes // len(h) for h in states)
-        return states if per_example <= _MOST_HELD else ()
 
 
 def sums(states: Sequence[Float[Array, "B _"]], labels: Int[Array, " B"]) -> tuple[Array, ...]:

@@ -243,6 +243,9 @@ def sums_of_runs(
     finds, and the lambda of each run.
     """
 
+    weight_decay = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
+    _, group = parallel.group_sizes(len(weight_decay), platform, recipe.structure.has_convolutions)
+
     def collect(variables: dict, hyper: Hyper, weight_decay: Array) -> RunSums:
         return evaluate.collect(
             variables,
@@ -254,10 +257,9 @@ def sums_of_runs(
             objective=recipe.objective,
             share=share,
             probe=recipe.probe,
+            at_once=group,
         )
 
-    weight_decay = recipe.effective_decay(hyper.weight_decay, hyper.momentum)
-    _, group = parallel.group_sizes(len(weight_decay), platform, recipe.structure.has_convolutions)
     return _in_groups(collect, group, variables, hyper, weight_decay), weight_decay
 
 

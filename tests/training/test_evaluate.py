@@ -205,7 +205,7 @@ def evaluated(
         data = evaluate.Data(train, test, jnp.asarray(center, dtype), jnp.asarray(scale, dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         measure = compiled(
-            head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_ROWS, center.shape
+            head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_BYTES, center.shape
         )
         return {
             name: np.asarray(v)
@@ -214,14 +214,25 @@ def evaluated(
 
 
 SLOW = pytest.mark.slow
-# (rows of a batch, most rows held, head bias, objective). In batches of at most 8, both splits need
-# padding.
+# (rows of a batch, most bytes held, head bias, objective). In batches of at most 8, both splits need
+# padding. Features and outputs of the padded test split take 960 bytes, those of the other 2,560.
 CASES = {
-    "one_batch": (256, 2048, "none", SQUARE),
-    "features_held": (8, 2048, "free", SQUARE),
-    "train_recomputed": (8, 20, "decayed", CENTERED),
+    "one_batch": (256, 2**20, "none", SQUARE),
+    "features_held": (8, 2**20, "free", SQUARE),
+    "train_recomputed": (8, 1920, "decayed", CENTERED),
     "both_recomputed": (8, 1, "free", CROSS_ENTROPY),
 }
+
+
+@pytest.mark.parametrize(("most_held", "kept"), [(4 * 4 * 10, True), (4 * 4 * 10 - 1, False)])
+def test_features_are_kept_if_all_batches_of_them_fit(most_held, kept, monkeypatch):
+    monkeypatch.setattr(evaluate, "_ROWS", 2)
+    split = evaluate.Split(jnp.ones((4, 10), jnp.float32), jnp.zeros(4, jnp.int32))
+    total, held = evaluate._sum_over_batches(
+        lambda images, _: (images.sum(), (images,)), split, evaluate.Share(), most_held=most_held
+    )
+    assert float(total) == 40
+    assert [a.shape for a in held] == ([(2, 2, 10)] if kept else [])
 
 
 def assert_metrics(got, expected, rtol, atol):
@@ -242,7 +253,7 @@ def test_every_metric_equals_numpy_however_the_splits_are_batched(
     rows, held, head_bias, objective, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "_ROWS", rows)
-    monkeypatch.setattr(evaluate, "_HELD_ROWS", held)
+    monkeypatch.setattr(evaluate, "_HELD_BYTES", held)
     problem = make_problem(head_bias)
     got, expected = (f(*problem, head_bias, objective) for f in (evaluated, oracle))
     assert_metrics(got, expected, rtol=1e-9, atol=1e-12)

@@ -121,15 +121,6 @@ def test_collapse_after_every_layer_is_what_numpy_computes_from_the_parameters(m
         assert_features(of_one, [after_first, after_second, outputs], labels)
 
 
-def test_features_that_are_large_are_not_kept():
-    model = models.MLP((2,), 2)
-    structure = layers.find(model, (7,), "none", "float32")
-    probe = every_layer.Probe(model, structure, wiring.find(model, structure, (7,)))
-    small = (jnp.zeros((4, 8)), jnp.zeros((4, 2)))
-    assert probe.held(small) == small
-    assert probe.held((*small, jnp.zeros((4, 2**13)))) == ()
-
-
 CONFIG = {"log.layers": True, "report.enabled": False, "model.linear_head_depth": 2}
 
 
