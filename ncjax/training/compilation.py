@@ -3,17 +3,22 @@
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 
 from ncjax.paths import cache_folder
+
+# A sweep's programs take less than 1 MB on a CPU.
+_MOST_CACHED = 2**30
 
 
 def use_cache(where: str) -> None:
     """Keeps compiled programs in $XDG_CACHE_HOME/ncjax/jax, unless JAX already has a cache.
 
     Each host has a folder of its own, because a program is compiled for its processor and different
-    machines may share a home. A user without a home has no cache.
+    machines may share a home. A user without a home has no cache. Programs beyond 1 GiB are
+    removed, those first that were used the longest ago.
 
     Args:
       where: `user`, or `off` for no cache.
@@ -21,7 +26,25 @@ def use_cache(where: str) -> None:
     if where == "off" or getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     if folder := cache_folder():
-        jax.config.update("jax_compilation_cache_dir", str(folder / "jax" / socket.gethostname()))
+        programs = folder / "jax" / socket.gethostname()
+        _remove_oldest(programs, _MOST_CACHED)
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+
+
+def _remove_oldest(folder: Path, most: int) -> None:
+    """Removes files that were used the longest ago until at most so many bytes are left.
+
+    JAX's own bound, jax_compilation_cache_max_size, stops caching for good once a process is killed
+    between the two files that it writes of a program, or where programs were kept without it.
+    """
+    with contextlib.suppress(OSError):  # no such folder yet, or another process removes them too
+        used = [(file.stat(), file) for file in folder.iterdir()]
+        used.sort(key=lambda one: max(one[0].st_atime, one[0].st_mtime), reverse=True)
+        total = 0
+        for status, file in used:
+            total += status.st_size
+            if total > most:
+                file.unlink()
 
 
 class Profile:

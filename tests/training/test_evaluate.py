@@ -214,8 +214,8 @@ def evaluated(
 
 
 SLOW = pytest.mark.slow
-# (rows of a batch, most bytes held, head bias, objective). In batches of at most 8, both splits need
-# padding. Features and outputs of the padded test split take 960 bytes, those of the other 2,560.
+# (rows of a batch, most bytes held, head bias, objective). In batches of at most 8, both splits
+# need padding. Features and outputs of the padded test split take 960 bytes, of the other 2,560.
 CASES = {
     "one_batch": (256, 2**20, "none", SQUARE),
     "features_held": (8, 2**20, "free", SQUARE),
