@@ -390,6 +390,18 @@ def test_a_large_offset_of_all_rows_of_a_head_hides_none_of_its_directions():
     assert got["nc1_row_space"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize(("num_classes", "dtype"), [(17, np.float32), (40, np.float64)])
+def test_the_first_of_equal_outputs_is_the_prediction(num_classes, dtype):
+    h, labels, *_ = split(num_classes, 24, 6, spread=0.1, dtype=dtype)
+    logits = np.random.default_rng(1).integers(-1, 2, (len(h), num_classes)).astype(dtype)
+    logits[:3] = 0  # all equal, and all equal but for the last
+    logits[2, -1] = 1
+    winners = logits.argmax(1)
+    got = measure.measure(h, labels, logits)
+    assert got["accuracy"] == np.mean(winners == labels)
+    assert got["nc4"] == np.mean(winners != labels)  # every example is nearest to its own mean
+
+
 def test_classes_near_each_other_are_told_apart_beside_others_far_away():
     means, h, labels = noisy(4, 8, 50, 0.5)
     apart = np.array([1e6, 1e6, -1e6, -1e6])
