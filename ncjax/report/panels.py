@@ -193,15 +193,19 @@ def against(
     figure, all_axes = frame(len(panels), CLOCKS[clock], title)
     times = np.concatenate([clock_of(curve.run, clock) for curve in curves])
     opacity = band_opacity(len(curves))
+    begun = [terminal_epoch(curve.run["accuracy"]).item() for curve in curves]
     for axes, panel in zip(all_axes, panels, strict=True):
         scale_x(axes, times)
-        drawn = [_draw_curve(axes, curve, panel, clock, opacity) for curve in curves]
+        drawn = [
+            _draw_curve(axes, curve, panel, clock, begin, opacity)
+            for curve, begin in zip(curves, begun, strict=True)
+        ]
         finish(axes, panel, np.concatenate(drawn))
     runs = [curve.run for curve in curves]
     caption = (
         f"training split; {caption_of(runs)}, band around solid and dashed lines: least to greatest"
     )
-    if any(terminal_epoch(run["accuracy"]).notnull() for run in runs):
+    if np.isfinite(begun).any():
         caption += "\n\N{WHITE DIAMOND}: training error first 0 in every seed"
     caption += f"\n{remark}" if remark else ""
     # Compared runs have names, which a colour bar of weight decays cannot show.
@@ -244,14 +248,21 @@ def band_opacity(count: int) -> float:
     return 0.15 if count <= _MOST_IN_LEGEND else 1 - 0.5 ** (1 / count)
 
 
-def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str, opacity: float) -> np.ndarray:
-    """Draws one curve and returns the values that must fit in the panel."""
+def _draw_curve(
+    axes: "Axes", curve: Curve, panel: Panel, clock: str, begin: float, opacity: float
+) -> np.ndarray:
+    """Draws one curve and returns the values that must fit in the panel.
+
+    Args:
+      begin: the epoch at which the terminal phase begins, or NaN.
+      opacity: of its band.
+    """
     times = clock_of(curve.run, clock)
     look: dict[str, Any] = {"color": curve.colour, "linewidth": 1, "markersize": 1.5}
     values = over_seeds(curve.run[panel.drawn[0]])
     axes.plot(times, values[0], linestyle=curve.linestyle, marker="o", **look)
     axes.fill_between(times, values[1], values[2], color=curve.colour, alpha=opacity, linewidth=0)
-    begins = curve.run["epoch"].values == terminal_epoch(curve.run["accuracy"]).item()
+    begins = curve.run["epoch"].values == begin
     mark = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "linestyle": "none"}
     axes.plot(times[begins], values[0][begins], zorder=3, **look | mark)
     # More bands, around the dotted lines, would hide the lines.

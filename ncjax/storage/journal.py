@@ -46,7 +46,7 @@ def mend(path: Path, recorded: xr.Dataset | None) -> None:
         if epoch in lines and _has_metrics(lines[epoch], metrics):
             whole.append(lines[epoch])
         else:
-            unknown = {"train_seconds": None, "measure_seconds": None}
+            unknown: dict[str, float | None] = {"train_seconds": None, "measure_seconds": None}
             whole.append(_line(epoch, unknown, metrics))
     write_atomically(path, "".join(whole).encode())
 
@@ -81,9 +81,12 @@ def _as_lists(values: np.ndarray) -> Any:
     """Returns what `strict` makes of `values.tolist()`, without a step of Python for each number:
     thousands of runs have millions.
     """
-    values = np.asarray(values)
     finite = np.isfinite(values)
-    return (values if finite.all() else np.where(finite, values, None)).tolist()
+    if finite.all():
+        return values.tolist()
+    known = values.astype(object)
+    known[~finite] = None
+    return known.tolist()
 
 
 def _by_run(values: xr.DataArray, inner: int) -> np.ndarray:
