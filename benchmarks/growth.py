@@ -73,7 +73,7 @@ TINY = Size(1, 8, 2, 80, 4, 20)
 # What varies, over which values, from which base.
 QUANTITIES: dict[str, tuple[str, tuple[int, ...], Size]] = {
     "runs": ("runs", (1, 4, 16, 64, 256, 1024, 4096), TINY),
-    "width": ("width", (64, 128, 256, 512, 1024, 2048), Size()),
+    "width": ("width", (64, 128, 256, 512, 1024, 2048), Size(examples=500)),
     "depth": ("depth", (2, 4, 8, 16, 32), Size()),
     "depth, log.layers": ("depth", (2, 4, 8, 16, 32), Size(layers=True)),
     "N": ("examples", (400, 1600, 6400, 25_600, 102_400), Size()),
