@@ -74,8 +74,8 @@ TINY = Size(1, 8, 2, 80, 4, 20)
 QUANTITIES: dict[str, tuple[str, tuple[int, ...], Size]] = {
     "runs": ("runs", (1, 4, 16, 64, 256, 1024, 4096), TINY),
     "width": ("width", (64, 128, 256, 512, 1024, 2048), Size(examples=500)),
-    "depth": ("depth", (2, 4, 8, 16, 32), Size()),
-    "depth, log.layers": ("depth", (2, 4, 8, 16, 32), Size(layers=True)),
+    "depth": ("depth", (2, 4, 8, 16), Size()),
+    "depth, log.layers": ("depth", (2, 4, 8, 16), Size(layers=True)),
     "N": ("examples", (400, 1600, 6400, 25_600, 102_400), Size()),
     "C": ("classes", (4, 8, 16, 32, 64, 128, 256), Size(width=256, examples=1024)),
 }
@@ -338,7 +338,8 @@ def main() -> None:
 
     where = machine()
     print(json.dumps(where), file=sys.stderr)
-    found = {}
+    file = REPO / "benchmarks" / "results" / "growth.json"
+    found = json.loads(file.read_text()) if file.exists() and not args.quick else {}
     for name in ("runs", "host") if args.quick else args.only:
         print(f"{name} ...", file=sys.stderr)
         if name == "host":
@@ -346,14 +347,12 @@ def main() -> None:
         else:
             measured = measure_devices(name, ROUNDS, 2 if args.quick else None)
         found[name] = measured | {"machine": where}
-    file = REPO / "benchmarks" / "results" / "growth.json"
-    if not args.quick and file.exists():
-        found = json.loads(file.read_text()) | found
+        if not args.quick:  # what is interrupted keeps what it has measured
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=2) + "\n")
     result = {name: found[name] for name in (*QUANTITIES, "host") if name in found}
     show_table(result, Console(width=110))
     if not args.quick:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
         draw(result, REPO / "docs" / "benchmark_growth.png")
 
 
