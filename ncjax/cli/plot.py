@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = tables.make_console()
     for path in written:
         tables.say(console, str(path))
+    for workdir, history in shown.items():
+        if not monitored.is_monitored(history) and (remark := draw.remark(history)):
+            tables.say(console, f"{workdir.name}: {remark}")
     return 0
 
 

@@ -439,12 +439,17 @@ def _print(found: dict[str, Any], holdings: "WorkdirContents", measured: int | N
 
 
 def _summary(found: dict[str, Any]) -> dict[str, str]:
+    from ncjax.report import thinning
+
     config, epochs, run = found["config"], found["epochs"], found["run"]
     sections = {name: _pairs(config[name]) for name in ("data", "model", "train")}
     sections["train"] += "".join(
         f", {name}={config[name]}" for name in ("loss", "targets", "units") if name in config
     )
-    swept = "; ".join(f"{name} = {listed(values)}" for name, values in found["grid"].items())
+    swept = "; ".join(
+        f"{name} = {thinning.abridged([f'{value:.10g}' for value in values])}"
+        for name, values in found["grid"].items()
+    )
     one = ", ".join(
         f"{name}={value:.10g}" for name, value in (run or {}).items() if name != "index"
     )

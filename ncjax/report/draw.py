@@ -16,6 +16,7 @@ from ncjax.report import (
     monitor_figures,
     panels,
     theory_figures,
+    thinning,
 )
 from ncjax.storage import varied
 from ncjax.storage.files import write_atomically
@@ -68,23 +69,31 @@ def draw_all(
 ) -> list[Path]:
     """Writes the figures of one run, a set for each setting of axes but weight_decay and seed.
 
-    Those of variants are also compared, in figures without a setting in their names.
+    Of many settings some have figures, see `remark`. Those of variants are also compared, in
+    figures without a setting in their names.
 
     Args:
       weight_decay: the weight decay whose equilibrium budget is drawn; None: the one that collapses
         most.
     """
-    written = []
-    for one in figures.settings(history):
+    written, shown = [], list(figures.settings(history, thinning.MOST_SETTINGS))
+    for one in shown:
         suffix = "".join(f"-{path_word(word)}" for word in figures.setting_words(one))
         written += write_figures(_of_setting(one, weight_decay), folder, style, suffix)
     if varied.dimensions(history):
         written += write_figures(_compared({"": history}), folder, style)
     if (history["weight_decay"] > 0).any():
-        every = list(figures.settings(history))
-        phases = {"modes_against_lambda": lambda: theory_figures.modes_against_lambda(every)}
+        phases = {"modes_against_lambda": lambda: theory_figures.modes_against_lambda(shown)}
         written += write_figures(phases, folder, style)
     return written
+
+
+def remark(history: xr.Dataset) -> str:
+    """Returns a line on the settings of a history that have figures; empty: all have."""
+    counts = [figures.count_settings(variant) for variant in varied.split(history)]
+    shown = sum(min(count, thinning.MOST_SETTINGS) for count in counts)
+    words = thinning.remark(shown, sum(counts), "settings")
+    return f"figures are of {words}; the others are in history.nc" if words else ""
 
 
 def _of_setting(one: xr.Dataset, weight_decay: float | None) -> "dict[str, Callable[[], Figure]]":
@@ -147,9 +156,12 @@ def draw_comparison(
 
 def _compared(histories: dict[str, xr.Dataset]) -> "dict[str, Callable[[], Figure]]":
     """Returns by name what draws the figures that compare the settings of histories."""
-    named = [
-        (name, one) for name, history in histories.items() for one in figures.settings(history)
+    every = [
+        (name, one)
+        for name, history in histories.items()
+        for one in figures.settings(history, thinning.MOST_COMPARED)
     ]
+    named = [every[i] for i in thinning.evenly(len(every), thinning.MOST_COMPARED)]
     shown = {
         ", ".join(filter(None, [name, *figures.setting_words(one)])): one for name, one in named
     }

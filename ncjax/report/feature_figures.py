@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ncjax.report import draw, panels
+from ncjax.report import draw, panels, thinning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +78,7 @@ def angles(found: "Measurement") -> "Figure":
     from matplotlib.figure import Figure
 
     num_classes, caption = len(found.centred), _caption(found)
-    shown = np.unique(
-        np.linspace(0, num_classes - 1, min(num_classes, _MOST_IN_HISTOGRAM)).astype(int)
-    )
+    shown = thinning.evenly(num_classes, _MOST_IN_HISTOGRAM)
     with np.errstate(invalid="ignore"):  # a class mean at the global mean has no direction
         unit = found.centred[shown] / np.linalg.norm(found.centred[shown], axis=1, keepdims=True)
     cosines, etf = unit @ unit.T, -1 / (num_classes - 1)

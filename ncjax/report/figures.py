@@ -5,6 +5,7 @@ seed; `settings` splits a larger one.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ncjax.config import AXES
-from ncjax.report import panels
+from ncjax.report import panels, thinning
 from ncjax.report.panels import Curve, Panel, number
 from ncjax.storage import varied
 from ncjax.storage.history import COSINES
@@ -50,7 +51,8 @@ PANELS = (
 
 def collapse_against_epoch(history: xr.Dataset) -> "Figure":
     """Draws NC1 to NC4 and the error during training, with a colour for each weight decay."""
-    return panels.against(panels.one_per_lambda(history), PANELS, setting_title(history))
+    curves, remark = panels.one_per_lambda(history), panels.remark_on_curves(history)
+    return panels.against(curves, PANELS, setting_title(history), remark=remark)
 
 
 def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
@@ -120,17 +122,31 @@ def most_collapsed(history: xr.Dataset) -> int:
     return int(np.where(np.isnan(mean), np.inf, mean).argmin())
 
 
-def settings(history: xr.Dataset) -> Iterator[xr.Dataset]:
+def settings(history: xr.Dataset, most: int | None = None) -> Iterator[xr.Dataset]:
     """Yields one history per variant and setting of the swept axes but weight_decay and seed.
 
     These axes become scalar coordinates.
+
+    Args:
+      most: so many settings of each variant, evenly chosen; None: all.
     """
     for variant in varied.split(history):
-        extra = [
-            name for name in AXES if name in variant.dims and name not in ("weight_decay", "seed")
-        ]
-        for at in itertools.product(*(range(variant.sizes[name]) for name in extra)):
-            yield variant.isel(dict(zip(extra, at, strict=True)))
+        extra = _other_axes(variant)
+        places = list(itertools.product(*(range(variant.sizes[name]) for name in extra)))
+        for i in thinning.evenly(len(places), most or len(places)):
+            yield variant.isel(dict(zip(extra, places[i], strict=True)))
+
+
+def count_settings(history: xr.Dataset) -> int:
+    """Returns how many histories `settings` yields."""
+    return sum(
+        math.prod(variant.sizes[name] for name in _other_axes(variant))
+        for variant in varied.split(history)
+    )
+
+
+def _other_axes(history: xr.Dataset) -> list[str]:
+    return [n for n in AXES if n in history.dims and n not in ("weight_decay", "seed")]
 
 
 def setting_words(history: xr.Dataset) -> list[str]:

@@ -7,7 +7,7 @@ import xarray as xr
 
 from ncjax import config as configuration
 from ncjax.metrics.vocabulary import BUDGET_TERMS, FEATURE_VOCABULARY
-from ncjax.report import numbers, tables
+from ncjax.report import numbers, tables, thinning
 from ncjax.storage import monitored, varied
 
 _MEASURES = ("nc1", "nc2_equinorm_means", "nc2_equiangular_means", "nc3", "nc4")
@@ -76,8 +76,8 @@ def _fitted(history: xr.Dataset) -> list[str]:
     ]
     if not reached:
         return ["no weight decay has a training error of 0 in every run"]
-    line = f"the training error of every run is first 0 at epoch {', '.join(reached)}"
-    return [f"{line}; never at {', '.join(never)}" if never else line]
+    line = f"the training error of every run is first 0 at epoch {thinning.abridged(reached)}"
+    return [f"{line}; never at {thinning.abridged(never)}" if never else line]
 
 
 def _held_back(history: xr.Dataset) -> list[str]:

@@ -68,7 +68,8 @@ def layers_against_epoch(history: xr.Dataset, weight_decay: float) -> "Figure":
         for place, colour in enumerate(colours):
             line = lines[place] if panel is _IMBALANCE else "-"
             one = run[panel.drawn[0]].isel(layer=place)
-            values.append(_draw(axes, epochs, one, {"color": colour, "linestyle": line}))
+            look = {"color": colour, "linestyle": line}
+            values.append(_draw(axes, epochs, one, look, panels.band_opacity(len(names))))
         panels.scale_x(axes, epochs)
         panels.finish(axes, panel, np.concatenate(values))
         if panel is _IMBALANCE:
@@ -105,14 +106,16 @@ def layers_by_depth(history: xr.Dataset) -> "Figure":
         for curve in curves:
             one = curve.run[panel.drawn[0]].isel(epoch=-1)
             look = {"color": curve.colour, "linestyle": curve.linestyle}
-            values.append(_draw(axes, places, one, look))
+            values.append(_draw(axes, places, one, look, panels.band_opacity(len(curves))))
         panels.finish(axes, panel, np.concatenate(values))
         panels.name_places(axes, names)
     last = int(history["epoch"].values[-1])
     caption = (
         f"training split at epoch {last}; {panels.caption_of([history])}, band: least to greatest"
     )
-    panels.legend(figure, panels.handles_of(curves), caption)
+    remark = panels.remark_on_curves(history)
+    caption += f"\n{remark}" if remark else ""
+    panels.legend_of_lambdas(figure, all_axes, curves, caption)
     return figure
 
 
@@ -129,9 +132,11 @@ def _measured(drawn: Iterable[Panel], runs: Sequence[xr.Dataset]) -> list[Panel]
     return found or every
 
 
-def _draw(axes: "Axes", x: np.ndarray, values: xr.DataArray, look: dict[str, Any]) -> np.ndarray:
+def _draw(
+    axes: "Axes", x: np.ndarray, values: xr.DataArray, look: dict[str, Any], opacity: float
+) -> np.ndarray:
     """Draws the mean and the range of seeds, and returns the numbers drawn."""
     spread = panels.over_seeds(values)
     axes.plot(x, spread[0], marker="o", markersize=1.5, linewidth=1, **look)
-    axes.fill_between(x, spread[1], spread[2], color=look["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(x, spread[1], spread[2], color=look["color"], alpha=opacity, linewidth=0)
     return spread.ravel()

@@ -3,7 +3,7 @@
 import base64
 import gzip
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,14 +49,17 @@ def grid_of(history: xr.Dataset) -> list[str]:
     return sorted(dims, key=lambda dim: (dim != "weight_decay", dim == "seed"))
 
 
-def pack(histories: dict[str, xr.Dataset]) -> Packed:
+def pack(histories: dict[str, xr.Dataset], first: Sequence[str] = ()) -> Packed:
     """Packs named histories; variables that make the page too large are left out, and named.
 
     Each history has an equal share of `MOST_CHARACTERS`.
+
+    Args:
+      first: the variables that are left out last.
     """
     sources, numbers = [], []
     for name, history in histories.items():
-        packed, omitted = _pack_variables(history, MOST_CHARACTERS // len(histories))
+        packed, omitted = _pack_variables(history, MOST_CHARACTERS // len(histories), first)
         numbers.append(packed)
         sources.append(_describe(name, history, packed, omitted))
     return Packed(sources, numbers)
@@ -110,12 +113,14 @@ def _describe(
     }
 
 
-def _pack_variables(history: xr.Dataset, most: int) -> tuple[dict[str, str], list[str]]:
+def _pack_variables(
+    history: xr.Dataset, most: int, first: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
     """Returns what was packed, and the names of what was left out for its size."""
     grid = grid_of(history)
     packed: dict[str, str] = {}
     omitted, left = [], most
-    for name in _by_importance(history, grid):
+    for name in _by_importance(history, grid, first):
         values = history[name].transpose(*_ordered_dims(history[name], grid)).values
         content = ""
         if values.nbytes < _MOST_SHRUNK * left:
@@ -138,12 +143,14 @@ def _little_endian(dtype: np.dtype) -> np.dtype:
     return np.dtype("<f4") if dtype.newbyteorder("=") == np.float32 else np.dtype("<f8")
 
 
-def _by_importance(history: xr.Dataset, grid: Iterable[str]) -> Iterator[str]:
-    """Yields the variables that have a finite number, those of fewest dimensions first."""
+def _by_importance(history: xr.Dataset, grid: Iterable[str], first: Sequence[str]) -> Iterator[str]:
+    """Yields the variables that have a finite number: `first`, then those of fewest dimensions."""
 
     order = list(_KNOWN)
 
     def rank(name: str) -> tuple[int, int]:
+        if name in first:
+            return -1, first.index(name)
         inner = [dim for dim in history[name].dims if dim in _INNER and dim not in grid]
         place = order.index(name) if name in _KNOWN else len(order)
         return max((1 + _INNER.index(str(dim)) for dim in inner), default=0), place

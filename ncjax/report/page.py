@@ -21,7 +21,7 @@ from ncjax import config as configuration
 from ncjax.config import Config
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import BUDGET_TERMS, VOCABULARY
-from ncjax.report import headline, numbers
+from ncjax.report import headline, numbers, thinning
 from ncjax.storage import history as histories
 from ncjax.storage import monitored
 from ncjax.storage.files import write_atomically
@@ -103,7 +103,7 @@ def render(sources: list[Source], version: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    packed = numbers.pack({source.name: source.history for source in sources})
+    packed = numbers.pack({source.name: source.history for source in sources}, _COLUMNS)
     scripts = {name: _asset(f"{name}.js") for name in ("echarts.min", "report")}
     return environment.get_template("report.html.jinja").render(
         title=" and ".join(printable(source.name) for source in sources),
@@ -219,7 +219,7 @@ def _described(source: Source) -> dict[str, Any]:
         "git revision": history.attrs.get("git_revision"),
     }
     return described | {
-        "config": {name: printable(_text(v)) for name, v in _flat(config).items()},
+        "config": {name: printable(_shown(v)) for name, v in _flat(config).items()},
         "vary": [printable(flag) for flag in vary],
         "config_file": _config_file(config),
         "origin": {name: printable(str(v)) for name, v in (origin | versions).items() if v},
@@ -241,6 +241,13 @@ def _flat(config: Config) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a reader sees it: a few of thousands of seeds."""
+    if isinstance(value, tuple):
+        return thinning.abridged([str(one) for one in value]).replace(", ", ",")
+    return str(value)
 
 
 def _config_file(config: Config) -> str:
@@ -272,7 +279,7 @@ def _differences(sources: list[Source]) -> dict[str, list[str]]:
         if name not in configuration.MACHINE
     }
     return {
-        name: ["" if value is None else printable(_text(value)) for value in row]
+        name: ["" if value is None else printable(_shown(value)) for value in row]
         for name, row in rows.items()
         if any(value != row[0] for value in row)
     }

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from ncjax.errors import printable
+from ncjax.report import thinning
 from ncjax.storage.history import extinct
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _LEAST_WIDTH = 2.6  # of a panel that has another beside it
 _LEAST_HEIGHT = 2.3  # of a figure, whose colour bar has a label
 _LOW = 1.4  # the height of panels that stand below one another in a narrow column
 _MOST_IN_LEGEND = 10
+_MOST_MARKED = 60  # places of an x axis
 _MOST_IN_NAME = 90  # characters; a longer name leaves no room for panels
 _MOST_DECADES = 9  # decades on one axis that are all labelled
 _MOST_LABELS = 8  # of a y axis with a place for 0
@@ -106,10 +108,13 @@ def over_seeds(values: xr.DataArray) -> np.ndarray:
 
 
 def one_per_lambda(history: xr.Dataset) -> list[Curve]:
+    """Returns a curve for each weight decay, or for `thinning.MOST_CURVES` evenly chosen ones."""
     import matplotlib
     from matplotlib.colors import to_hex
 
     history = training(history).sortby("weight_decay")
+    kept = thinning.evenly(history.sizes["weight_decay"], thinning.MOST_CURVES)
+    history = history.isel(weight_decay=kept)
     values = history["weight_decay"].values
     # Neither end of viridis is used: one is nearly the black of weight decay 0, the other is too
     # light for a thin line.
@@ -120,6 +125,12 @@ def one_per_lambda(history: xr.Dataset) -> list[Curve]:
         colour, linestyle = (to_hex(next(colours)), "-") if value > 0 else ("#000000", "--")
         curves.append(Curve(rf"$\lambda$ = {number(value)}{diverged(run)}", colour, linestyle, run))
     return curves
+
+
+def remark_on_curves(history: xr.Dataset) -> str:
+    """Returns which weight decays `one_per_lambda` draws, or nothing where it draws all."""
+    count = history.sizes["weight_decay"]
+    return thinning.remark(min(count, thinning.MOST_CURVES), count, "weight decays")
 
 
 def training(history: xr.Dataset) -> xr.Dataset:
@@ -169,34 +180,39 @@ def against(
     title: str,
     clock: str = "epoch",
     compared: bool = False,
+    remark: str = "",
 ) -> "Figure":
     """Draws panels of curves against `epoch` or `relaxation_time`.
 
     Args:
+      remark: what a caption also says.
       compared: whether the curves are runs that are compared, which a legend names.
     """
 
     panels = _measured(panels, [curve.run for curve in curves])
     figure, all_axes = frame(len(panels), CLOCKS[clock], title)
     times = np.concatenate([clock_of(curve.run, clock) for curve in curves])
+    opacity = band_opacity(len(curves))
+    begun = [terminal_epoch(curve.run["accuracy"]).item() for curve in curves]
     for axes, panel in zip(all_axes, panels, strict=True):
         scale_x(axes, times)
-        finish(
-            axes,
-            panel,
-            np.concatenate([_draw_curve(axes, curve, panel, clock) for curve in curves]),
-        )
+        drawn = [
+            _draw_curve(axes, curve, panel, clock, begin, opacity)
+            for curve, begin in zip(curves, begun, strict=True)
+        ]
+        finish(axes, panel, np.concatenate(drawn))
     runs = [curve.run for curve in curves]
     caption = (
         f"training split; {caption_of(runs)}, band around solid and dashed lines: least to greatest"
     )
-    if any(terminal_epoch(run["accuracy"]).notnull() for run in runs):
+    if np.isfinite(begun).any():
         caption += "\n\N{WHITE DIAMOND}: training error first 0 in every seed"
+    caption += f"\n{remark}" if remark else ""
     # Compared runs have names, which a colour bar of weight decays cannot show.
-    if len(curves) > _MOST_IN_LEGEND and not compared:
-        _lambda_bar(figure, all_axes, curves)
-        curves = []
-    legend(figure, handles_of(curves), caption)
+    if compared:
+        legend(figure, handles_of(curves), caption)
+    else:
+        legend_of_lambdas(figure, all_axes, curves, caption)
     return figure
 
 
@@ -205,6 +221,16 @@ def handles_of(curves: Sequence[Curve]) -> "list[Line2D]":
     from matplotlib.lines import Line2D
 
     return [Line2D([], [], color=c.colour, linestyle=c.linestyle, label=c.label) for c in curves]
+
+
+def legend_of_lambdas(
+    figure: "Figure", axes: Sequence["Axes"], curves: Sequence[Curve], caption: str
+) -> None:
+    """Names the curves of weight decays in a legend, or many of them by a colour bar."""
+    if len(curves) > _MOST_IN_LEGEND:
+        _lambda_bar(figure, axes, curves)
+        curves = []
+    legend(figure, handles_of(curves), caption)
 
 
 def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[Panel]:
@@ -217,14 +243,26 @@ def _measured(panels: Sequence[Panel], runs: Sequence[xr.Dataset]) -> Sequence[P
     ] or panels
 
 
-def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndarray:
-    """Draws one curve and returns the values that must fit in the panel."""
+def band_opacity(count: int) -> float:
+    """Returns the opacity of one of so many bands: many that lie upon one another hide no line."""
+    return 0.15 if count <= _MOST_IN_LEGEND else 1 - 0.5 ** (1 / count)
+
+
+def _draw_curve(
+    axes: "Axes", curve: Curve, panel: Panel, clock: str, begin: float, opacity: float
+) -> np.ndarray:
+    """Draws one curve and returns the values that must fit in the panel.
+
+    Args:
+      begin: the epoch at which the terminal phase begins, or NaN.
+      opacity: of its band.
+    """
     times = clock_of(curve.run, clock)
     look: dict[str, Any] = {"color": curve.colour, "linewidth": 1, "markersize": 1.5}
     values = over_seeds(curve.run[panel.drawn[0]])
     axes.plot(times, values[0], linestyle=curve.linestyle, marker="o", **look)
-    axes.fill_between(times, values[1], values[2], color=curve.colour, alpha=0.15, linewidth=0)
-    begins = curve.run["epoch"].values == terminal_epoch(curve.run["accuracy"]).item()
+    axes.fill_between(times, values[1], values[2], color=curve.colour, alpha=opacity, linewidth=0)
+    begins = curve.run["epoch"].values == begin
     mark = {"marker": "D", "markersize": 4, "markerfacecolor": "white", "linestyle": "none"}
     axes.plot(times[begins], values[0][begins], zorder=3, **look | mark)
     # More bands, around the dotted lines, would hide the lines.
@@ -232,6 +270,11 @@ def _draw_curve(axes: "Axes", curve: Curve, panel: Panel, clock: str) -> np.ndar
     for mean in dotted:
         axes.plot(times, mean, linestyle=":", marker="o", **look)
     return np.concatenate([values.ravel(), *dotted])
+
+
+def is_crowded(values: np.ndarray) -> bool:
+    """Returns whether marks at so many places of an x axis would cover one another."""
+    return len(values) > _MOST_MARKED
 
 
 def _draw_lambdas(
@@ -243,10 +286,11 @@ def _draw_lambdas(
     weight_decay, values = final["weight_decay"].values, over_seeds(final[name])
     moved = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
     face = "white" if style["linestyle"] == ":" else style["color"]
+    crowded = is_crowded(weight_decay)
     # No line leads to weight decay 0, which a log axis does not reach.
     for part in (weight_decay == 0, weight_decay > 0):
         look = style | {
-            "markersize": 3.5,
+            "markersize": 1 if crowded else 3.5,
             "markerfacecolor": face,
             "linewidth": 1,
             "transform": moved,
@@ -258,6 +302,7 @@ def _draw_lambdas(
         values[2],
         color=style["color"],
         linewidth=1,
+        alpha=0.15 if crowded else 1,
         zorder=1,
         transform=moved,
     )
@@ -289,7 +334,8 @@ def _draw_finals(
         below = predicted < least
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "color": style["color"]}
         at = final["weight_decay"].values
-        axes.plot(at, np.where(below, np.nan, predicted), marker="_", markersize=7, **look)
+        marker = "" if is_crowded(at) else "_"
+        axes.plot(at, np.where(below, np.nan, predicted), marker=marker, markersize=7, **look)
         if below.any():
             _mark_below(axes, at[below], style["color"])
         drawn.append(predicted[~below])
@@ -512,7 +558,7 @@ def _label_plainly(axes: "Axes", positive: np.ndarray) -> None:
         usual.set_axis(axes.yaxis)
 
         def label(value: float, place: Any, usual: Any = usual) -> str:
-            usual.set_locs(axes.yaxis.get_minorticklocs())
+            usual.set_locs()  # by the limits of the axis
             return _decimal(value) if usual(value, place) else ""
 
         getattr(axes.yaxis, f"set_{which}_formatter")(FuncFormatter(label))
@@ -663,4 +709,5 @@ def _lambda_bar(figure: "Figure", panels: Sequence["Axes"], curves: Sequence[Cur
     )
     bar = figure.colorbar(colours, ax=list(panels), aspect=60, pad=0.02)
     shown = range(0, count, -(-count // 12))
+    bar.minorticks_off()
     bar.set_ticks([i + 0.5 for i in shown], labels=[curves[i].label for i in shown], size=SMALL)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ncjax.errors import printable
 from ncjax.metrics.vocabulary import VOCABULARY
+from ncjax.report import thinning
 from ncjax.storage import varied
 from ncjax.storage.history import RELAXED, class_sizes, extinct
 
@@ -189,7 +190,7 @@ def mean_and_sd(values: np.ndarray) -> str:
     """Formats mean±sd of the finite values.
 
     The sd has one digit, or two if the first is a 1. The mean ends at the same decimal place, or
-    after four digits.
+    after four digits, or at its first digit.
     """
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
@@ -200,7 +201,7 @@ def mean_and_sd(values: np.ndarray) -> str:
         return short_exponent(f"{mean:.3g}")
     more = int(f"{sd:e}"[0] == "1")
     place = _exponent(sd) - more
-    kept = max(place, _exponent(mean) - 3) if mean else place
+    kept = min(max(place, _exponent(mean) - 3), _exponent(mean)) if mean else place
     if 0 < abs(mean) < 1e-3:
         shown = f"{mean:.{max(_exponent(mean) - kept, 0)}e}±{sd:.{more}e}"
     else:
@@ -326,8 +327,14 @@ def _escaped(match: re.Match) -> str:
 
 
 def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -> None:
-    """Prints a row of mean ± sd over seeds for each variant, weight decay and other setting."""
-    variants = varied.split(history)
+    """Prints a row of mean ± sd over seeds for each variant, weight decay and other setting.
+
+    Of a large grid it prints a smaller one, and says so.
+    """
+    every = varied.split(history)
+    variants = [_thinned(variant, max(2, thinning.MOST_ROWS // len(every))) for variant in every]
+    shown, count = (sum(len(_settings(one)[1]) for one in part) for part in (variants, every))
+    title = "; ".join(filter(None, [title, thinning.remark(shown, count, "rows")]))
     names = [*varied.dimensions(history), *_settings(variants[0])[0]]
     keys = [key for variant in variants for key in _keys(variant)]
     by_variant = [_cells(variant, chosen) for variant in variants]
@@ -352,6 +359,14 @@ def _show(history: xr.Dataset, console: Console, chosen: _Columns, title: str) -
             if len(variants) > 1 and (row + 1) % (len(keys) // len(variants)) == 0:
                 table.add_section()
         console.print(table)
+
+
+def _thinned(variant: xr.Dataset, most: int) -> xr.Dataset:
+    """Returns a grid of at most so many settings out of those of a variant."""
+    names, settings = _settings(variant)
+    if len(settings) <= most:
+        return variant
+    return variant.isel(thinning.of_grid({name: variant.sizes[name] for name in names}, most))
 
 
 def _keys(variant: xr.Dataset) -> list[list[str]]:
@@ -499,7 +514,8 @@ def degenerate(history: xr.Dataset) -> list[str]:
 def _decays_where(condition: xr.DataArray) -> str:
     """Returns a list, as text, of the lambdas at which any run meets a condition."""
     met = condition.any([dim for dim in condition.dims if dim != "weight_decay"])
-    return ", ".join(f"{value:g}" for value in condition["weight_decay"].values[met.values])
+    decays = condition["weight_decay"].values[met.values]
+    return thinning.abridged([f"{value:g}" for value in decays])
 
 
 def short(history: xr.Dataset) -> list[str]:
@@ -515,10 +531,8 @@ def short(history: xr.Dataset) -> list[str]:
         return []
     needed = [f"{math.ceil(epochs * RELAXED / value):,}" for value in short.values]
     needed[0] = f"the same schedule needs {needed[0]} epochs"
-    where = ", ".join(
-        f"{decay:g} ({length})"
-        for decay, length in zip(short["weight_decay"].values, needed, strict=True)
-    )
+    decays = zip(short["weight_decay"].values, needed, strict=True)
+    where = thinning.abridged([f"{decay:g} ({length})" for decay, length in decays])
     return [f"short of equilibrium (2 lambda t below {RELAXED:g}) at lambda = {where}"]
 
 

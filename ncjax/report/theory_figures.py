@@ -40,7 +40,9 @@ def equilibrium_against_epoch(history: xr.Dataset) -> "Figure":
     label = r"$\Vert\lambda W_k+\nabla_{W_k}\mathrm{fit}\Vert\,/\,\Vert\lambda W_k\Vert$"
     layers = [str(layer) for layer in history["layer"].values]
     drawn = [Panel(layer.replace("_", " "), label, (layer,)) for layer in layers]
-    return panels.against(panels.one_per_lambda(_decayed(history)), drawn, setting_title(history))
+    decayed = _decayed(history)
+    curves, remark = panels.one_per_lambda(decayed), panels.remark_on_curves(decayed)
+    return panels.against(curves, drawn, setting_title(history), remark=remark)
 
 
 _CLOCK_PANELS = (
@@ -60,10 +62,11 @@ def collapse_against_clock(history: xr.Dataset) -> "Figure":
 
     Along gradient flow, norm balance is the same function of this clock for all lambdas.
     """
-    curves = panels.one_per_lambda(_decayed(history))
+    decayed = _decayed(history)
+    curves, remark = panels.one_per_lambda(decayed), panels.remark_on_curves(decayed)
     what = "Four measures against the relaxation clock"
     title = ", ".join(filter(None, [what, setting_title(history)]))
-    figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time")
+    figure = panels.against(curves, _CLOCK_PANELS, title, clock="relaxation_time", remark=remark)
     times = np.concatenate([panels.clock_of(curve.run, "relaxation_time") for curve in curves])
     axes = figure.axes[0]
     low = axes.get_ylim()
@@ -310,6 +313,8 @@ def _draw_bounded(
             mean, least, greatest = panels.over_seeds(run[name])
             at = run[axis].values
             shown: dict[str, Any] = {**look, "linestyle": "none"} if are_few else look
+            if panels.is_crowded(at):
+                shown = {**look, "marker": ""}
             lines += axes.plot(at, mean, markersize=3 if are_few else 1.5, linewidth=1, **shown)
             if are_few:
                 axes.vlines(at, least, greatest, color=look["color"], linewidth=1)

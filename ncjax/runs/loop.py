@@ -48,6 +48,8 @@ def show(recorded: xr.Dataset, workdir: Path, files: Sequence[str], *, reports: 
         return
     draw.draw_all(recorded, workdir / "figures")
     tables.show_results(recorded, tables.make_console())
+    if remark := draw.remark(recorded):
+        say(remark)
     if reports:
         page.write([page.describe(workdir, recorded)], workdir / page.FILE)
         files = (*files, page.FILE)

@@ -457,6 +457,33 @@ def test_many_weight_decays_share_a_colour_bar():
     figure.draw_without_rendering()
 
 
+def test_of_hundreds_of_weight_decays_some_are_drawn_and_the_caption_says_how_many():
+    decays = (0.0, *np.geomspace(1e-5, 1e-2, 299))
+    history = make_history(epochs=(0, 1), weight_decay=decays, seed=(0,))
+    curves = panels.one_per_lambda(history)
+    shown = [curve.run["weight_decay"].item() for curve in curves]
+    assert len(curves) == 24
+    assert (shown[0], shown[-1]) == (0.0, decays[-1])
+    assert curves[0].colour == "#000000"
+    figure = figures.collapse_against_epoch(history)
+    assert "24 of 300 weight decays, evenly chosen" in words(figure)[0]
+    assert panels.remark_on_curves(make_history()) == ""
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 20, 200])
+def test_bands_upon_one_another_hide_no_line(count):
+    assert 1 - (1 - panels.band_opacity(count)) ** count <= 1 - 0.85**10
+    assert panels.band_opacity(count) > 0
+
+
+def test_marks_do_not_cover_one_another():
+    for count, size in ((3, 3.5), (300, 1)):
+        history = make_history(epochs=(1,), weight_decay=tuple(np.geomspace(1e-5, 1e-2, count)))
+        figure = figures.collapse_against_lambda({"": history})
+        drawn = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+        assert {line.get_markersize() for line in drawn} == {size}
+
+
 def test_many_classes_are_not_labelled():
     few, many = (
         figures.class_mean_cosines(make_history(epochs=(1,), classes=c)).axes[0] for c in (4, 31)
@@ -473,6 +500,20 @@ def test_every_setting_of_another_axis_has_its_own_figures(tmp_path):
         n.replace(".png", f"-learning_rate={lr}.png") for n in WITHOUT_DECAY for lr in (0.1, 0.25)
     }
     assert {path.name for path in paths} == names
+
+
+@pytest.mark.usefixtures("unwritten")
+def test_of_many_settings_some_have_figures_and_a_line_says_so(tmp_path, capsys):
+    rates = tuple(range(1, 101))
+    history = make_history(epochs=(1,), weight_decay=(0.0,), learning_rate=rates, seed=(0,))
+    assert plot.main([save(history, tmp_path / "a"), "--only", "collapse_against_epoch"]) == 0
+    *paths, line = capsys.readouterr().out.splitlines()
+    found = [float(path.rpartition("=")[2].removesuffix(".png")) for path in paths]
+    assert found == [1, 15, 29, 43, 58, 72, 86, 100]
+    assert line == (
+        "a: figures are of 8 of 100 settings, evenly chosen; the others are in history.nc"
+    )
+    assert draw.remark(make_history(epochs=(1,), learning_rate=(0.1, 0.25))) == ""
 
 
 def test_every_setting_of_another_axis_has_a_panel_of_the_phase_diagram():

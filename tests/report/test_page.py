@@ -166,6 +166,12 @@ def test_what_makes_the_page_too_large_is_left_out_and_named(monkeypatch):
     assert histories.COSINES in source["omitted"]
     assert {"nc1", "nc3", "accuracy"} <= set(source["variables"])
     assert set(source["omitted"]).isdisjoint(source["variables"])
+    # What the page draws first is the last to be left out, however many numbers it has.
+    monkeypatch.setattr(numbers, "MOST_CHARACTERS", 6_000)
+    (source,) = render(run=history).data("page")["sources"]
+    assert {"nc1", "nc2_equiangular_means", "nc3", "nc4", "accuracy"} <= set(source["variables"])
+    assert source["omitted"]
+    monkeypatch.setattr(numbers, "MOST_CHARACTERS", 20_000)
     packed = numbers.pack({"run": history})
     assert sum(map(len, packed.numbers[0].values())) <= 20_000
 

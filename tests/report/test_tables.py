@@ -204,6 +204,9 @@ def test_least_names_other_settings():
         ((12.501, 12.505, 12.509), "12.51±0.004"),
         ((1.23456e-5, 1.23458e-5, 1.2346e-5), "1.235e-5±2e-10"),
         ((-0.5, 0, 0.5), "0.0±0.5"),
+        ((0, 0, 0, 0, 9.5), "2±4"),
+        ((0.01, 0.01, 0.01, 9.5), "2±5"),
+        ((-3, -3, 7.2), "0.4±6"),  # a mean of 0 would be another
         ((1, 1, 1), "1"),
         ((0.25, 0.25 + 1e-9), "0.25"),
         ((1.23456e-5,), "1.23e-5"),
@@ -228,6 +231,22 @@ def shown(history):
     return [dict(zip(header, row, strict=True)) for row in rows], tables.degenerate(
         history.assign_attrs(PROVENANCE)
     )
+
+
+def test_a_large_grid_has_a_table_of_some_rows_that_says_so():
+    rates = tuple(np.linspace(0.01, 1, 500).round(6).tolist())
+    history = make_history(learning_rates=rates)
+    rows, _ = shown(history)
+    assert len(rows) == 60
+    assert {row["lambda"] for row in rows} == {"0", "0.001", "0.01"}
+    found = sorted({float(row["learning_rate"]) for row in rows})
+    assert (len(found), found[0], found[-1]) == (20, rates[0], rates[-1])
+    console = Console(width=300, file=io.StringIO())
+    columns = (("nc1", "nc1", {"split": "train"}),)
+    tables._show(history, console, columns, "Collapse")
+    assert "Collapse; 60 of 1,500 rows, evenly chosen" in " ".join(console.file.getvalue().split())
+    tables._show(make_history(), console, columns, "All of them")
+    assert "All of them;" not in " ".join(console.file.getvalue().split())
 
 
 def test_runs_that_decay_has_put_out_are_counted_and_seem_neither_right_nor_collapsed():

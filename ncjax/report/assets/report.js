@@ -11,6 +11,8 @@
   const DIVERGING = ["#b35806", "#f1a340", "#f7f7f7", "#998ec3", "#542788"];
   // More curves than this have no bands, no marks, and no common tooltip.
   const MANY = 12;
+  // More take seconds to draw, and nobody tells them apart.
+  const MOST_CURVES = 120;
   const lambda = (name) => ({weight_decay: "\u03bb", relaxation_time: "2 \u03bb t"}[name] || name);
 
   async function inflate(base64) {
@@ -412,9 +414,15 @@
     };
   }
 
+  const chosen = () => sources.flatMap((source) => source.settings().map((runs) => ({source, runs})));
+
+  /* Of many things some, evenly chosen, both ends among them. */
+  const evenly = (things, most) => (things.length <= most ? things
+    : Array.from({length: most}, (_, i) => things[Math.round(i * (things.length - 1) / (most - 1))]));
+
   /* The groups that are drawn, each with a label and a look. */
   function groups() {
-    const made = sources.flatMap((source) => source.settings().map((runs) => ({source, runs})));
+    const made = evenly(chosen(), MOST_CURVES);
     const {ink, scale} = theme();
     // Colours run along lambda where one WORKDIR is drawn; a single curve at 0 has none of them.
     const isZero = ({source, runs}) => {
@@ -481,7 +489,9 @@
     const most = Math.max(0, ...made.map((group) => group.runs.length));
     const spread = most > 1 ? `Curves are means over up to ${most} seeds${made.length <= MANY ? "; bands go from the least to the greatest" : ""}. ` : "";
     const dotted = byId("split").value === "both" ? "Dotted: test. " : "";
-    byId("spread").textContent = spread + dotted;
+    const count = chosen().length;
+    const some = made.length < count ? `${made.length} of ${count} curves, evenly chosen; the grid draws any other. ` : "";
+    byId("spread").textContent = some + spread + dotted;
   }
 
   function drawPanels() {
