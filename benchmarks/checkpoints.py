@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import Watch
 from configs import mnist
 from ncjax import plan
 from ncjax.runs import loop
@@ -67,6 +68,7 @@ def one_gibibyte(folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     parallel.use_every_core()
+    watch = Watch(concludes=True)
     seconds: dict[int, list[float]] = {1: [], 0: []}
     size = 0.0
     for _ in range(ROUNDS):
@@ -93,6 +95,8 @@ def main() -> None:
     share = statistics.median(seconds[1]) / statistics.median(seconds[0]) - 1
     console.print(f"every epoch costs {share:+.1%}")
     console.print(f"1 GiB stalls training for {stalled:.2f} s and is on disk after {written:.1f} s")
+    if not watch.concluded():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

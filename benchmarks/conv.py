@@ -11,7 +11,6 @@ asserted. Samples/s are over all runs.
 """
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,12 +24,14 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import sweep
+from benchmarks import floor, rivals, sweep
+from benchmarks.machine import Watch
+from benchmarks.networks import NETWORKS, Network
 from benchmarks.noise import noise
 from ncjax.training import conv, layers, parallel
 from ncjax.training import program as train
 
-NETWORK = sweep.NETWORKS["32x32x3-32-64-128-256-10"]
+NETWORK = NETWORKS["32x32x3-32-64-128-256-10"]
 RUNS = 8
 SLOW_EXAMPLES = 256  # two steps of each run: what is slow takes 20 seconds for them
 
@@ -74,7 +75,7 @@ WAYS = {
 class Sweep:
     """RUNS runs of a network in one program, convolving in some way."""
 
-    def __init__(self, network: sweep.Network, way: Way) -> None:
+    def __init__(self, network: Network, way: Way) -> None:
         self.network, self.way = network._replace(examples=way.examples), way
         sweep.compiled.cache_clear()  # it does not know of ways
         self.advance, start, self.data = sweep.compiled(
@@ -95,7 +96,7 @@ class Sweep:
         jax.block_until_ready(self.states)
 
 
-def call_per_step(network: sweep.Network) -> Callable[[int], None]:
+def call_per_step(network: Network) -> Callable[[int], None]:
     """lax.conv outside of any loop: a compiled step of one run, called from Python, one run
     after another.
     """
@@ -136,7 +137,7 @@ def call_per_step(network: sweep.Network) -> Callable[[int], None]:
     return run
 
 
-def check_same_weights(network: sweep.Network) -> None:
+def check_same_weights(network: Network) -> None:
     """Asserts that every way to convolve ends two steps at the same weights."""
     ends = []
     for convolve in (lax_conv, conv.convolve, taps):
@@ -149,11 +150,11 @@ def check_same_weights(network: sweep.Network) -> None:
         )
 
 
-def rates(contender: Callable[[int], None], network: sweep.Network, repeats: int) -> list[float]:
+def rates(contender: Callable[[int], None], network: Network, repeats: int) -> list[float]:
     """Samples/s of each round, over all runs."""
     epochs = max(1, round(network.samples / (RUNS * network.samples_per_epoch)))
     samples = RUNS * epochs * network.samples_per_epoch
-    return [samples / sweep.seconds(contender, epochs) for _ in range(repeats)]
+    return [samples / rivals.seconds(contender, epochs) for _ in range(repeats)]
 
 
 def main() -> None:
@@ -163,12 +164,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two rounds, without what is slow")
     quick = parser.parse_args().quick
     parallel.use_every_core()
-    if os.getloadavg()[0] > 0.3 * sweep.CORES:
-        print(
-            "This machine is busy: numbers will be too low, and PyTorch's lowest of all.",
-            file=sys.stderr,
-        )
-    matmul = [sweep.matmul_rates()]
+    watch = Watch(concludes=not quick)
+    matmul = [floor.matmul_rates()]
     if not quick:
         check_same_weights(NETWORK)
     found: dict[tuple[str, str], list[float]] = {}
@@ -190,13 +187,15 @@ def main() -> None:
         if not quick:
             few = network._replace(examples=SLOW_EXAMPLES, samples=1)
             found[title, "lax.conv, a call per step of one run"] = rates(call_per_step(few), few, 1)
-        variant, _ = sweep.best_variant(network, list(sweep.VARIANTS)[: 1 if quick else None])
-        loop = sweep.TorchLoop(network, *sweep.VARIANTS[variant])
+        variant, _ = rivals.best_variant(network, list(rivals.VARIANTS)[: 1 if quick else None])
+        loop = rivals.TorchLoop(network, *rivals.VARIANTS[variant])
         loop(1)
         pytorch = rates(lambda epochs, loop=loop: loop(epochs * RUNS), network, 2 if quick else 5)
         found[title, f"PyTorch, one run at a time ({variant})"] = pytorch
-        matmul.append(sweep.matmul_rates())
+        matmul.append(floor.matmul_rates())
     show(found, {library: max(each[library] for each in matmul) for library in matmul[0]})
+    if not quick and not watch.concluded():
+        raise SystemExit(1)
 
 
 def show(found: dict[tuple[str, str], list[float]], matmul: dict[str, float]) -> None:

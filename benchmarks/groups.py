@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import Watch
 from benchmarks.noise import noise
 from ncjax.training import layers, models, parallel, program
 
@@ -68,6 +69,7 @@ def seconds(name: str, devices: int, train_group: int, measure_group: int) -> tu
 
 def main() -> None:
     parallel.use_every_core()
+    watch = Watch(concludes=True)
     table = Table(title="milliseconds for all runs, median of 5")
     for heading in ("network", "runs", "devices", "side by side", "epoch", "measurement"):
         table.add_column(heading, justify="right")
@@ -86,6 +88,8 @@ def main() -> None:
                 )
                 table.add_row(*map(str, cells))
     Console(width=100).print(table)
+    if not watch.concluded():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import Watch
 from ncjax.cli import plot, report, show
 from ncjax.config import Config, default_config
 from ncjax.plan import prepare
@@ -334,10 +335,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     parallel.use_every_core()
-    from benchmarks.sweep import machine  # needs PyTorch
-
-    where = machine()
-    print(json.dumps(where), file=sys.stderr)
+    watch = Watch(concludes=not args.quick)
     file = REPO / "benchmarks" / "results" / "growth.json"
     found = json.loads(file.read_text()) if file.exists() and not args.quick else {}
     for name in ("runs", "host") if args.quick else args.only:
@@ -346,8 +344,8 @@ def main() -> None:
             measured = measure_host(1 if args.quick else None)
         else:
             measured = measure_devices(name, ROUNDS, 2 if args.quick else None)
-        found[name] = measured | {"machine": where}
-        if not args.quick:  # what is interrupted keeps what it has measured
+        found[name] = measured | {"machine": watch.machine}
+        if not args.quick and watch.concluded():  # what is interrupted keeps what it has measured
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found, indent=2) + "\n")
     result = {name: found[name] for name in (*QUANTITIES, "host") if name in found}

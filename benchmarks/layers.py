@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import Watch
 from ncjax.cli.train import load_config
 from ncjax.plan import prepare
 from ncjax.training import parallel
@@ -41,6 +42,7 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     parallel.use_every_core()
+    watch = Watch(concludes=True)
     with tempfile.TemporaryDirectory() as folder:
         plain, layered = (make_sweep(layers, Path(folder)) for layers in (False, True))
     works: dict[str, Callable[[], object]] = {
@@ -68,6 +70,8 @@ def main() -> None:
         numbers = (wall, wall / epoch[0], computed, computed / epoch[1])
         table.add_row(name, *(f"{number:.3g}" for number in numbers))
     Console(width=100).print(table)
+    if not watch.concluded():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ they are read from the page cache where memory has room; their first call compil
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +31,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from benchmarks.machine import CORES, Watch
+
 ROUNDS = 9
 REPO = Path(__file__).resolve().parents[1]
 
@@ -307,20 +306,15 @@ def main() -> None:
         print(json.dumps(child(arguments.child, arguments.rounds)))
         return
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         print('benchmarks.measure needs PyTorch: pip install -e ".[bench]"', file=sys.stderr)
         raise SystemExit(2) from None
-    import jax
-
     from ncjax.training import parallel
 
     parallel.use_every_core()
+    watch = Watch(concludes=not arguments.quick)
     console = Console(width=140)
-    console.print(
-        f"load average {os.getloadavg()[0]:.2f}; {CORES} cores, {platform.machine()}; ", end=""
-    )
-    console.print(f"JAX {jax.__version__}, PyTorch {torch.__version__}", highlight=False)
     size, rounds = (5_000, 2) if arguments.quick else (50_000, ROUNDS)
     table = Table(
         title=f"N = {size:,}, p = 512, float32: median (least to greatest) of {rounds} rounds in "
@@ -393,7 +387,8 @@ def main() -> None:
             f"{found['peak'] / 2**20:.0f} MiB beside the file",
             highlight=False,
         )
-    console.print(f"load average {os.getloadavg()[0]:.2f}")
+    if not arguments.quick and not watch.concluded():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

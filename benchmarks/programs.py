@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from benchmarks.machine import Watch
 from ncjax.config import Config, default_config
 from ncjax.plan import prepare
 from ncjax.runs import inspect, loop
@@ -30,6 +31,7 @@ def make_config(runs_per_program: int) -> Config:
 
 def main(folder: Path) -> None:
     parallel.use_every_core()
+    watch = Watch(concludes=True)
     plans = {most: prepare(make_config(most), folder / str(most)) for most in (64, 16)}
     whole, parts = (loop.train(plan) for plan in plans.values())
     deviation = max(
@@ -50,6 +52,8 @@ def main(folder: Path) -> None:
         f"{in_turns / at_once:.2f} times as long (medians of {ROUNDS} rounds; load "
         f"{os.getloadavg()[0]:.1f})"
     )
+    if not watch.concluded():
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -336,6 +336,7 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         group, _ = parallel.group_sizes(len(keys), platform, recipe.structure.has_convolutions)
         states = _in_groups(train_run, group, states, keys, hyper)
 
+        @jax.jit  # both branches below need its trace, which is kept
         def collect(variables: dict):
             return sums_of_runs(variables, hyper, data, recipe, platform, share)
 
