@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -51,8 +52,10 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
-    """Returns a mesh of `run` x `data` devices.
+def make_mesh(
+    num_runs: int, run: int = 0, data: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns a mesh of `run` x `data` of these devices; None: of those that JAX has.
 
     Runs are spread over the first axis, and the batch of each run over the second. `run` = 0
     chooses the fewest devices with which no device has more runs than it would have if all devices
@@ -61,9 +64,10 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
     Raises:
       InputError: there are fewer devices.
     """
-    available, several = jax.device_count(), jax.process_count() > 1
-    name = f"{available} {jax.devices()[0].platform} device{'s' * (available > 1)}"
-    hint = " (JAX_NUM_CPU_DEVICES simulates more)" if jax.devices()[0].platform == "cpu" else ""
+    devices, several = devices or jax.devices(), jax.process_count() > 1
+    available, kind = len(devices), devices[0].platform
+    name = f"{available} {kind} device{'s' * (available > 1)}"
+    hint = " (JAX_NUM_CPU_DEVICES simulates more)" if kind == "cpu" else ""
     if data > available:
         raise InputError("config.mesh.data", data, f"there is no more than {name}{hint}")
     most = available // data
@@ -80,8 +84,14 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
             f"be {available}"
         )
         raise InputError("config.mesh", (run, data), way_out)
-    devices = jax.devices()[: run * data]
-    return jax.make_mesh((run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(
+        (run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices[: run * data]
+    )
+
+
+def platform(mesh: Mesh) -> str:
+    """Returns what programs on a mesh are compiled for: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
 
 
 def by_run(mesh: Mesh) -> NamedSharding:
