@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from ncjax.errors import InputError, last_line
 
 T = TypeVar("T")
+Device = Any  # jax.Device, which type checkers take for a variable
 # Of arrays that are worked on together, 1 MiB in float64.
 _CACHED_NUMBERS = 2**17
 RUN, DATA = "run", "data"
@@ -53,7 +54,7 @@ def _cores() -> int:
 
 
 def make_mesh(
-    num_runs: int, run: int = 0, data: int = 1, devices: Sequence[jax.Device] | None = None
+    num_runs: int, run: int = 0, data: int = 1, devices: Sequence[Device] | None = None
 ) -> Mesh:
     """Returns a mesh of `run` x `data` of these devices; None: of those that JAX has.
 
@@ -84,9 +85,11 @@ def make_mesh(
             f"be {available}"
         )
         raise InputError("config.mesh", (run, data), way_out)
-    return jax.make_mesh(
-        (run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices[: run * data]
-    )
+    shape, axes, types = (run, data), (RUN, DATA), (AxisType.Auto,) * 2
+    if run * data == available:
+        return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+    # jax.make_mesh looks for neighbours, and on a TPU refuses chips that are no rectangle.
+    return Mesh(np.reshape(devices[: run * data], shape), axes, axis_types=types)
 
 
 def platform(mesh: Mesh) -> str:

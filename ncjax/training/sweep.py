@@ -201,9 +201,7 @@ def make_program(plan: Plan, target: Target | None = None) -> Program:
     # trained at once.
     if plan.config.sweep.runs_per_program or limit is None:
         return program
-    while program.bytes_per_device > _USABLE * limit:
-        room = (_USABLE * limit - program.bytes_of_data) / program.bytes_per_run
-        fewer = min(int(room), program.runs_per_device - 1) * program.mesh.shape[parallel.RUN]
+    while (fewer := _fewer(program, _USABLE * limit)) is not None:
         if fewer < 1:
             needs, has = program.bytes_per_run + program.bytes_of_data, f"{limit:,} bytes of memory"
             way_out = (
@@ -213,6 +211,22 @@ def make_program(plan: Plan, target: Target | None = None) -> Program:
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
         program = Program(plan, fewer, target)
     return program
+
+
+def _fewer(program: Program, limit: float) -> int | None:
+    """Returns how many runs at once fit into so many bytes of each device; None if all do."""
+    devices = program.mesh.shape[parallel.RUN]
+    try:
+        needed = program.bytes_per_device
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler of TPUs refuses what does not fit, so that there is no account of it.
+        if "RESOURCE_EXHAUSTED" not in str(error) or program.runs_per_device == 1:
+            raise
+        return program.runs_per_device // 2 * devices
+    if needed <= limit:
+        return None
+    room = (limit - program.bytes_of_data) / program.bytes_per_run
+    return min(int(room), program.runs_per_device - 1) * devices
 
 
 def make_uncompiled(plan: Plan, target: Target | None = None) -> Program:

@@ -10,13 +10,11 @@ import re
 from collections.abc import Sequence
 from importlib import metadata, util
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from ncjax.errors import InputError, last_line
 
-if TYPE_CHECKING:
-    import jax
-
+Device = Any  # jax.Device, which type checkers take for a variable
 _GIB = 2**30
 # What a process on a GPU may take: JAX's default of XLA_PYTHON_CLIENT_MEM_FRACTION.
 _PREALLOCATED = 0.75
@@ -141,7 +139,7 @@ class Target(NamedTuple):
       words: what they are, and the versions of what compiles for them.
     """
 
-    devices: Sequence["jax.Device"]
+    devices: Sequence[Device]
     memory: int
     words: str
 

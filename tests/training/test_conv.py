@@ -117,10 +117,13 @@ def test_float32_stays_float32():
 @pytest.mark.parametrize(
     ("model", "side"),
     [
-        (models.ConvNet((3, 4), 3, normalization="batch", dtype=jnp.float64), 7),
-        (models.ResNet18((3, 4), 3, dtype=jnp.float64), 6),
+        pytest.param(
+            models.ConvNet((3, 4), 3, normalization="batch", dtype=jnp.float64), 7, id="ConvNet"
+        ),
+        pytest.param(
+            models.ResNet18((3, 4), 3, dtype=jnp.float64), 6, marks=pytest.mark.slow, id="ResNet18"
+        ),
     ],
-    ids=["ConvNet", "ResNet18"],
 )
 def test_networks_are_the_same_with_patches_and_with_lax_conv(model, side):
     """The two have one set of parameters; outputs and gradients agree."""

@@ -19,16 +19,8 @@ from tests import chaos
 
 # The custom calls that XLA itself takes out again, whatever the platform.
 HARMLESS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-# Every network and way of training that ships: smoke variants have the same on less data.
-SHIPPED = (
-    "digits",
-    "mnist",
-    "ufm",
-    "fig1_cifar10",
-    "fig1_cifar10:batch_norm",
-    "fig2_mnist",
-    "fig2_mnist:batch_norm",
-)
+# One config that ships of every kind of network; the others differ in data and widths.
+SHIPPED = ("digits", "ufm", "fig1_cifar10", "fig1_cifar10:batch_norm")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +129,7 @@ def tiny(named):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", SHIPPED)
-def test_what_ships_lowers_for_every_accelerator_without_a_call_of_a_library(named, monkeypatch):
+def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(named, monkeypatch):
     """LAPACK's eigenvalues, for one, are a custom call that some platforms lack."""
     one = sweep.make_uncompiled(examine(tiny(named), None))
     for platform, names in (("gpu", ("cuda", "rocm")), ("tpu", ("tpu",))):
@@ -159,10 +151,12 @@ def test_what_ships_lowers_for_every_accelerator_without_a_call_of_a_library(nam
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize(
     ("mesh", "training"),
-    [((4, 1), "in a training step none"), ((2, 2), "in a training step 1 all-reduce of ")],
+    [((4, 1), "in a training step none"), ((2, 2), "in a training step 1 all-reduce of 1.45 MiB;")],
 )
 def test_digits_compile_for_four_chips(mesh, training, tmp_path):
-    """A process of its own, because the tests' JAX has started."""
+    """Gradients of a step are those of 9 runs of 42,240 float32 parameters on a chip: 1.45 MiB. A
+    process of its own, because the JAX of the tests has started.
+    """
     run, data = mesh
     command = [sys.executable, "-m", "ncjax.main", "--config=digits", "--dry-run"]
     flags = [f"--config.mesh.run={run}", f"--config.mesh.data={data}", "--target=tpu:v5e:2x2"]
