@@ -60,7 +60,7 @@ def make_mesh(
 
     Runs are spread over the first axis, and the batch of each run over the second. `run` = 0
     chooses the fewest devices with which no device has more runs than it would have if all devices
-    were used. Several processes always use all their devices.
+    were used; of TPUs, all. Several processes always use all their devices.
 
     Raises:
       InputError: there are fewer devices.
@@ -78,7 +78,9 @@ def make_mesh(
             "config.mesh.run", run, f"there is no more than {name}, so at most {most}{shared}{hint}"
         )
     if not run:
-        run = most if several else _ceil(num_runs, _ceil(num_runs, most))
+        # A slice of TPUs is routed as a whole: programs for a part of a large one do not compile.
+        takes_all = several or kind == "tpu"
+        run = most if takes_all else _ceil(num_runs, _ceil(num_runs, most))
     if several and run * data != available:
         way_out = (
             f"several processes use all of their {name}: config.mesh.run x config.mesh.data must "

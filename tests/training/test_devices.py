@@ -25,10 +25,11 @@ class Chip:
     process_index: int = 0
 
 
-def test_a_part_of_a_slice_of_tpus_is_a_mesh_though_it_is_no_rectangle():
-    """Nine of sixteen chips; jax.make_mesh refuses them."""
+def test_a_slice_of_tpus_is_used_whole_unless_a_part_is_asked_for():
+    """Nine of sixteen chips are no rectangle, which jax.make_mesh refuses."""
     chips = [Chip(i, (i % 4, i // 4, 0)) for i in range(16)]
-    mesh = parallel.make_mesh(18, devices=chips)
+    assert parallel.make_mesh(18, devices=chips).shape == {"run": 16, "data": 1}
+    mesh = parallel.make_mesh(18, run=9, devices=chips)
     assert mesh.shape == {"run": 9, "data": 1}
     assert list(mesh.devices.flat) == chips[:9]
 
