@@ -185,6 +185,8 @@ def prepare(asked: Asked) -> None:
         )
         raise InputError("--target", asked.text, way_out)
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # JAX would keep these programs, and warn when it cannot load them without their devices.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if asked.platform == "tpu":
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server of Google Cloud

@@ -92,6 +92,7 @@ def test_libtpu_looks_for_no_chip_and_jax_for_no_gpu(monkeypatch):
     monkeypatch.setattr(targets, "_compiler", lambda platform: "libtpu 1")
     targets.prepare(targets.parse("tpu:v5e:2x2"))
     assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
 
 
