@@ -6,8 +6,6 @@ A process of its own, because the tests' has two devices.
 
 import contextlib
 import json
-import math
-import re
 import signal
 import sys
 from pathlib import Path
@@ -80,19 +78,7 @@ def collectives(folder, run, data, measures, **fields):
     plan = prepare(make_config(run, data, **fields), folder)
     with contextlib.nullcontext() if measures else unmeasured():
         compiled = sweep.make_program(plan).compiled
-    text = compiled.passes.as_text() + compiled.metrics.as_text()
-    found = re.findall(
-        r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
-        text,
-    )
-    moved: dict[str, list[int]] = {}
-    for shapes, kind in found:
-        sizes = [
-            int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side)
-            for bits, sides in re.findall(r"[a-z](\d+)\[([\d,]*)\]", shapes)
-        ]
-        moved.setdefault(kind, []).append(sum(sizes))
-    return moved
+    return sweep.collectives(compiled.passes.as_text() + compiled.metrics.as_text())
 
 
 def main(folder: Path) -> dict:

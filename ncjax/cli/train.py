@@ -12,6 +12,10 @@ any other field, as in --config.train.optimizer=sgd,adamw, in one program each, 
 says that the run is complete. `python -m ncjax.main` is `ncjax train`.
 
 --dry-run           checks config, data and devices, prints what would be trained, writes nothing
+--target=DEVICES    with --dry-run: compiles for accelerators that are not here, and prints what a
+                    chip would hold and exchange. DEVICES is tpu:KIND:TOPOLOGY, as in tpu:v5e:2x2
+                    (kinds v4, v5e, v5p, v6e; pip install "ncjax[tpu]"), or cuda:KIND:CARDS, as in
+                    cuda:h100 and cuda:h100:4 (kinds a100, h100, h200; pip install "ncjax[cuda]")
 --coordinator=HOST:PORT --processes=N --process=I
                     one of N processes that train together, on as many hosts as there are; HOST:PORT
                     is process 0. Tasks of a SLURM step and hosts of a TPU slice need none of these;
@@ -46,11 +50,12 @@ from ncjax.plan import (
     prepare_varied,
 )
 from ncjax.runs.signals import Interrupted, Stopped
+from ncjax.training import targets
 
 
 class _Arguments(NamedTuple):
     """A command line that can be parsed: workdir is empty only of a dry run; processes None of
-    one that is alone; vary has the fields with several values.
+    one that is alone; vary has the fields with several values; target is None without --target.
     """
 
     config: configuration.Config
@@ -58,6 +63,7 @@ class _Arguments(NamedTuple):
     workdir: str
     dry_run: bool
     processes: Processes | None
+    target: targets.Asked | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         arguments = _parse(argv)
+        if arguments.target:
+            targets.prepare(arguments.target)
         plan = _plan(arguments)
     except InputError as error:
         return _refuse(error)
@@ -106,10 +114,11 @@ def _run(arguments: _Arguments, plan: Plan | VariedPlan, command: str) -> int:
         from ncjax.runs import loop, processes, varied
 
         with processes.joined(arguments.processes):
+            target = targets.find(arguments.target) if arguments.target else None
             if isinstance(plan, VariedPlan):
-                (varied.preview if arguments.dry_run else varied.train_and_show)(plan)
+                varied.preview(plan, target) if arguments.dry_run else varied.train_and_show(plan)
             else:
-                (loop.preview if arguments.dry_run else loop.train_and_show)(plan)
+                loop.preview(plan, target) if arguments.dry_run else loop.train_and_show(plan)
     except InputError as error:
         return _refuse(error)
     except (Interrupted, Stopped) as stop:
@@ -148,6 +157,7 @@ def _parse(argv: list[str]) -> _Arguments:
     file = flags.DEFINE_string("config", "digits", "", flag_values=values)
     workdir = flags.DEFINE_string("workdir", "", "", flag_values=values)
     dry_run = flags.DEFINE_boolean("dry-run", False, "", flag_values=values)
+    named = flags.DEFINE_string("target", None, "", flag_values=values)
     coordinator = flags.DEFINE_string("coordinator", "", "", flag_values=values)
     count, number = (
         flags.DEFINE_integer(name, None, "", flag_values=values)
@@ -163,7 +173,14 @@ def _parse(argv: list[str]) -> _Arguments:
             "--workdir", workdir.value, "name a folder for the run, as in --workdir=runs/digits"
         )
     processes = find_processes(coordinator.value, count.value, number.value, os.environ)
-    return _Arguments(config, vary, workdir.value or "", bool(dry_run.value), processes)
+    target = None
+    if named.value is not None:
+        target = targets.parse(named.value)
+        if not dry_run.value:
+            raise InputError("--target", named.value, "nothing can train there; add --dry-run")
+        if processes:
+            raise InputError("--target", named.value, "one process compiles for all; start one")
+    return _Arguments(config, vary, workdir.value or "", bool(dry_run.value), processes, target)
 
 
 def load_config(named: str, overrides: Sequence[str] = ("ncjax",)) -> configuration.Config:

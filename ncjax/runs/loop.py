@@ -23,6 +23,7 @@ from ncjax.storage import checkpoint, lock
 from ncjax.storage.files import remove_leftovers, write_atomically
 from ncjax.training import compilation, parallel
 from ncjax.training.sweep import Sweep, make_program
+from ncjax.training.targets import Target
 
 # A chunk of training is a visit to the device: long enough to cost nothing, short enough for a live
 # progress line.
@@ -56,16 +57,20 @@ def show(recorded: xr.Dataset, workdir: Path, files: Sequence[str], *, reports: 
     say(f"{', '.join(files)} and figures/ are in {workdir}")
 
 
-def preview(plan: Plan) -> None:
-    """Compiles what a plan would train and prints what is known before training; writes nothing."""
-    describe(plan)
+def preview(plan: Plan, target: Target | None = None) -> None:
+    """Compiles what a plan would train and prints what is known before training; writes nothing.
+
+    `target` has the devices to compile for, if they are not this machine's.
+    """
+    describe(plan, target)
     say("nothing was trained and nothing was written")
 
 
-def describe(plan: Plan) -> None:
+def describe(plan: Plan, target: Target | None = None) -> None:
     """Compiles what a plan would train and prints what is known of it."""
     start_jax(plan)
-    summary.show(plan, make_program(plan), tables.make_console(quiet=not processes.is_leader()))
+    program = make_program(plan, target)
+    summary.show(plan, program, tables.make_console(quiet=not processes.is_leader()))
 
 
 def train(plan: Plan, on_measurement: Callable[[xr.Dataset], object] | None = None) -> xr.Dataset:

@@ -12,6 +12,7 @@ from ncjax.report import tables
 from ncjax.runs.schedule import make_schedule
 from ncjax.training import layers, parallel
 from ncjax.training.sweep import Program
+from ncjax.training.targets import Target
 
 # What is said of `log.layers`; benchmarks/layers.py measures it.
 LAYERS = "every layer is measured: up to one training epoch more per measurement"
@@ -20,11 +21,11 @@ LAYERS = "every layer is measured: up to one training epoch more per measurement
 def headline(plan: Plan, program: Program) -> str:
     grid, dataset = plan.grid, plan.dataset
     shape = " x ".join(f"{len(grid.axes[name])} {name}" for name in grid.dims)
-    devices = program.mesh.size
+    devices, kind = program.mesh.size, program.mesh.devices.flat[0].device_kind
     return (
         f"{grid.size} runs ({shape}) of {_network(plan)} on {plan.config.data.name}: "
         f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test examples, "
-        f"{devices} {device()} device{'s' * (devices > 1)}"
+        f"{devices} {kind} device{'s' * (devices > 1)}"
     )
 
 
@@ -70,6 +71,8 @@ def show(plan: Plan, program: Program, console: Console) -> None:
         f"{_flops(program.flops_per_epoch * config.train.epochs)} to train (matmuls, counted from "
         "shapes)",
     }
+    if program.target is not None:
+        rows |= _target(program, program.target)
     if recipe.wiring is not None:
         rows["layers"] = LAYERS
     if plan.grown_from is not None:
@@ -123,8 +126,29 @@ def _programs(program: Program) -> str:
 
 
 def _room(program: Program) -> str:
-    limit = parallel.device_memory(program.mesh)
+    limit = program.memory
     return f"which has {_bytes(limit)}" if limit else "which does not say how much it has"
+
+
+def _target(program: Program, target: Target) -> dict[str, str]:
+    """Returns the rows about devices that are not here."""
+    training, measurement = program.collectives
+    return {
+        "compiled for": f"{target.words}, in {program.compile_seconds:.0f} s",
+        "collectives": f"in a training step {_exchanged(training)}; in a measurement "
+        f"{_exchanged(measurement)}",
+    }
+
+
+def _exchanged(collectives: dict[str, list[int]]) -> str:
+    return (
+        ", ".join(
+            f"{len(sizes)} {kind}{'s' * (len(sizes) > 1)} of {_bytes(sum(sizes))}"
+            + " in all" * (len(sizes) > 1)
+            for kind, sizes in collectives.items()
+        )
+        or "none"
+    )
 
 
 def _bytes(number: float | int) -> str:

@@ -18,6 +18,7 @@ from ncjax.runs import loop, processes
 from ncjax.storage import history, lock, varied
 from ncjax.storage.files import remove_leftovers, write_atomically
 from ncjax.training.sweep import make_uncompiled
+from ncjax.training.targets import Target
 from ncjax.variation import Label
 
 Callback = Callable[[xr.Dataset], object]
@@ -32,12 +33,12 @@ def train_and_show(plan: VariedPlan) -> xr.Dataset:
     return recorded
 
 
-def preview(plan: VariedPlan) -> None:
+def preview(plan: VariedPlan, target: Target | None = None) -> None:
     """Does what `loop.preview` does for every variant, each under its name."""
     for labels, one in plan.named:
         loop.start_jax(one)
         loop.say(f"variant {variation.words_of(labels)}")
-        loop.describe(one)
+        loop.describe(one, target)
     loop.say("nothing was trained and nothing was written")
 
 

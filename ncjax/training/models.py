@@ -177,14 +177,26 @@ class ConvNet(Network):
     normalization and widths 32, 64, 128, 256 on 32x32 images it is the network of Rangamani &
     Banburski (ICASSP 2022) as far as that is known, whose head is a 2x2 convolution, dense over the
     1024 features.
+
+    Attributes:
+      slices_patches: whether convolutions are matmuls over sliced patches (`conv.convolve`), or
+        `lax.conv_general_dilated`. The numbers are the same to rounding; `placed` decides.
     """
 
+    slices_patches: bool = True
+
     def _layer(self, k: int) -> nn.Module:
-        return make_conv(self.widths[k - 1], 3, 2, self.dtype, f"layer_{k}")
+        channels, name = self.widths[k - 1], f"layer_{k}"
+        return make_conv(channels, 3, 2, self.dtype, name, self.slices_patches)
 
 
-def make_conv(channels: int, side: int, stride: int, dtype: Dtype, name: str) -> nn.Conv:
-    """Returns a square convolution without bias, zero-padded so that stride 1 keeps the sides."""
+def make_conv(
+    channels: int, side: int, stride: int, dtype: Dtype, name: str, slices_patches: bool
+) -> nn.Conv:
+    """Returns a square convolution without bias, zero-padded so that stride 1 keeps the sides.
+
+    `slices_patches`: see `ConvNet`.
+    """
     return nn.Conv(
         channels,
         (side, side),
@@ -192,7 +204,7 @@ def make_conv(channels: int, side: int, stride: int, dtype: Dtype, name: str) ->
         padding=side // 2,
         use_bias=False,
         kernel_init=_he_normal,
-        conv_general_dilated=conv.convolve,
+        conv_general_dilated=conv.convolve if slices_patches else None,
         dtype=dtype,
         param_dtype=dtype,
         name=name,
@@ -207,17 +219,19 @@ class ResidualBlock(nn.Module):
         1x1 convolution of it.
       stride: of the first convolution and of the shortcut.
       batch_axis, dtype: see `Network`.
+      slices_patches: see `ConvNet`.
     """
 
     channels: int
     stride: int
     batch_axis: str | None
     dtype: Dtype
+    slices_patches: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W c"], train: bool) -> Float[Array, "B h w d"]:
         def convolved(h: Array, side: int, stride: int, name: str) -> Array:
-            h = make_conv(self.channels, side, stride, self.dtype, name)(h)
+            h = make_conv(self.channels, side, stride, self.dtype, name, self.slices_patches)(h)
             norm = make_norm("batch", f"{name}_norm", self.dtype, self.batch_axis)
             return normalized(norm, h, train)
 
@@ -237,6 +251,7 @@ class ResNet18(nn.Module):
     Attributes:
       widths: channels of the four stages, of two blocks each; the original's are 64, 128, 256, 512.
       num_classes, use_head_bias, batch_axis, dtype: see `Network`.
+      slices_patches: see `ConvNet`.
     """
 
     widths: tuple[int, ...]
@@ -244,9 +259,10 @@ class ResNet18(nn.Module):
     use_head_bias: bool = False
     batch_axis: str | None = None
     dtype: Dtype = jnp.float32
+    slices_patches: bool = True
 
     def setup(self):
-        self.stem = make_conv(self.widths[0], 3, 1, self.dtype, "stem")
+        self.stem = make_conv(self.widths[0], 3, 1, self.dtype, "stem", self.slices_patches)
         self.stem_norm = make_norm("batch", "stem_norm", self.dtype, self.batch_axis)
         self.blocks = [
             ResidualBlock(
@@ -254,6 +270,7 @@ class ResNet18(nn.Module):
                 stride=2 if stage > 0 and place == 0 else 1,
                 batch_axis=self.batch_axis,
                 dtype=self.dtype,
+                slices_patches=self.slices_patches,
                 name=f"block_{2 * stage + place + 1}",
             )
             for stage, channels in enumerate(self.widths)
@@ -312,9 +329,15 @@ def make(settings: ModelConfig, num_classes: int, precision: Precision) -> nn.Mo
             raise unknown_choice("model.kind", unknown, ModelKind)
 
 
-def over_devices(model: nn.Module, batch_axis: str | None) -> nn.Module:
-    """Returns the same network on batches that are spread over a mesh axis."""
-    return model.clone(batch_axis=batch_axis) if hasattr(model, "batch_axis") else model
+def placed(model: nn.Module, platform: str, batch_axis: str | None) -> nn.Module:
+    """Returns the same network as it runs on a platform, on batches that are spread over a mesh
+    axis.
+
+    A TPU convolves in its matrix units as fast as it multiplies, and moves a small share of the
+    bytes (docs/scaling.md); elsewhere, patches that are sliced first are faster, or no slower.
+    """
+    wanted = {"batch_axis": batch_axis, "slices_patches": platform != "tpu"}
+    return model.clone(**{name: value for name, value in wanted.items() if hasattr(model, name)})
 
 
 def outputs(

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from ncjax.errors import InputError, last_line
 
 T = TypeVar("T")
+Device = Any  # jax.Device, which type checkers take for a variable
 # Of arrays that are worked on together, 1 MiB in float64.
 _CACHED_NUMBERS = 2**17
 RUN, DATA = "run", "data"
@@ -51,19 +53,22 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
-    """Returns a mesh of `run` x `data` devices.
+def make_mesh(
+    num_runs: int, run: int = 0, data: int = 1, devices: Sequence[Device] | None = None
+) -> Mesh:
+    """Returns a mesh of `run` x `data` of these devices; None: of those that JAX has.
 
     Runs are spread over the first axis, and the batch of each run over the second. `run` = 0
     chooses the fewest devices with which no device has more runs than it would have if all devices
-    were used. Several processes always use all their devices.
+    were used; of TPUs, all. Several processes always use all their devices.
 
     Raises:
       InputError: there are fewer devices.
     """
-    available, several = jax.device_count(), jax.process_count() > 1
-    name = f"{available} {jax.devices()[0].platform} device{'s' * (available > 1)}"
-    hint = " (JAX_NUM_CPU_DEVICES simulates more)" if jax.devices()[0].platform == "cpu" else ""
+    devices, several = devices or jax.devices(), jax.process_count() > 1
+    available, kind = len(devices), devices[0].platform
+    name = f"{available} {kind} device{'s' * (available > 1)}"
+    hint = " (JAX_NUM_CPU_DEVICES simulates more)" if kind == "cpu" else ""
     if data > available:
         raise InputError("config.mesh.data", data, f"there is no more than {name}{hint}")
     most = available // data
@@ -73,15 +78,25 @@ def make_mesh(num_runs: int, run: int = 0, data: int = 1) -> Mesh:
             "config.mesh.run", run, f"there is no more than {name}, so at most {most}{shared}{hint}"
         )
     if not run:
-        run = most if several else _ceil(num_runs, _ceil(num_runs, most))
+        # A slice of TPUs is routed as a whole: programs for a part of a large one do not compile.
+        takes_all = several or kind == "tpu"
+        run = most if takes_all else _ceil(num_runs, _ceil(num_runs, most))
     if several and run * data != available:
         way_out = (
             f"several processes use all of their {name}: config.mesh.run x config.mesh.data must "
             f"be {available}"
         )
         raise InputError("config.mesh", (run, data), way_out)
-    devices = jax.devices()[: run * data]
-    return jax.make_mesh((run, data), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape, axes, types = (run, data), (RUN, DATA), (AxisType.Auto,) * 2
+    if run * data == available:
+        return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+    # jax.make_mesh looks for neighbours, and on a TPU refuses chips that are no rectangle.
+    return Mesh(np.reshape(devices[: run * data], shape), axes, axis_types=types)
+
+
+def platform(mesh: Mesh) -> str:
+    """Returns what programs on a mesh are compiled for: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
 
 
 def by_run(mesh: Mesh) -> NamedSharding:

@@ -24,6 +24,9 @@ from ncjax.training.objective import Objective
 from ncjax.training.parallel import DATA, RUN, Share
 from ncjax.training.wiring import Wiring
 
+# The scope of a measurement's operations, in the names that a compiled program gives them.
+MEASUREMENT = "measurement"
+
 
 class Hyper(NamedTuple):
     """Holds the numbers a grid sweeps, one per run, traced so that all runs share one program."""
@@ -322,9 +325,9 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
       `evaluate.metrics`, each with a leading run axis; {} if not measured.
     """
     share = Share(mesh.shape[DATA])
-    model = models.over_devices(recipe.model, DATA if share.devices > 1 else None)
+    platform = parallel.platform(mesh)
+    model = models.placed(recipe.model, platform, DATA if share.devices > 1 else None)
     recipe = recipe._replace(model=model)
-    platform = mesh.devices.flat[0].platform
 
     def on_one_device(states, keys, hyper, data, n_epochs, measured):
         def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
@@ -337,6 +340,7 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         states = _in_groups(train_run, group, states, keys, hyper)
 
         @jax.jit  # both branches below need its trace, which is kept
+        @jax.named_scope(MEASUREMENT)
         def collect(variables: dict):
             return sums_of_runs(variables, hyper, data, recipe, platform, share)
 
@@ -361,7 +365,7 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
 @functools.lru_cache(maxsize=64)
 def _make_metrics(meaning: evaluate.Meaning, mesh: Mesh) -> Any:
     """Returns the jitted program (sums, weight_decay) -> metrics of the runs on a mesh."""
-    platform, by_run = mesh.devices.flat[0].platform, PartitionSpec(RUN)
+    platform, by_run = parallel.platform(mesh), PartitionSpec(RUN)
 
     def on_one_device(sums, weight_decay):
         return metrics_of_runs(sums, weight_decay, meaning, platform)

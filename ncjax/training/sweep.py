@@ -2,8 +2,9 @@
 
 import functools
 import math
+import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ from ncjax.plan import Plan
 from ncjax.training import every_layer, layers, models, parallel, wiring
 from ncjax.training.objective import Objective
 from ncjax.training.program import (
+    MEASUREMENT,
     Advance,
     Recipe,
     RunState,
@@ -29,6 +31,7 @@ from ncjax.training.program import (
     start,
     start_shapes,
 )
+from ncjax.training.targets import Target
 
 # The share of a device's memory that a program may take; the rest is left to the allocator.
 _USABLE = 0.9
@@ -58,6 +61,15 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recip
     )
 
 
+class Collectives(NamedTuple):
+    """What devices exchange, as `collectives` returns it: in a step of training, and in a
+    measurement.
+    """
+
+    training: dict[str, list[int]]
+    measurement: dict[str, list[int]]
+
+
 class Program:
     """Compiles a plan to one program, which trains the grid in equal slices, one after another.
 
@@ -65,16 +77,18 @@ class Program:
       recipe: what is the same for all runs.
       slices: the slices of the grid's runs, in the order of the grid.
       mesh: the devices.
+      target: what they are, if they are not here; else None.
       runs: the number of runs of one slice, padded to the mesh.
       columns: the values of every axis, by run.
     """
 
-    def __init__(self, plan: Plan, most: int):
-        """Divides the grid into slices of at most `most` runs."""
+    def __init__(self, plan: Plan, most: int, target: Target | None = None):
+        """Divides the grid into slices of at most `most` runs, for devices here or of a target."""
         settings, total = plan.config.mesh, plan.grid.size
         size = -(-total // -(-total // most))
         self.recipe = make_recipe(plan.config, plan.dataset)
-        self.mesh = parallel.make_mesh(size, settings.run, settings.data)
+        self.target, devices = target, target.devices if target else None
+        self.mesh = parallel.make_mesh(size, settings.run, settings.data, devices)
         _check_batch(self.recipe, self.mesh)
         self.slices = [slice(first, min(first + size, total)) for first in range(0, total, size)]
         self.runs = parallel.padded(size, self.mesh)
@@ -132,6 +146,20 @@ class Program:
         )
 
     @property
+    def memory(self) -> int | None:
+        """The bytes of the smallest device, or None if devices do not tell."""
+        return self.target.memory if self.target else parallel.device_memory(self.mesh)
+
+    @property
+    def collectives(self) -> Collectives:
+        """What the devices exchange."""
+        passes = self.compiled.passes.as_text().splitlines()
+        measuring = [line for line in passes if f"/{MEASUREMENT}/" in line]
+        measuring += self.compiled.metrics.as_text().splitlines()
+        training = [line for line in passes if f"/{MEASUREMENT}/" not in line]
+        return Collectives(*(collectives("\n".join(lines)) for lines in (training, measuring)))
+
+    @property
     def bytes_of_data(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._data))
 
@@ -158,23 +186,22 @@ class Program:
         )
 
 
-def make_program(plan: Plan) -> Program:
+def make_program(plan: Plan, target: Target | None = None) -> Program:
     """Returns the program of a plan, with `sweep.runs_per_program` runs at once.
 
-    By default it has as many runs at once as the devices' memory holds.
+    By default it has as many runs at once as the memory of the devices holds, which are this
+    machine's or a target's.
 
     Raises:
       InputError: not even one run per device fits, or there are fewer devices than asked for.
     """
-    program = make_uncompiled(plan)
-    limit = parallel.device_memory(program.mesh)
+    program = make_uncompiled(plan, target)
+    limit = program.memory
     # CPUs do not tell their memory, and waiting states would be in the same memory, so all runs are
     # trained at once.
     if plan.config.sweep.runs_per_program or limit is None:
         return program
-    while program.bytes_per_device > _USABLE * limit:
-        room = (_USABLE * limit - program.bytes_of_data) / program.bytes_per_run
-        fewer = min(int(room), program.runs_per_device - 1) * program.mesh.shape[parallel.RUN]
+    while (fewer := _fewer(program, _USABLE * limit)) is not None:
         if fewer < 1:
             needs, has = program.bytes_per_run + program.bytes_of_data, f"{limit:,} bytes of memory"
             way_out = (
@@ -182,19 +209,35 @@ def make_program(plan: Plan) -> Program:
                 "batches would do"
             )
             raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
-        program = Program(plan, fewer)
+        program = Program(plan, fewer, target)
     return program
 
 
-def make_uncompiled(plan: Plan) -> Program:
+def _fewer(program: Program, limit: float) -> int | None:
+    """Returns how many runs at once fit into so many bytes of each device; None if all do."""
+    devices = program.mesh.shape[parallel.RUN]
+    try:
+        needed = program.bytes_per_device
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler of TPUs refuses what does not fit, so that there is no account of it.
+        if "RESOURCE_EXHAUSTED" not in str(error) or program.runs_per_device == 1:
+            raise
+        return program.runs_per_device // 2 * devices
+    if needed <= limit:
+        return None
+    room = (limit - program.bytes_of_data) / program.bytes_per_run
+    return min(int(room), program.runs_per_device - 1) * devices
+
+
+def make_uncompiled(plan: Plan, target: Target | None = None) -> Program:
     """Returns the program that trains all runs of a plan at once, as yet not compiled.
 
     Raises:
       InputError: its network cannot be made, there are fewer devices than asked for, or the memory
         of a CPU cannot hold its states.
     """
-    program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size)
-    if parallel.device_memory(program.mesh) is None:
+    program = Program(plan, plan.config.sweep.runs_per_program or plan.grid.size, target)
+    if program.memory is None:
         _check_host_memory(program, tuple(plan.config.model.widths))
     return program
 
@@ -211,6 +254,24 @@ def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
             "shrink layers"
         )
         raise InputError("config.model.widths", widths, way_out)
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Returns the collectives in the text of a compiled program, as kind -> the bytes that each
+    leaves on a device, in the order of the text.
+    """
+    found = re.findall(
+        r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
+        text,
+    )
+    moved: dict[str, list[int]] = {}
+    for shapes, kind in found:
+        sizes = [
+            int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side)
+            for bits, sides in re.findall(r"[a-z](\d+)\[([\d,]*)\]", shapes)
+        ]
+        moved.setdefault(kind, []).append(sum(sizes))
+    return moved
 
 
 def training_flops(model: nn.Module, structure: layers.Structure, image: tuple[int, ...]) -> int:
@@ -363,7 +424,7 @@ class Sweep:
 
 def _shares_memory(mesh: Mesh) -> bool:
     """Returns whether the devices use the memory of the host."""
-    return mesh.devices.flat[0].platform == "cpu"
+    return parallel.platform(mesh) == "cpu"
 
 
 def _first(tree: parallel.T, runs: int) -> parallel.T:

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from ncjax.plan import examine
+from ncjax.training import models, parallel, program, sweep
 from ncjax.training.conv import convolve
+from tests import meshes
 
 CASES = [
     # height, width, window, strides, padding
@@ -108,3 +111,58 @@ def test_what_it_has_not_is_refused(other):
 def test_float32_stays_float32():
     x, kernel = jnp.ones((1, 4, 4, 1), jnp.float32), jnp.ones((3, 3, 1, 2), jnp.float32)
     assert convolve(x, kernel, (1, 1), "SAME").dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("model", "side"),
+    [
+        pytest.param(
+            models.ConvNet((3, 4), 3, normalization="batch", dtype=jnp.float64), 7, id="ConvNet"
+        ),
+        pytest.param(
+            models.ResNet18((3, 4), 3, dtype=jnp.float64), 6, marks=pytest.mark.slow, id="ResNet18"
+        ),
+    ],
+)
+def test_networks_are_the_same_with_patches_and_with_lax_conv(model, side):
+    """The two have one set of parameters; outputs and gradients agree."""
+    patches, lax_conv = (models.placed(model, platform, None) for platform in ("cpu", "tpu"))
+    assert (patches.slices_patches, lax_conv.slices_patches) == (True, False)
+    assert patches == model
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((5, side, side, 2)))
+
+    @jax.jit
+    def gradients(variables, x):
+        def loss(params, network):
+            y, _ = network.apply(variables | {"params": params}, x, True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), y
+
+        grad = jax.grad(loss, has_aux=True)
+        return [grad(variables["params"], network) for network in (patches, lax_conv)]
+
+    variables = jax.jit(patches.init)(jax.random.key(0), x)
+    expected = jax.eval_shape(lax_conv.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, expected)
+    mine, theirs = gradients(variables, x)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_network_without_convolutions_is_placed_as_it_is():
+    model = models.MLP((5,), 3)
+    assert models.placed(model, "tpu", None) == model
+    assert models.placed(model, "tpu", "data").batch_axis == "data"
+
+
+@pytest.mark.parametrize(("platform", "convolves"), [("tpu", True), ("cpu", False), ("gpu", False)])
+def test_the_program_of_a_platform_convolves_as_is_best_there(platform, convolves, monkeypatch):
+    """The traced program, before XLA: a convolution in it is lax.conv's."""
+    monkeypatch.setattr(parallel, "platform", lambda mesh: platform)
+    fields = meshes.NORMALIZED | {"run": 1, "model__widths": (3,)}
+    plan = examine(meshes.make_config(**fields), None)
+    one = sweep.make_uncompiled(plan)
+    passes = program.make_advance(one.recipe, one.mesh).passes
+    with jax.enable_x64(True):
+        traced = passes.trace(*one._started, one._data, 0, False)
+    assert ("conv_general_dilated" in str(traced.jaxpr)) == convolves

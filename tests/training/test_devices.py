@@ -1,5 +1,7 @@
 """Where runs live: the mesh, padding and groups."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,27 @@ from ncjax.training import parallel
 @pytest.mark.parametrize(("runs", "devices"), [(1, 1), (2, 2), (3, 2), (18, 2)])
 def test_mesh_takes_no_device_that_would_only_hold_padding(runs, devices):
     assert parallel.make_mesh(runs).shape == {"run": devices, "data": 1}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as jax.make_mesh looks at."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_a_slice_of_tpus_is_used_whole_unless_a_part_is_asked_for():
+    """Nine of sixteen chips are no rectangle, which jax.make_mesh refuses."""
+    chips = [Chip(i, (i % 4, i // 4, 0)) for i in range(16)]
+    assert parallel.make_mesh(18, devices=chips).shape == {"run": 16, "data": 1}
+    mesh = parallel.make_mesh(18, run=9, devices=chips)
+    assert mesh.shape == {"run": 9, "data": 1}
+    assert list(mesh.devices.flat) == chips[:9]
 
 
 def test_padding_repeats_the_last_run_and_fills_the_mesh():

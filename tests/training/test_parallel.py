@@ -5,6 +5,7 @@ step or none.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -149,6 +150,37 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
         InputError, match=r"^config.model.widths: got \(8, 8\); one run needs .* bytes of a device"
     ):
         sweep.make_program(big)
+
+
+@pytest.mark.parametrize(("most", "runs"), [(5, 10), (4, 4), (1, 2), (0, None)])
+def test_a_compiler_that_refuses_what_does_not_fit_gets_half_the_runs(
+    tmp_path, monkeypatch, most, runs
+):
+    """As the one of TPUs does, until the account of a program can be read; `most` on a device."""
+
+    class Compiled:
+        passes = SimpleNamespace(
+            memory_analysis=lambda: SimpleNamespace(
+                argument_size_in_bytes=900,
+                output_size_in_bytes=0,
+                temp_size_in_bytes=0,
+                alias_size_in_bytes=0,
+            )
+        )
+
+    def compiled(program):
+        if program.runs_per_device > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+        return Compiled
+
+    monkeypatch.setattr(sweep.Program, "compiled", property(compiled))
+    monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1000)
+    big = plan(tmp_path, sweep__seed=tuple(range(5)), run=2)
+    if runs is None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            sweep.make_program(big)
+    else:
+        assert sweep.make_program(big).runs == runs
 
 
 @pytest.mark.slow
