@@ -45,6 +45,7 @@ def measure_by(
     head_bias: HeadBias,
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     probe: every_layer.Probe | None = None,
+    most_held: int = 2**20,
 ) -> Callable[[dict, Any, evaluate.Data], dict]:
     """Returns measure(params, weight_decay, data) of one run whose leaves are all decayed."""
 
@@ -58,6 +59,7 @@ def measure_by(
             decayed=layers.decay_factors(params, True, True, True, head_bias, "decayed"),
             objective=objective,
             probe=probe,
+            most_held=most_held,
         )
         meaning = evaluate.Meaning(structure, objective, probe=probe)
         return evaluate.metrics(sums, weight_decay, meaning)

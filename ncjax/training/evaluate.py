@@ -24,9 +24,6 @@ from ncjax.training.parallel import Share
 # The most rows in a batch of a measurement: enough for matmuls at full rate, few enough to stay in
 # a core's cache.
 _ROWS = 256
-# The most bytes of features that a device keeps of a split from the first pass to the second, of
-# all runs that it measures at once; those of a larger split are computed again.
-_HELD_BYTES = 2**28
 
 T = TypeVar("T")
 
@@ -158,7 +155,7 @@ def collect(
     objective: Objective = Objective(),  # noqa: B008 (immutable)
     share: Share = Share(),  # noqa: B008
     probe: Probe | None = None,
-    at_once: int = 1,
+    most_held: int = 0,
 ) -> RunSums:
     """Passes twice over both splits; each split uses its own class means.
 
@@ -174,10 +171,9 @@ def collect(
       share: this device's share of the examples, if several devices measure one run. Their sums are
         added up; features stay on their device.
       probe: what is measured of every layer; None: nothing.
-      at_once: the number of runs that this device measures at once, whose features share its
-        memory.
+      most_held: the bytes of a split's features that may be kept from the first pass to the
+        second; those of a larger split are computed again.
     """
-    most_held = _HELD_BYTES // at_once
     with jax.default_matmul_precision("highest"):
         params = variables["params"]
         head = params["head"]["kernel"].T

@@ -18,6 +18,8 @@ T = TypeVar("T")
 Device = Any  # jax.Device, which type checkers take for a variable
 # Of arrays that are worked on together, 1 MiB in float64.
 _CACHED_NUMBERS = 2**17
+# Of features that are kept of a split, in the memory of an accelerator, and in that of a host.
+_HELD_BYTES = {"accelerator": 2**30, "host": 2**29}
 RUN, DATA = "run", "data"
 
 
@@ -209,6 +211,17 @@ def group_sizes(runs_per_device: int, platform: str, convolves: bool) -> tuple[i
     if convolves:
         return 1, 1
     return next((g for g in (2, 3, 4) if runs_per_device % g == 0), runs_per_device), 1
+
+
+def held_bytes(at_once: int, platform: str) -> int:
+    """Returns how many bytes of a split's features each run may keep between the passes of a
+    measurement, if a device measures so many runs at once.
+
+    They share 1 GiB of an accelerator, or with the other devices half as much of a CPU's memory.
+    """
+    if platform == "cpu":
+        return _HELD_BYTES["host"] // (jax.local_device_count() * at_once)
+    return _HELD_BYTES["accelerator"] // at_once
 
 
 def side_by_side(runs_per_device: int, numbers: int, platform: str) -> int:

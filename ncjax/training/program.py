@@ -260,7 +260,7 @@ def sums_of_runs(
             objective=recipe.objective,
             share=share,
             probe=recipe.probe,
-            at_once=group,
+            most_held=parallel.held_bytes(group, platform),
         )
 
     return _in_groups(collect, group, variables, hyper, weight_decay), weight_decay

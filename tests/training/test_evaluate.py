@@ -188,25 +188,31 @@ def oracle_predictions(h, residual, labels, w, fit_gradient, weight_decay):
 
 @functools.cache
 def compiled(head_bias, objective, dtype, rows, held, image):
-    """One compilation for all tests that read the same batch sizes (`rows` and `held` are
-    globals of evaluate).
+    """One compilation for all tests that read the same batch sizes; `rows` is a global of
+    evaluate.
     """
     model = models.MLP(widths=(8, 7), num_classes=3, use_head_bias=head_bias != "none", dtype=dtype)
 
     structure = layers.find(model, image, head_bias, np.dtype(dtype).name)
-    return jax.jit(measure_by(model, structure, head_bias, objective))
+    return jax.jit(measure_by(model, structure, head_bias, objective, most_held=held))
 
 
 def evaluated(
-    params, splits, center, scale, weight_decay, head_bias, objective=SQUARE, dtype=np.float64
+    params,
+    splits,
+    center,
+    scale,
+    weight_decay,
+    head_bias,
+    objective=SQUARE,
+    dtype=np.float64,
+    held=2**20,
 ):
     with jax.enable_x64(True):
         train, test = (evaluate.Split(*map(jnp.asarray, split)) for split in splits.values())
         data = evaluate.Data(train, test, jnp.asarray(center, dtype), jnp.asarray(scale, dtype))
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        measure = compiled(
-            head_bias, objective, dtype, evaluate._ROWS, evaluate._HELD_BYTES, center.shape
-        )
+        measure = compiled(head_bias, objective, dtype, evaluate._ROWS, held, center.shape)
         return {
             name: np.asarray(v)
             for name, v in measure(params, jnp.asarray(weight_decay, dtype), data).items()
@@ -253,9 +259,9 @@ def test_every_metric_equals_numpy_however_the_splits_are_batched(
     rows, held, head_bias, objective, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "_ROWS", rows)
-    monkeypatch.setattr(evaluate, "_HELD_BYTES", held)
     problem = make_problem(head_bias)
-    got, expected = (f(*problem, head_bias, objective) for f in (evaluated, oracle))
+    got = evaluated(*problem, head_bias, objective, held=held)
+    expected = oracle(*problem, head_bias, objective)
     assert_metrics(got, expected, rtol=1e-9, atol=1e-12)
     undefined = {name for name, value in got.items() if np.isnan(value).any()}
     # Lemma 2 is of the square loss; centred targets ask for no sum of the outputs, and this head
