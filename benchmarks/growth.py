@@ -350,7 +350,11 @@ def main() -> None:
             file.write_text(json.dumps(found, indent=2) + "\n")
     result = {name: found[name] for name in (*QUANTITIES, "host") if name in found}
     show_table(result, Console(width=110))
-    if not args.quick:
+    if args.quick:
+        return
+    if not watch.concluded():
+        raise SystemExit(1)
+    if any(name in result for name in QUANTITIES):
         draw(result, REPO / "docs" / "benchmark_growth.png")
 
 

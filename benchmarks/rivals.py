@@ -49,7 +49,7 @@ class TorchLoop:
         if network.convolves:
             self.net.to(memory_format=layout)
             self.inputs = self.inputs.contiguous(memory_format=layout)
-        compiled = mode and torch.compile(self.square_loss, mode=mode)
+        compiled = mode and torch.compile(self.square_loss, mode=mode, dynamic=False)
         self.loss = compiled or self.square_loss
 
     def square_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -96,10 +96,11 @@ class TorchSweep:
 
         def square_loss(parameters, buffers, inputs, targets):
             outputs = torch.func.functional_call(skeleton, (parameters, buffers), (inputs,))
-            return 0.5 * ((outputs - targets) ** 2).sum() / len(inputs)
+            return 0.5 * ((outputs - targets) ** 2).sum() / network.batch
 
         gradients = torch.func.vmap(torch.func.grad(square_loss))
-        self.gradients = torch.compile(gradients) if compile_it else gradients
+        compiled = torch.compile(gradients, dynamic=False) if compile_it else gradients
+        self.gradients = compiled
         self.buffers = buffers
 
     def __call__(self, epochs: int) -> None:

@@ -78,7 +78,7 @@ def collectives(folder, run, data, measures, **fields):
     plan = prepare(make_config(run, data, **fields), folder)
     with contextlib.nullcontext() if measures else unmeasured():
         compiled = sweep.make_program(plan).compiled
-    return sweep.collectives(compiled.passes.as_text() + compiled.metrics.as_text())
+    return sweep.collectives_in(compiled.passes.as_text() + compiled.metrics.as_text())
 
 
 def main(folder: Path) -> dict:

@@ -162,15 +162,17 @@ def _compared(histories: dict[str, xr.Dataset]) -> "dict[str, Callable[[], Figur
         for one in figures.settings(history, thinning.MOST_COMPARED)
     ]
     named = [every[i] for i in thinning.evenly(len(every), thinning.MOST_COMPARED)]
+    count = sum(figures.count_settings(history) for history in histories.values())
+    some = thinning.remark(len(named), count, "settings")
     shown = {
         ", ".join(filter(None, [name, *figures.setting_words(one)])): one for name, one in named
     }
     drawn: dict[str, Callable[[], Figure]] = {
-        "collapse_against_lambda": lambda: figures.collapse_against_lambda(shown),
-        "compare_against_epoch": lambda: figures.compare_against_epoch(shown),
+        "collapse_against_lambda": lambda: figures.collapse_against_lambda(shown, some),
+        "compare_against_epoch": lambda: figures.compare_against_epoch(shown, some),
     }
     if all((one["weight_decay"] > 0).any() for one in shown.values()):
-        drawn["theory_against_lambda"] = lambda: theory_figures.theory_against_lambda(shown)
+        drawn["theory_against_lambda"] = lambda: theory_figures.theory_against_lambda(shown, some)
     if imbalance_figures.can_compare(shown):
         drawn["minority_against_ratio"] = lambda: imbalance_figures.minority_against_ratio(shown)
     return drawn

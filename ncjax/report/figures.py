@@ -55,8 +55,11 @@ def collapse_against_epoch(history: xr.Dataset) -> "Figure":
     return panels.against(curves, PANELS, setting_title(history), remark=remark)
 
 
-def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
-    """Draws NC1 to NC4 and the error during training, each history at its most collapsed run."""
+def compare_against_epoch(histories: dict[str, xr.Dataset], remark: str = "") -> "Figure":
+    """Draws NC1 to NC4 and the error during training, each history at its most collapsed run.
+
+    `remark` is what a caption also says.
+    """
     curves = []
     for colour, (name, history) in zip(
         itertools.cycle(panels.COLOURS), histories.items(), strict=False
@@ -67,12 +70,17 @@ def compare_against_epoch(histories: dict[str, xr.Dataset]) -> "Figure":
             rf"{number(run['weight_decay'].item())}{panels.diverged(run)}"
         )
         curves.append(Curve(label, colour, "-", run))
-    return panels.against(curves, PANELS, r"Every run at its $\lambda$ of least NC3", compared=True)
+    title = r"Every run at its $\lambda$ of least NC3"
+    return panels.against(curves, PANELS, title, compared=True, remark=remark)
 
 
-def collapse_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
-    """Draws NC1 to NC4 and the error at the last epoch, with the predictions of theory."""
-    return panels.against_lambda(histories, PANELS, _PREDICTED)[0]
+def collapse_against_lambda(histories: dict[str, xr.Dataset], remark: str = "") -> "Figure":
+    """Draws NC1 to NC4 and the error at the last epoch, with the predictions of theory.
+
+    `remark` is what a caption also says.
+    """
+    remarks = "\n".join(filter(None, (_PREDICTED, remark)))
+    return panels.against_lambda(histories, PANELS, remarks)[0]
 
 
 def class_mean_cosines(history: xr.Dataset) -> "Figure":

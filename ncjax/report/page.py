@@ -279,7 +279,7 @@ def _differences(sources: list[Source]) -> dict[str, list[str]]:
         if name not in configuration.MACHINE
     }
     return {
-        name: ["" if value is None else printable(_shown(value)) for value in row]
+        name: ["" if value is None else printable(_text(value)) for value in row]
         for name, row in rows.items()
         if any(value != row[0] for value in row)
     }

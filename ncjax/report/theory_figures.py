@@ -112,21 +112,23 @@ _SYMMETRIC = (
 )
 
 
-def theory_against_lambda(histories: dict[str, xr.Dataset]) -> "Figure":
+def theory_against_lambda(histories: dict[str, xr.Dataset], remark: str = "") -> "Figure":
     """Draws measured and predicted values at the last epoch, against weight decay.
 
-    They are epsilon, the head's norm, NC3 and angles, the error of the theorem, and gamma.
+    They are epsilon, the head's norm, NC3 and angles, the error of the theorem, and gamma. `remark`
+    is what a caption also says.
     """
     decayed = {name: _decayed(history) for name, history in histories.items()}
     laws = {name: fitted_law(history) for name, history in decayed.items()}
-    remark = (
+    laws_remark = (
         f"{_SYMMETRIC}\n"
         r"dashed $\epsilon$: homogeneous law, valid at equilibrium and collapse while every mode "
         r"lives; " + "; ".join(dict.fromkeys(law.source for law in laws.values() if law))
         if any(laws.values())
         else _SYMMETRIC
     )
-    figure, all_axes = panels.against_lambda(decayed, _THEORY_PANELS, remark)
+    remarks = "\n".join(filter(None, (laws_remark, remark)))
+    figure, all_axes = panels.against_lambda(decayed, _THEORY_PANELS, remarks)
     low, high = all_axes[0].get_xlim()
     for law, history, colour in zip(
         laws.values(), decayed.values(), itertools.cycle(panels.COLOURS), strict=False

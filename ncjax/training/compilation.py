@@ -37,14 +37,15 @@ def _remove_oldest(folder: Path, most: int) -> None:
     JAX's own bound, jax_compilation_cache_max_size, stops caching for good once a process is killed
     between the two files that it writes of a program, or where programs were kept without it.
     """
-    with contextlib.suppress(OSError):  # no such folder yet, or another process removes them too
-        used = [(file.stat(), file) for file in folder.iterdir()]
+    with contextlib.suppress(OSError):  # no such folder yet
+        # XLA has a folder of its own there on GPUs.
+        used = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
         used.sort(key=lambda one: max(one[0].st_atime, one[0].st_mtime), reverse=True)
         total = 0
         for status, file in used:
             total += status.st_size
             if total > most:
-                file.unlink()
+                file.unlink(missing_ok=True)  # another process may remove it, too
 
 
 class Profile:

@@ -2,8 +2,8 @@
 
 The result is that of `lax.conv_general_dilated`. Under `vmap` over runs the latter becomes a
 grouped convolution, and on a CPU its gradients inside `scan` are one to two orders of magnitude
-slower than a matmul; slices and a batched matmul are not (docs/performance.md). On a TPU the latter
-is better (`models.placed`).
+slower than a matmul; slices and a batched matmul are not (docs/performance.md). `models.placed`
+says which of them a platform takes.
 """
 
 from collections.abc import Sequence

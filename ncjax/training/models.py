@@ -333,8 +333,9 @@ def placed(model: nn.Module, platform: str, batch_axis: str | None) -> nn.Module
     """Returns the same network as it runs on a platform, on batches that are spread over a mesh
     axis.
 
-    A TPU convolves in its matrix units as fast as it multiplies, and moves a small share of the
-    bytes (docs/scaling.md); elsewhere, patches that are sliced first are faster, or no slower.
+    On a CPU sliced patches are faster by far (docs/performance.md). By XLA's count `lax.conv` moves
+    a twentieth of their bytes on a TPU, and a third more on a GPU; neither was timed
+    (docs/scaling.md).
     """
     wanted = {"batch_axis": batch_axis, "slices_patches": platform != "tpu"}
     return model.clone(**{name: value for name, value in wanted.items() if hasattr(model, name)})

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
 from ncjax.errors import InputError, last_line
+from ncjax.training.targets import Device
 
 T = TypeVar("T")
-Device = Any  # jax.Device, which type checkers take for a variable
 # Of arrays that are worked on together, 1 MiB in float64.
 _CACHED_NUMBERS = 2**17
-# Of features that are kept of a split, in the memory of an accelerator, and in that of a host.
-_HELD_BYTES = {"accelerator": 2**30, "host": 2**29}
+# Of features that are kept of both splits, in the memory of an accelerator, and in that of a host.
+_HELD_BYTES = {"accelerator": 2**31, "host": 2**30}
 RUN, DATA = "run", "data"
 
 
@@ -217,11 +217,13 @@ def held_bytes(at_once: int, platform: str) -> int:
     """Returns how many bytes of a split's features each run may keep between the passes of a
     measurement, if a device measures so many runs at once.
 
-    They share 1 GiB of an accelerator, or with the other devices half as much of a CPU's memory.
+    Both splits of all these runs share 2 GiB of an accelerator, or, with the other devices, half as
+    much of a CPU's memory.
     """
+    splits = 2
     if platform == "cpu":
-        return _HELD_BYTES["host"] // (jax.local_device_count() * at_once)
-    return _HELD_BYTES["accelerator"] // at_once
+        return _HELD_BYTES["host"] // (jax.local_device_count() * splits * at_once)
+    return _HELD_BYTES["accelerator"] // (splits * at_once)
 
 
 def side_by_side(runs_per_device: int, numbers: int, platform: str) -> int:

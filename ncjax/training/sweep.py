@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ncjax import config as configuration
 from ncjax import environment
 from ncjax.data.preparation import PreparedDataset
-from ncjax.errors import InputError
+from ncjax.errors import InputError, last_line
 from ncjax.plan import Plan
 from ncjax.training import every_layer, layers, models, parallel, wiring
 from ncjax.training.objective import Objective
@@ -62,8 +62,8 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recip
 
 
 class Collectives(NamedTuple):
-    """What devices exchange, as `collectives` returns it: in a step of training, and in a
-    measurement.
+    """What devices exchange, as `collectives_in` returns it: in a step of training, with what they
+    do once an epoch, and in a measurement.
     """
 
     training: dict[str, list[int]]
@@ -157,7 +157,7 @@ class Program:
         measuring = [line for line in passes if f"/{MEASUREMENT}/" in line]
         measuring += self.compiled.metrics.as_text().splitlines()
         training = [line for line in passes if f"/{MEASUREMENT}/" not in line]
-        return Collectives(*(collectives("\n".join(lines)) for lines in (training, measuring)))
+        return Collectives(*(collectives_in("\n".join(lines)) for lines in (training, measuring)))
 
     @property
     def bytes_of_data(self) -> int:
@@ -201,27 +201,36 @@ def make_program(plan: Plan, target: Target | None = None) -> Program:
     # trained at once.
     if plan.config.sweep.runs_per_program or limit is None:
         return program
-    while (fewer := _fewer(program, _USABLE * limit)) is not None:
+    widths = tuple(plan.config.model.widths)
+    while (fewer := _fewer(program, _USABLE * limit, widths)) is not None:
         if fewer < 1:
             needs, has = program.bytes_per_run + program.bytes_of_data, f"{limit:,} bytes of memory"
             way_out = (
                 f"one run needs {needs:,} bytes of a device that has {has}; smaller layers or "
                 "batches would do"
             )
-            raise InputError("config.model.widths", tuple(plan.config.model.widths), way_out)
+            raise InputError("config.model.widths", widths, way_out)
         program = Program(plan, fewer, target)
     return program
 
 
-def _fewer(program: Program, limit: float) -> int | None:
-    """Returns how many runs at once fit into so many bytes of each device; None if all do."""
+def _fewer(program: Program, limit: float, widths: tuple[int, ...]) -> int | None:
+    """Returns how many runs at once fit into so many bytes of each device; None if all do.
+
+    Raises:
+      InputError: the compiler refuses even one.
+    """
     devices = program.mesh.shape[parallel.RUN]
     try:
         needed = program.bytes_per_device
     except jax.errors.JaxRuntimeError as error:
         # The compiler of TPUs refuses what does not fit, so that there is no account of it.
-        if "RESOURCE_EXHAUSTED" not in str(error) or program.runs_per_device == 1:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if program.runs_per_device == 1:
+            reason = f"one run does not fit a device ({last_line(error)})"
+            way_out = f"{reason}; smaller layers or batches would do"
+            raise InputError("config.model.widths", widths, way_out) from error
         return program.runs_per_device // 2 * devices
     if needed <= limit:
         return None
@@ -256,9 +265,10 @@ def _check_host_memory(program: Program, widths: tuple[int, ...]) -> None:
         raise InputError("config.model.widths", widths, way_out)
 
 
-def collectives(text: str) -> dict[str, list[int]]:
-    """Returns the collectives in the text of a compiled program, as kind -> the bytes that each
-    leaves on a device, in the order of the text.
+def collectives_in(text: str) -> dict[str, list[int]]:
+    """Returns the collectives in the text of a compiled program, as kind -> the bytes of what each
+    is said to return, in the order of the text; of asynchronous ones but all-reduces that names
+    their operands, too.
     """
     found = re.findall(
         r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",

@@ -42,7 +42,7 @@ _TPUS = {
     # A chip of v4 is two cores, which are one device as a megacore.
     "v4": _TpuKind(32 * _GIB, 3, 4096, {"chip_config_name": "megacore"}),
     "v5e": _TpuKind(16 * _GIB, 2, 256, {}),
-    "v5p": _TpuKind(95 * _GIB, 3, 8960, {}),
+    "v5p": _TpuKind(95 * _GIB, 3, 6144, {}),
     "v6e": _TpuKind(32 * _GIB, 2, 256, {}),
 }
 
@@ -50,8 +50,8 @@ _TPUS = {
 class _GpuKind(NamedTuple):
     """A kind of GPU with what XLA's compiler asks of it.
 
-    From NVIDIA's data sheets (memory, bandwidth, clock, cores) and tuning guides of the Ampere and
-    Hopper architectures (shared memory, caches).
+    Memory and bandwidth are those of NVIDIA's data sheets; the rest is what its driver says of such
+    a card, as in XLA's own descriptions (xla/backends/gpu/target_config/specs).
 
     Attributes:
       name: as its driver gives it.
@@ -231,7 +231,7 @@ def find(asked: Asked) -> Target:
         }
     try:
         devices = topologies.get_topology_desc(**call).devices
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         way_out = f"{_compiler(asked.platform)} cannot compile for it ({last_line(error)})"
         raise InputError("--target", asked.text, way_out) from error
     words = (

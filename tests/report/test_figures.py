@@ -20,7 +20,7 @@ from ncjax.config import SWEPT, Grid
 from ncjax.errors import printable
 from ncjax.metrics import closed_forms
 from ncjax.metrics.vocabulary import LAYER_VOCABULARY, VOCABULARY
-from ncjax.report import draw, figures, layer_figures, panels, theory_figures
+from ncjax.report import draw, figures, layer_figures, panels, theory_figures, thinning
 from ncjax.storage import history as histories
 
 LAYERS = ("layer_1", "head")
@@ -800,6 +800,15 @@ def test_compared_histories_are_named():
     )
     assert words(figure)[1:] == ["wide", "narrow"]
     assert "n = 1 to 2 seeds" in words(figure)[0]
+
+
+def test_of_many_compared_histories_some_are_drawn_and_captions_say_so(monkeypatch):
+    monkeypatch.setattr(thinning, "MOST_COMPARED", 2)
+    drawn = draw._compared({name: make_history() for name in ("first", "middle", "last")})
+    for name in ("collapse_against_lambda", "compare_against_epoch", "theory_against_lambda"):
+        said = " ".join(words(drawn[name]()))
+        assert "2 of 3 settings, evenly chosen" in said
+        assert "middle" not in said
 
 
 @pytest.mark.parametrize("content", [None, b"not a history"])

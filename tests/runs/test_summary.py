@@ -137,8 +137,10 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_other
 def test_of_compiled_programs_those_used_the_longest_ago_are_removed(tmp_path, monkeypatch):
     folder = tmp_path / "ncjax" / "jax" / socket.gethostname()
     folder.mkdir(parents=True)
-    for age, name in enumerate(("newest", "middle", "oldest")):
-        (folder / name).write_bytes(bytes(10))
+    (folder / "folder").mkdir()
+    for age, name in enumerate(("newest", "middle", "folder", "oldest")):
+        if name != "folder":
+            (folder / name).write_bytes(bytes(10))
         os.utime(folder / name, (1e9 - age, 1e9 - age))
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -148,7 +150,7 @@ def test_of_compiled_programs_those_used_the_longest_ago_are_removed(tmp_path, m
         compilation.use_cache("user")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert sorted(file.name for file in folder.iterdir()) == ["middle", "newest"]
+    assert sorted(file.name for file in folder.iterdir()) == ["folder", "middle", "newest"]
 
 
 def test_preview_of_a_config_that_does_not_fit_the_devices_is_refused(tmp_path):

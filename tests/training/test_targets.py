@@ -115,7 +115,7 @@ def test_collectives_are_read_from_the_text_with_their_bytes():
       %fusion = f32[7]{0} fusion(%all-reduce.1), kind=kLoop
     """
     expected = {"all-reduce": [2 * 347 * 4, 3 * 8 + 5 * 4], "all-gather": [4 * 2 * 2]}
-    assert sweep.collectives(text) == expected
+    assert sweep.collectives_in(text) == expected
 
 
 def tiny(named):
