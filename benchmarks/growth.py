@@ -319,6 +319,9 @@ def _draw_quantity(axes: Any, name: str, found: dict[str, Any]) -> None:
         offset: Any = {"textcoords": "offset points", "fontsize": 6, "color": color}
         axes.annotate(_rounded(found["exponents"][measure]), place, (4, -2), **offset)
     axes.set(title=name, xlabel=QUANTITIES[name][0], xscale="log", yscale="log")
+    if max(found["values"]) < 10 * min(found["values"]):  # a decade's own labels would overlap
+        axes.set_xticks(found["values"], map(str, found["values"]))
+        axes.minorticks_off()
     axes.margins(x=0.18)
 
 

@@ -276,7 +276,7 @@ def plot(result: dict, path: Path) -> None:
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     names = list(result["pytorch_variants"])
     figure, axes = plt.subplots(
-        1, len(names), figsize=(7, 2.7), sharey=True, squeeze=False, layout="constrained"
+        1, len(names), figsize=(7.4, 3), sharey=True, squeeze=False, layout="constrained"
     )
     ceiling = max(result["matmul_gflop_per_s"].values())
     for name, axis in zip(names, axes[0], strict=True):
@@ -304,7 +304,8 @@ def plot(result: dict, path: Path) -> None:
             axis.errorbar(x, y, np.abs(np.array(spread) - y), label=contender, **style)
         least = result["floor_samples_per_s"][name] * NETWORKS[name].flops / 1e9
         axis.axhline(least, color="0.4", linestyle=":", linewidth=1, label="the machine's floor")
-        axis.set(title=name, xlabel="runs", xscale="log", ylim=(0, 1.08 * ceiling))
+        axis.set(xlabel="runs", xscale="log", ylim=(0, 1.08 * ceiling))
+        axis.set_title(name, size=6.5)
         axis.set_xticks(x, map(str, x), minor=False)
         axis.minorticks_off()
     axes[0, 0].set_ylabel("GFLOP/s")
@@ -315,7 +316,9 @@ def plot(result: dict, path: Path) -> None:
     )
     figure.suptitle(caption, fontsize=7, color="0.3")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2), frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
     plt.close(figure)
