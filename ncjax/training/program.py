@@ -337,7 +337,7 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
             return lax.fori_loop(0, n_epochs, epoch, state)
 
         group, _ = parallel.group_sizes(len(keys), platform, recipe.structure.has_convolutions)
-        states = _in_groups(train_run, group, states, keys, hyper)
+        states = _in_place(train_run, group, states, keys, hyper)
 
         @jax.jit  # both branches below need its trace, which is kept
         @jax.named_scope(MEASUREMENT)
@@ -391,6 +391,28 @@ def _in_groups(f: Callable, group: int, *runs):
     grouped = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), runs)
     outputs = lax.map(lambda side_by_side: jax.vmap(f)(*side_by_side), grouped)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+
+
+def _in_place(f: Callable, group: int, states: RunState, *others) -> RunState:
+    """Does what `_in_groups` does where f returns a state for a state, and puts it in its place.
+
+    Stacked states are then in memory once: results of their own would be as much memory again,
+    which the system has to clear at every call.
+    """
+    runs = len(jax.tree.leaves(states)[0])
+    if group == runs:
+        return _in_groups(f, group, states, *others)
+
+    def advance(i: Array, states: RunState) -> RunState:
+        mine = jax.tree.map(
+            lambda a: lax.dynamic_slice_in_dim(a, i * group, group), (states, *others)
+        )
+        ended = _in_groups(f, group, *mine)
+        return jax.tree.map(
+            lambda a, new: lax.dynamic_update_slice_in_dim(a, new, i * group, 0), states, ended
+        )
+
+    return lax.fori_loop(0, runs // group, advance, states)
 
 
 def host_data(dataset: PreparedDataset, precision: str) -> Data:
