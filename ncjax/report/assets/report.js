@@ -9,6 +9,7 @@
   const VIRIDIS = ["#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b"];
   const ON_DARK = ["#7f6fd0", "#6a8fe0", "#4fa9d8", "#3fbfc4", "#3ccf9f", "#6ddc7a", "#a8e356", "#e0e34a"];
   const DIVERGING = ["#b35806", "#f1a340", "#f7f7f7", "#998ec3", "#542788"];
+  const TITLE_HEIGHT = 24;
   // More curves than this have no bands, no marks, and no common tooltip.
   const MANY = 12;
   // More take seconds to draw, and nobody tells them apart.
@@ -288,7 +289,6 @@
       textStyle: {fontFamily: "inherit", color: ink},
       title: {
         text: heading, left: 0, top: 0, textStyle: {fontSize: 13, fontWeight: 600, color: ink},
-        triggerEvent: true,
       },
       grid: {left: 62, right: 18, top: 34, bottom: 46},
     };
@@ -296,10 +296,12 @@
 
   function put(holder, option, hover) {
     const chart = chartOf(holder);
-    // The browser shows a definition over the title alone: over data stands the tooltip of ECharts.
-    chart.off("mouseover").off("mouseout");
-    chart.on("mouseover", {componentType: "title"}, () => { holder.title = hover; });
-    chart.on("mouseout", {componentType: "title"}, () => holder.removeAttribute("title"));
+    // The browser shows a definition over the title alone: over data stands the tooltip of ECharts,
+    // whose own events of a title do not come in Chromium 156.
+    holder.onmousemove = (event) => {
+      if (event.clientY - holder.getBoundingClientRect().top < TITLE_HEIGHT) holder.title = hover;
+      else holder.removeAttribute("title");
+    };
     Object.assign(option.title.textStyle, {width: holder.clientWidth - 12, overflow: "truncate"});
     chart.setOption(option, true);
   }
