@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import CORES
-from benchmarks.networks import CLASSES, Network
+from benchmarks.networks import Network
 from benchmarks.rivals import seconds
 
 # Passes over an array of the parameters' size in one step of SGD with momentum: forward and
@@ -72,36 +72,22 @@ def bandwidth(size: int, repeats: int = 5) -> float:
     return 1e-9 * moved / min(seconds(everywhere) for _ in range(repeats))
 
 
-def weights(network: Network) -> int:
-    """Returns the number of weights of a network."""
-    places = 9 if network.convolves else 1
-    *sides, width = network.image
-    total = 0
-    for next_width in network.widths:
-        sides = [-(-side // 2) for side in sides]
-        total += places * width * next_width
-        width = next_width
-    return total + width * int(np.prod(sides)) * CLASSES
-
-
-def outputs(network: Network) -> int:
-    """Returns the number of outputs of all layers for one example."""
-    *sides, _ = network.image
-    total = CLASSES
-    for width in network.widths:
-        sides = [-(-side // 2) for side in sides]
-        total += width * int(np.prod(sides))
-    return total
-
-
 def step_bytes(network: Network) -> int:
     """Returns the bytes that one step of one run must move at least."""
-    of_outputs = _PASSES_OF_OUTPUTS * network.batch * outputs(network)
-    return 4 * (_PASSES * weights(network) + of_outputs)
+    weights, outputs = _sizes(network)
+    return 4 * (_PASSES * weights + _PASSES_OF_OUTPUTS * outputs)
+
+
+def _sizes(network: Network) -> tuple[int, int]:
+    """Returns the numbers of weights, and of outputs of all layers for a batch."""
+    layers = list(network.layers())
+    outputs = network.batch * sum(layer.outputs for layer in layers)
+    return sum(layer.weights for layer in layers), outputs
 
 
 def samples_per_second(network: Network, gflops: float) -> float:
     """Returns the most samples/s at a rate of matmuls, if none of the memory's work overlaps."""
-    state = 4 * (3 * weights(network) + network.batch * outputs(network))
+    weights, outputs = _sizes(network)
+    state = 4 * (3 * weights + outputs)
     moving = step_bytes(network) / (1e9 * bandwidth(CORES * state))
     return network.batch / (network.batch * network.flops / (1e9 * gflops) + moving)

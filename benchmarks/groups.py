@@ -88,8 +88,7 @@ def main() -> None:
                 )
                 table.add_row(*map(str, cells))
     Console(width=100).print(table)
-    if not watch.concluded():
-        raise SystemExit(1)
+    watch.conclude()
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def main() -> None:
         numbers = (wall, wall / epoch[0], computed, computed / epoch[1])
         table.add_row(name, *(f"{number:.3g}" for number in numbers))
     Console(width=100).print(table)
-    if not watch.concluded():
-        raise SystemExit(1)
+    watch.conclude()
 
 
 if __name__ == "__main__":

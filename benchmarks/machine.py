@@ -54,7 +54,7 @@ class Watch:
 
     def __init__(self, *, concludes: bool) -> None:
         """Prints the machine; ends the process where it is busy and the benchmark `concludes`."""
-        self.machine = describe()
+        self.machine, self._concludes = describe(), concludes
         versions = ", ".join(f"{name} {v}" for name, v in self.machine["versions"].items())
         print(
             f"{self.machine['cpu']}, {CORES} cores, Python {self.machine['python']}, {versions}; "
@@ -80,6 +80,11 @@ class Watch:
         others = (_used_by_all() - of_all) - (_used_by_us() - of_us)
         share = others / (CORES * (time.perf_counter() - begin))
         return f"other processes take {share:.0%} of {CORES} cores" if share > _IDLE else ""
+
+    def conclude(self) -> None:
+        """Ends the process with exit code 1 if the benchmark concludes and the machine was busy."""
+        if self._concludes and not self.concluded():
+            raise SystemExit(1)
 
     def concluded(self) -> bool:
         """Returns whether the machine stayed idle; says so if not."""

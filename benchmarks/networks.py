@@ -10,6 +10,14 @@ CLASSES = 10
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-3
 
 
+class Layer(NamedTuple):
+    """Counts a layer's weights, its outputs for one example, and where its kernel is applied."""
+
+    weights: int
+    outputs: int
+    positions: int
+
+
 class Network(NamedTuple):
     """Without biases; of images (H, W, channels) a convolutional one.
 
@@ -35,7 +43,7 @@ class Network(NamedTuple):
         """Executed per sample: forward and both gradients, except that the input needs no
         gradient.
         """
-        products = list(self.products())
+        products = [layer.weights * layer.positions for layer in self.layers()]
         return 6 * sum(products) - 2 * products[0]
 
     @property
@@ -48,14 +56,20 @@ class Network(NamedTuple):
         network = models.ConvNet if self.convolves else models.MLP
         return network(self.widths, CLASSES, normalization=normalization)
 
-    def products(self) -> Iterator[int]:
-        """Multiplications of each layer, per example."""
+    @property
+    def features(self) -> int:
+        """Returns p, the dimension of what the head takes."""
+        *_, head = self.layers()
+        return head.weights // CLASSES
+
+    def layers(self) -> Iterator[Layer]:
         *sides, width = self.image
         for next_width in self.widths:
             sides = [-(-side // 2) for side in sides]
-            yield (9 if self.convolves else 1) * width * next_width * math.prod(sides)
+            positions, places = math.prod(sides), 9 if self.convolves else 1
+            yield Layer(places * width * next_width, next_width * positions, positions)
             width = next_width
-        yield width * math.prod(sides) * CLASSES
+        yield Layer(width * math.prod(sides) * CLASSES, CLASSES, 1)
 
 
 NETWORKS = {

@@ -3,7 +3,7 @@
 import copy
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -38,19 +38,14 @@ class TorchLoop:
         self.network, self.threads = network, threads
         layout = getattr(torch, layout)
         self.net = torch_network(network)
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(),
-            LEARNING_RATE,
-            momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            fused=True,
-        )
+        self.optimizer = fused_sgd(self.net.parameters())
         self.inputs, self.targets = torch_data(network)
         if network.convolves:
             self.net.to(memory_format=layout)
             self.inputs = self.inputs.contiguous(memory_format=layout)
-        compiled = mode and torch.compile(self.square_loss, mode=mode, dynamic=False)
-        self.loss = compiled or self.square_loss
+        self.loss = self.square_loss
+        if mode:
+            self.loss = torch.compile(self.square_loss, mode=mode, dynamic=False)
 
     def square_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         squares = torch.nn.functional.mse_loss(self.net(inputs), targets, reduction="sum")
@@ -84,13 +79,7 @@ class TorchSweep:
         self.parameters = {
             name: leaf.detach().requires_grad_() for name, leaf in parameters.items()
         }
-        self.optimizer = torch.optim.SGD(
-            list(self.parameters.values()),
-            LEARNING_RATE,
-            momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            fused=True,
-        )
+        self.optimizer = fused_sgd(self.parameters.values())
         self.inputs, self.targets = torch_data(network)
         skeleton = copy.deepcopy(nets[0]).to("meta")
 
@@ -99,8 +88,7 @@ class TorchSweep:
             return 0.5 * ((outputs - targets) ** 2).sum() / network.batch
 
         gradients = torch.func.vmap(torch.func.grad(square_loss))
-        compiled = torch.compile(gradients, dynamic=False) if compile_it else gradients
-        self.gradients = compiled
+        self.gradients = torch.compile(gradients, dynamic=False) if compile_it else gradients
         self.buffers = buffers
 
     def __call__(self, epochs: int) -> None:
@@ -118,6 +106,11 @@ class TorchSweep:
                 for name, leaf in self.parameters.items():
                     leaf.grad = found[name]
                 self.optimizer.step()
+
+
+def fused_sgd(parameters: Iterable[torch.Tensor]) -> torch.optim.SGD:
+    rates = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+    return torch.optim.SGD(list(parameters), LEARNING_RATE, fused=True, **rates)
 
 
 def torch_data(network: Network) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,10 +131,8 @@ def torch_network(network: Network) -> torch.nn.Sequential:
             else torch.nn.Linear(a, b, bias=False)
         )
         layers += [layer, *[torch.nn.BatchNorm2d(b)] * network.batch_norm, torch.nn.ReLU()]
-    features = list(network.products())[-1] // CLASSES
-    return torch.nn.Sequential(
-        *layers, torch.nn.Flatten(), torch.nn.Linear(features, CLASSES, bias=False)
-    )
+    head = torch.nn.Linear(network.features, CLASSES, bias=False)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), head)
 
 
 def best_variant(network: Network, names: list[str]) -> tuple[str, dict[str, float]]:

@@ -62,8 +62,8 @@ def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recip
 
 
 class Collectives(NamedTuple):
-    """What devices exchange, as `collectives_in` returns it: in a step of training, with what they
-    do once an epoch, and in a measurement.
+    """Holds what devices exchange, as `collectives_in` returns it: in a step of training, with what
+    they do once an epoch, and in a measurement.
     """
 
     training: dict[str, list[int]]
@@ -152,7 +152,7 @@ class Program:
 
     @property
     def collectives(self) -> Collectives:
-        """What the devices exchange."""
+        """Returns what the devices exchange."""
         passes = self.compiled.passes.as_text().splitlines()
         measuring = [line for line in passes if f"/{MEASUREMENT}/" in line]
         measuring += self.compiled.metrics.as_text().splitlines()

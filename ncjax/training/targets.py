@@ -120,8 +120,8 @@ _KNOWN = (
 
 
 class Asked(NamedTuple):
-    """What a text asks for: `platform` is tpu or cuda, `kind` one that is known, and `shape` the
-    sides of a topology or the number of cards.
+    """Holds what a text asks for: `platform` is tpu or cuda, `kind` one that is known, and `shape`
+    the sides of a topology or the number of cards.
     """
 
     text: str
