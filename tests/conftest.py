@@ -75,6 +75,21 @@ def float64():
 
 
 @pytest.fixture
+def uncached():
+    """JAX as it is by default, without a cache of compiled programs."""
+    defaults = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    before = {name: getattr(jax.config, name) for name in defaults}
+    for name, value in defaults.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
 def without_type_checks():
     """Turns off the checks of argument types that only tests have: what users see remains."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -71,14 +71,9 @@ def deviation(found, expected):
     return max(inspect.deviation(found[name].values, expected[name].values) for name in names)
 
 
-def collectives(folder, run, data, measures, **fields):
-    """Those of the compiled programs, of training alone or with what measures: kind -> bytes that
-    each moves.
-    """
-    plan = prepare(make_config(run, data, **fields), folder)
-    with contextlib.nullcontext() if measures else unmeasured():
-        compiled = sweep.make_program(plan).compiled
-    return sweep.collectives_in(compiled.passes.as_text() + compiled.metrics.as_text())
+def collectives(folder, run, data, **fields):
+    """Those of the compiled programs: kind -> bytes that each moves."""
+    return sweep.make_program(prepare(make_config(run, data, **fields), folder)).collectives
 
 
 def main(folder: Path) -> dict:
@@ -87,9 +82,7 @@ def main(folder: Path) -> dict:
     for run, data in MESHES[1:]:
         name = f"{run}x{data}"
         deviations[name] = deviation(recorded(folder / name, run, data), expected)
-        moved[name] = collectives(folder / "plan", run, data, measures=False)
-    moved["4x1, measuring"] = collectives(folder / "plan", 4, 1, measures=True)
-    moved["2x2, measuring"] = collectives(folder / "plan", 2, 2, measures=True)
+        moved[name] = collectives(folder / "plan", run, data)._asdict()
     # Four programs of one run on two devices.
     parts = recorded(folder / "parts", 2, 1, sweep__runs_per_program=1)
     deviations["4 programs"] = deviation(parts, expected)

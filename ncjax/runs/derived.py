@@ -7,7 +7,6 @@ import numpy as np
 from ncjax import config as configuration
 from ncjax.config import Config
 from ncjax.metrics import closed_forms, theory
-from ncjax.training import program
 from ncjax.training.sweep import Sweep
 
 
@@ -19,9 +18,7 @@ def derived_metrics(sweep: Sweep, class_mean_logits: np.ndarray) -> dict[str, np
     """
     columns, recipe, config = sweep.columns, sweep.recipe, sweep.plan.config
     weight_decay = recipe.effective_decay(columns["weight_decay"], columns["momentum"])
-    flow_time = program.flow_time(
-        recipe, columns["learning_rate"], columns["momentum"], np.array([sweep.epoch])
-    )[:, 0]
+    flow_time = sweep.flow_time[:, sweep.epoch]
     hidden, head, bias = (columns[name] for name in configuration.DECAY_FACTORS)
     num_classes, depth = sweep.plan.dataset.num_classes, len(config.model.widths) + 1
     per_class = recipe.train_size // num_classes

@@ -1,6 +1,7 @@
-"""Keeps compiled programs between runs, and traces them."""
+"""Says how programs are compiled, keeps them between runs, and traces them."""
 
 import contextlib
+import functools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ def use_cache(where: str) -> None:
         programs = folder / "jax" / socket.gethostname()
         _remove_oldest(programs, _MOST_CACHED)
         jax.config.update("jax_compilation_cache_dir", str(programs))
+        # By default JAX keeps what took a second to compile. Initial states take less.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _remove_oldest(folder: Path, most: int) -> None:
@@ -46,6 +49,24 @@ def _remove_oldest(folder: Path, most: int) -> None:
             total += status.st_size
             if total > most:
                 file.unlink(missing_ok=True)  # another process may remove it, too
+
+
+@functools.cache
+def quickly(platform: str) -> dict[str, bool]:
+    """Returns the options of XLA's with which a program compiles fast and runs a little slower.
+
+    XLA has had two generators of code for a CPU's fusions, of which a measurement has hundreds.
+    The older one compiles them in two thirds of the time; what it makes can take an eighth longer
+    and add up in another order (docs/performance.md). Later versions of XLA have the newer alone.
+    """
+    if platform != "cpu":
+        return {}
+    older = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=older).lower().compile()
+    except jax.errors.JaxRuntimeError:  # no such option
+        return {}
+    return older
 
 
 class Profile:

@@ -1,7 +1,7 @@
 """Defines the compiled programs that train and measure all runs of a grid at once."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,15 +17,12 @@ from jaxtyping import Array, Float, Int, Key
 from ncjax.config import OPTIMIZERS, Augmentation, Decay, HeadBias, NormDecay, Optimizer, Schedule
 from ncjax.data.preparation import PreparedDataset
 from ncjax.metrics import closed_forms
-from ncjax.training import evaluate, every_layer, layers, models, optim, parallel
+from ncjax.training import compilation, evaluate, every_layer, layers, models, optim, parallel
 from ncjax.training.augment import augment
 from ncjax.training.evaluate import Data, RunSums, Split
 from ncjax.training.objective import Objective
 from ncjax.training.parallel import DATA, RUN, Share
 from ncjax.training.wiring import Wiring
-
-# The scope of a measurement's operations, in the names that a compiled program gives them.
-MEASUREMENT = "measurement"
 
 
 class Hyper(NamedTuple):
@@ -288,11 +285,14 @@ class Advance(NamedTuple):
     loops after tracing them.
 
     Attributes:
-      passes: the program that trains and passes over the examples.
+      train: the program that trains. The others do not depend on its schedule, batches and
+        augmentation, so that sweeps which differ in these alone share them in the compile cache.
+      passes: the program that passes over the examples.
       metrics: the program that computes metrics from what the passes leave. It knows neither data
-        nor optimizer, so that recipes whose sums have the same shapes share it.
+        nor optimizer, so that all recipes whose sums have the same shapes share it.
     """
 
+    train: Any
     passes: Any
     metrics: Any
 
@@ -300,19 +300,33 @@ class Advance(NamedTuple):
         self, states: RunState, keys: Array, hyper: Hyper, data: Data, epochs: int, measured: bool
     ) -> tuple[RunState, dict[str, Array]]:
         with jax.enable_x64(True):
-            states, found = self.passes(states, keys, hyper, data, epochs, measured)
-            return states, self.metrics(*found) if measured else {}
+            states = self.train(states, keys, hyper, data, epochs)
+            if not measured:
+                return states, {}
+            return states, self.metrics(*self.passes(states.variables, hyper, data))
 
-    def compile(self, *arguments: Any) -> "Advance":
-        """Compiles both programs, at the same time, for arguments of these shapes, which may be
-        `jax.ShapeDtypeStruct`s.
+    def trace(self, states: Any, keys: Any, hyper: Any, data: Data) -> Iterator[jax.stages.Traced]:
+        """Traces the programs, one after another, for arguments of these shapes, which may be
+        `jax.ShapeDtypeStruct`s in their places.
         """
-        with jax.enable_x64(True), ThreadPoolExecutor(1) as thread:
-            lowered = self.passes.lower(*arguments)
-            passes = thread.submit(lowered.compile)
-            _, found = lowered.out_info
-            metrics = self.metrics.lower(*found).compile()
-            return Advance(passes.result(), metrics)
+        with jax.enable_x64(True):
+            train = self.train.trace(states, keys, hyper, data, 0)
+        yield train
+        with jax.enable_x64(True):
+            passes = self.passes.trace(states.variables, hyper, data)
+        yield passes
+        with jax.enable_x64(True):
+            metrics = self.metrics.trace(*passes.out_info)
+        yield metrics
+
+    def compile(self, states: Any, keys: Any, hyper: Any, data: Data) -> "Advance":
+        """Compiles the programs, each while the next is traced; arguments are those of `trace`."""
+        with jax.enable_x64(True), ThreadPoolExecutor(len(self)) as threads:
+            compiled = [
+                threads.submit(traced.lower().compile)
+                for traced in self.trace(states, keys, hyper, data)
+            ]
+            return Advance(*(one.result() for one in compiled))
 
 
 def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
@@ -321,15 +335,15 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
     Returns:
       advance(states, keys, hyper, data, n_epochs, measured) -> (states, metrics). `states`, `keys`
       and `hyper` are stacked over runs and sharded over the mesh; `states` is donated. `n_epochs`
-      and `measured` are traced, so chunks of any length share one trace. Metrics are those of
-      `evaluate.metrics`, each with a leading run axis; {} if not measured.
+      is traced, so chunks of any length share one trace. Metrics are those of `evaluate.metrics`,
+      each with a leading run axis; {} if not measured.
     """
     share = Share(mesh.shape[DATA])
     platform = parallel.platform(mesh)
     model = models.placed(recipe.model, platform, DATA if share.devices > 1 else None)
     recipe = recipe._replace(model=model)
 
-    def on_one_device(states, keys, hyper, data, n_epochs, measured):
+    def train(states, keys, hyper, data, n_epochs):
         def train_run(state: RunState, key: Array, hyper: Hyper) -> RunState:
             def epoch(_: Array, state: RunState) -> RunState:
                 return train_epoch(state, key, hyper, data, recipe, share)
@@ -337,44 +351,49 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
             return lax.fori_loop(0, n_epochs, epoch, state)
 
         group, _ = parallel.group_sizes(len(keys), platform, recipe.structure.has_convolutions)
-        states = _in_place(train_run, group, states, keys, hyper)
+        return _in_place(train_run, group, states, keys, hyper)
 
-        @jax.jit  # both branches below need its trace, which is kept
-        @jax.named_scope(MEASUREMENT)
-        def collect(variables: dict):
-            return sums_of_runs(variables, hyper, data, recipe, platform, share)
+    def passes(variables, hyper, data):
+        return sums_of_runs(variables, hyper, data, recipe, platform, share)
 
-        def skip(variables: dict):
-            shapes = jax.eval_shape(collect, variables)
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-        return states, lax.cond(measured, collect, skip, states.variables)
-
-    by_run, everywhere = PartitionSpec(RUN), PartitionSpec()
-    specs = (by_run, by_run, by_run, everywhere, everywhere, everywhere)
-    # Gradients and sums have one explicit all-reduce over `data` each. The replication checker
-    # would add another one to every gradient.
-    sharded = jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False
+    runs, everywhere = PartitionSpec(RUN), PartitionSpec()
+    # All arguments are kept, so that XLA's account of memory has them.
+    options: Any = {"donate_argnums": 0, "keep_unused": True}
+    return Advance(
+        _on_mesh(train, mesh, runs, runs, runs, everywhere, everywhere, **options),
+        _on_mesh(passes, mesh, runs, runs, everywhere, compiler_options=_quickly(mesh)),
+        _make_metrics(recipe.meaning, mesh),
     )
-    placed = tuple(NamedSharding(mesh, spec) for spec in specs)
-    passes = jax.jit(sharded, in_shardings=placed, out_shardings=placed[0], donate_argnums=0)
-    return Advance(passes, _make_metrics(recipe.meaning, mesh))
 
 
 @functools.lru_cache(maxsize=64)
 def _make_metrics(meaning: evaluate.Meaning, mesh: Mesh) -> Any:
     """Returns the jitted program (sums, weight_decay) -> metrics of the runs on a mesh."""
-    platform, by_run = parallel.platform(mesh), PartitionSpec(RUN)
+    platform, runs = parallel.platform(mesh), PartitionSpec(RUN)
 
-    def on_one_device(sums, weight_decay):
+    def metrics(sums, weight_decay):
         return metrics_of_runs(sums, weight_decay, meaning, platform)
 
-    sharded = jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=by_run, out_specs=by_run, check_vma=False
+    return _on_mesh(metrics, mesh, runs, runs, compiler_options=_quickly(mesh))
+
+
+def _on_mesh(f: Callable, mesh: Mesh, *specs: PartitionSpec, **options: Any) -> Any:
+    """Returns the jitted program that does f on each device of a mesh, with arguments divided as
+    `specs` say and results by runs.
+    """
+    by_run = PartitionSpec(RUN)
+    # Gradients and sums have one explicit all-reduce over `data` each. The replication checker
+    # would add another one to every gradient.
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=by_run, check_vma=False)
+    placed = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(
+        sharded, in_shardings=placed, out_shardings=NamedSharding(mesh, by_run), **options
     )
-    placed = NamedSharding(mesh, by_run)
-    return jax.jit(sharded, in_shardings=placed, out_shardings=placed)
+
+
+def _quickly(mesh: Mesh) -> dict[str, bool]:
+    """Returns the options of a program for which its compilation takes longer than its runs."""
+    return compilation.quickly(parallel.platform(mesh))
 
 
 def _in_groups(f: Callable, group: int, *runs):
@@ -438,8 +457,8 @@ def start(
     """
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
-        placed = jax.jit(begin, out_shardings=parallel.by_run(mesh))
-        return placed(seeds, hyper, data)
+        options: Any = {"out_shardings": parallel.by_run(mesh), "compiler_options": _quickly(mesh)}
+        return jax.jit(begin, **options)(seeds, hyper, data)
 
 
 def start_shapes(
@@ -481,21 +500,21 @@ def _schedule_shape(recipe: Recipe, epochs: int) -> np.ndarray:
     float64.
     """
     steps = np.arange(epochs * recipe.steps_per_epoch)
+    total = recipe.epochs * recipe.steps_per_epoch
     with jax.enable_x64(True):
-        total = recipe.epochs * recipe.steps_per_epoch
-        return np.asarray(optim.schedule_shape(recipe.schedule, jnp.asarray(steps), total))
+        shape = jax.jit(lambda steps: optim.schedule_shape(recipe.schedule, steps, total))
+        return np.asarray(shape(steps))
 
 
-def flow_time(
-    recipe: Recipe, learning_rate: np.ndarray, momentum: np.ndarray, epochs: np.ndarray
-) -> np.ndarray:
-    """Returns the flow time t = sum over steps of lr/(1 - momentum) in float64.
+def flow_time(recipe: Recipe, columns: Mapping[str, np.ndarray], epochs: int) -> np.ndarray:
+    """Returns the flow time t = sum over steps of lr/(1 - momentum) at the end of each epoch,
+    (R, epochs + 1), in float64.
 
-    Shapes are (R,) runs and (E,) epochs -> (R, E). It is NaN for Adam, which has no flow time.
+    It is NaN for Adam, which has no flow time.
     """
-    shape = _schedule_shape(recipe, int(max(epochs)))
-    elapsed = np.concatenate([[0.0], np.cumsum(shape)])[np.asarray(epochs) * recipe.steps_per_epoch]
-    pace = np.asarray(learning_rate) / (1 - np.asarray(momentum))
+    shape = _schedule_shape(recipe, epochs)
+    elapsed = np.concatenate([[0.0], np.cumsum(shape)])[:: recipe.steps_per_epoch]
+    pace = columns["learning_rate"] / (1 - columns["momentum"])
     has_clock = OPTIMIZERS[recipe.optimizer].follows_flow
     return (pace if has_clock else np.full_like(pace, np.nan))[:, None] * elapsed
 

@@ -20,10 +20,10 @@ from ncjax.plan import Plan
 from ncjax.training import every_layer, layers, models, parallel, wiring
 from ncjax.training.objective import Objective
 from ncjax.training.program import (
-    MEASUREMENT,
     Advance,
     Recipe,
     RunState,
+    flow_time,
     host_data,
     make_advance,
     nc0_law,
@@ -106,7 +106,7 @@ class Program:
         }
 
     @functools.cached_property
-    def _started(self) -> tuple:
+    def _started(self) -> tuple[Any, Any, Any]:
         """The shapes of a slice's states, keys and hyperparameters."""
         return start_shapes(self.recipe, self.mesh, self.columns_of(self.slices[0]), self._data)
 
@@ -118,9 +118,7 @@ class Program:
     @functools.cached_property
     def compiled(self) -> Advance:
         begin = time.perf_counter()
-        compiled = make_advance(self.recipe, self.mesh).compile(
-            *self._started, self._data, 0, False
-        )
+        compiled = make_advance(self.recipe, self.mesh).compile(*self._started, self._data)
         self.compile_seconds = time.perf_counter() - begin
         return compiled
 
@@ -135,15 +133,18 @@ class Program:
 
     @property
     def bytes_per_device(self) -> int:
-        """The bytes of data, states and temporaries that XLA reports for training and passes."""
-        memory: Any = self.compiled.passes.memory_analysis()
-        shared = memory.alias_size_in_bytes  # donated states are counted as argument and as output
-        return (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - shared
+        """The bytes that XLA reports of data and states, and of what training or a pass over the
+        examples takes beside them, whichever is more.
+        """
+        accounts: list[Any] = [
+            program.memory_analysis() for program in (self.compiled.train, self.compiled.passes)
+        ]
+        beside = max(
+            # Donated states are counted as argument and as output.
+            a.output_size_in_bytes + a.temp_size_in_bytes - a.alias_size_in_bytes
+            for a in accounts
         )
+        return accounts[0].argument_size_in_bytes + beside
 
     @property
     def memory(self) -> int | None:
@@ -153,11 +154,8 @@ class Program:
     @property
     def collectives(self) -> Collectives:
         """Returns what the devices exchange."""
-        passes = self.compiled.passes.as_text().splitlines()
-        measuring = [line for line in passes if f"/{MEASUREMENT}/" in line]
-        measuring += self.compiled.metrics.as_text().splitlines()
-        training = [line for line in passes if f"/{MEASUREMENT}/" not in line]
-        return Collectives(*(collectives_in("\n".join(lines)) for lines in (training, measuring)))
+        train, *measuring = (program.as_text() for program in self.compiled)
+        return Collectives(collectives_in(train), collectives_in("\n".join(measuring)))
 
     @property
     def bytes_of_data(self) -> int:
@@ -358,6 +356,11 @@ class Sweep:
             states, *fixed = start(self.recipe, self.mesh, self.program.columns_of(part), self.data)
             self._states.append(self._set_aside(states))
             self._fixed.append(fixed)
+
+    @functools.cached_property
+    def flow_time(self) -> np.ndarray:
+        """The flow time of every run, by epoch, see `program.flow_time`."""
+        return flow_time(self.recipe, self.columns, self.plan.config.train.epochs)
 
     @functools.cached_property
     def nc0_law(self) -> np.ndarray:

@@ -419,19 +419,14 @@ def test_a_run_is_not_refused_in_a_current_folder_that_cannot_be_written(another
     assert (done.stdout, done.stderr) == ("sound\n", "")
 
 
-def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
+def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch, uncached):
     def homeless(self):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        compilation.use_cache("user")
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    compilation.use_cache("user")
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 # Names --------------------------------------------------------------------------------------------

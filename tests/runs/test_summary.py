@@ -118,23 +118,24 @@ def test_a_profile_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_otherwise(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, uncached
 ):
-    before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        compilation.use_cache("user")
-        assert jax.config.jax_compilation_cache_dir == before
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation.use_cache("off")
-        assert jax.config.jax_compilation_cache_dir is None
-        compilation.use_cache("user")
-        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "ncjax" / "jax"))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    compilation.use_cache("off")
+    assert jax.config.jax_compilation_cache_dir is None
+    compilation.use_cache("user")
+    where = jax.config.jax_compilation_cache_dir
+    assert where.startswith(str(tmp_path / "ncjax" / "jax"))
+    # However fast a program compiles.
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    compilation.use_cache("user")
+    assert jax.config.jax_compilation_cache_dir == where
 
 
-def test_of_compiled_programs_those_used_the_longest_ago_are_removed(tmp_path, monkeypatch):
+def test_of_compiled_programs_those_used_the_longest_ago_are_removed(
+    tmp_path, monkeypatch, uncached
+):
     folder = tmp_path / "ncjax" / "jax" / socket.gethostname()
     folder.mkdir(parents=True)
     (folder / "folder").mkdir()
@@ -142,14 +143,9 @@ def test_of_compiled_programs_those_used_the_longest_ago_are_removed(tmp_path, m
         if name != "folder":
             (folder / name).write_bytes(bytes(10))
         os.utime(folder / name, (1e9 - age, 1e9 - age))
-    before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compilation, "_MOST_CACHED", 20)
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation.use_cache("user")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    compilation.use_cache("user")
     assert sorted(file.name for file in folder.iterdir()) == ["folder", "middle", "newest"]
 
 

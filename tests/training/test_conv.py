@@ -162,7 +162,6 @@ def test_the_program_of_a_platform_convolves_as_is_best_there(platform, convolve
     fields = meshes.NORMALIZED | {"run": 1, "model__widths": (3,)}
     plan = examine(meshes.make_config(**fields), None)
     one = sweep.make_uncompiled(plan)
-    passes = program.make_advance(one.recipe, one.mesh).passes
-    with jax.enable_x64(True):
-        traced = passes.trace(*one._started, one._data, 0, False)
-    assert ("conv_general_dilated" in str(traced.jaxpr)) == convolves
+    train, passes, _ = program.make_advance(one.recipe, one.mesh).trace(*one._started, one._data)
+    for traced in (train, passes):
+        assert ("conv_general_dilated" in str(traced.jaxpr)) == convolves

@@ -164,11 +164,9 @@ def lowered(platforms, config, folder):
     """The whole program of a sweep, for devices that need not be here, and its layers."""
     made = loop.make_program(plan.prepare(config, folder))
     advance = program.make_advance(made.recipe, made.mesh)
+    traced = advance.trace(*made._started, made._data)
     with jax.enable_x64(True):
-        traced = advance.passes.trace(*made._started, made._data, 0, False)
-        _, found = traced.out_info
-        both = (traced, advance.metrics.trace(*found))
-        texts = [one.lower(lowering_platforms=platforms).as_text() for one in both]
+        texts = [one.lower(lowering_platforms=platforms).as_text() for one in traced]
     return "\n".join(texts), made.recipe.structure.layers
 
 

@@ -47,8 +47,7 @@ def test_histories_equal_those_of_one_device(measured, case):
 
 @pytest.mark.slow
 def test_runs_of_their_own_need_no_collective(measured):
-    assert measured["collectives"]["4x1"] == {}
-    assert measured["collectives"]["4x1, measuring"] == {}
+    assert measured["collectives"]["4x1"] == {"training": {}, "measurement": {}}
 
 
 @pytest.mark.slow
@@ -56,7 +55,7 @@ def test_runs_of_their_own_need_no_collective(measured):
 def test_a_spread_batch_needs_one_all_reduce_a_step(measured, mesh):
     """Of the gradients of two runs that train together: 32-8-8-3 and a head bias, in float64."""
     parameters = 32 * 8 + 8 * 8 + 8 * 3 + 3
-    assert measured["collectives"][mesh] == {"all-reduce": [2 * parameters * 8]}
+    assert measured["collectives"][mesh]["training"] == {"all-reduce": [2 * parameters * 8]}
 
 
 @pytest.mark.slow
@@ -64,7 +63,7 @@ def test_measuring_adds_up_sums_and_gathers_nothing(measured):
     """Class sums, a gradient and scatter of one run: fewer numbers than one split's features
     would be.
     """
-    moved = measured["collectives"]["2x2, measuring"]
+    moved = measured["collectives"]["2x2"]["measurement"]
     assert set(moved) == {"all-reduce"}
     assert len(moved["all-reduce"]) <= 4
 
@@ -158,20 +157,18 @@ def test_a_compiler_that_refuses_what_does_not_fit_gets_half_the_runs(
 ):
     """As the one of TPUs does, until the account of a program can be read; `most` on a device."""
 
-    class Compiled:
-        passes = SimpleNamespace(
-            memory_analysis=lambda: SimpleNamespace(
-                argument_size_in_bytes=900,
-                output_size_in_bytes=0,
-                temp_size_in_bytes=0,
-                alias_size_in_bytes=0,
-            )
-        )
+    account = SimpleNamespace(
+        argument_size_in_bytes=900,
+        output_size_in_bytes=0,
+        temp_size_in_bytes=0,
+        alias_size_in_bytes=0,
+    )
+    read = SimpleNamespace(memory_analysis=lambda: account)
 
     def compiled(program):
         if program.runs_per_device > most:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
-        return Compiled
+        return sweep.Advance(read, read, read)
 
     monkeypatch.setattr(sweep.Program, "compiled", property(compiled))
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1000)

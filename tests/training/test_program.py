@@ -12,7 +12,7 @@ import pytest
 
 from ncjax.config import DataConfig
 from ncjax.data import preparation
-from ncjax.training import layers, models, parallel, program
+from ncjax.training import compilation, layers, models, parallel, program
 from ncjax.training.objective import Objective
 from tests.helpers import unmeasured
 
@@ -84,6 +84,47 @@ def test_one_trace_serves_every_chunk_length_and_measurement(monkeypatch):
         states, _ = step(states, keys, hyper, arrays, n, measured)
     assert after_first >= 1
     assert len(traces) == after_first
+
+
+def test_recipes_that_differ_in_training_alone_are_measured_by_the_same_programs():
+    """To the letter, so that the compile cache has them once."""
+    trained, measured = set(), set()
+    for fields in ({}, {"schedule": "constant", "batch_size": 20}):
+        recipe, mesh, arrays, start = setup(**fields)
+        programs = program.make_advance(recipe, mesh).trace(*start, arrays)
+        with jax.enable_x64(True):
+            train, *measuring = [traced.lower().as_text() for traced in programs]
+        trained.add(train)
+        measured.add(tuple(measuring))
+    assert (len(trained), len(measured)) == (2, 1)
+
+
+def test_options_that_compile_fast_are_of_cpus_and_left_out_where_xla_has_them_no_more(
+    monkeypatch,
+):
+    options = compilation.quickly("cpu")
+    assert options == {"xla_cpu_use_fusion_emitters": False}
+    assert compilation.quickly("gpu") == compilation.quickly("tpu") == {}
+    gone = {name + "_no_more": value for name, value in options.items()}
+    jit = jax.jit
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jit(lambda: 0, compiler_options=gone)()
+    monkeypatch.setattr(jax, "jit", lambda f, compiler_options: jit(f, compiler_options=gone))
+    compilation.quickly.cache_clear()
+    assert compilation.quickly("cpu") == {}
+    compilation.quickly.cache_clear()
+
+
+@pytest.mark.slow
+def test_what_compiles_fast_measures_the_same_but_for_rounding(monkeypatch):
+    states, fast = advance(*setup(dtype=np.float64), 1, measured=True)
+    monkeypatch.setattr(compilation, "quickly", lambda platform: {})
+    program._make_metrics.cache_clear()
+    others, measured = advance(*setup(dtype=np.float64), 1, measured=True)
+    assert leaves_equal(states, others)
+    for name, values in measured.items():
+        np.testing.assert_allclose(fast[name], values, rtol=1e-10, atol=1e-13, err_msg=name)
+    program._make_metrics.cache_clear()
 
 
 def test_states_are_donated():
@@ -288,19 +329,17 @@ def _by_hand(
 def test_flow_time_is_the_sum_of_learning_rates():
     recipe, *_ = setup(schedule="step", batch_size=16)
     assert recipe.steps_per_epoch == 3
-    times = program.flow_time(
-        recipe, np.array([0.1, 0.2]), np.array([0.0, 0.5]), np.array([0, 1, 6])
-    )
+    columns = {"learning_rate": np.array([0.1, 0.2]), "momentum": np.array([0.0, 0.5])}
+    times = program.flow_time(recipe, columns, 6)
+    assert times.shape == (2, 7)
     # 18 steps: six at the full rate, six at a tenth, six at a hundredth.
-    np.testing.assert_allclose(times, [[0, 0.3, 0.666], [0, 1.2, 2.664]], rtol=1e-12)
+    np.testing.assert_allclose(times[:, [0, 1, 6]], [[0, 0.3, 0.666], [0, 1.2, 2.664]], rtol=1e-12)
 
 
 def test_adam_has_no_flow_time():
     recipe, *_ = setup(optimizer="adam")
-    times = program.flow_time(
-        recipe, np.array([0.1, 0.2]), np.array([0.9, 0.9]), np.array([0, 1, 6])
-    )
-    np.testing.assert_array_equal(times, np.full((2, 3), np.nan))
+    columns = {"learning_rate": np.array([0.1, 0.2]), "momentum": np.array([0.9, 0.9])}
+    np.testing.assert_array_equal(program.flow_time(recipe, columns, 6), np.full((2, 7), np.nan))
 
 
 @pytest.mark.slow
