@@ -366,7 +366,7 @@ def one_program() -> Iterator[None]:
     from ncjax.training import program as train
     from ncjax.training import sweep
 
-    made, begun, compile_, begin = {}, {}, sweep.Program.compiled, train.start
+    made, begun, compile_, begin = {}, {}, sweep.Program.compiled, sweep.start
 
     def compile_once(program):
         passes = train.sums_of_runs  # tests replace it
@@ -384,7 +384,7 @@ def one_program() -> Iterator[None]:
 
     with (
         mock.patch.object(sweep.Program, "compiled", property(compile_once)),
-        mock.patch.object(train, "start", start_once),
+        mock.patch.object(sweep, "start", start_once),
     ):
         yield
 

@@ -72,7 +72,7 @@ def deviation(found, expected):
 
 
 def collectives(folder, run, data, **fields):
-    """Those of the compiled programs: kind -> bytes that each moves."""
+    """Returns what devices exchange in training and in a measurement, kind -> bytes of each."""
     return sweep.make_program(prepare(make_config(run, data, **fields), folder)).collectives
 
 

@@ -30,8 +30,9 @@ def run(module: str) -> NoReturn:
     standard output could not be written. A reader who leaves early (`| head`) is no error, and
     nobody's work is cut short for either.
     """
-    # What imports and traces make stays. By default its collection takes a tenth of a warm start.
-    gc.set_threshold(50_000, 50)
+    # What imports and traces allocate lives on; looking for garbage in it took a tenth of a warm
+    # start.
+    gc.set_threshold(50_000)
     output = _open_streams()
     stops = signals.Stops()
     try:

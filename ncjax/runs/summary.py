@@ -30,7 +30,7 @@ def headline(plan: Plan, program: Program) -> str:
 
 
 def summary(program: Program) -> str:
-    """Returns one line about a compiled program: its size, memory and FLOPs."""
+    """Returns one line about compiled programs: their size, memory and FLOPs."""
     return (
         f"compiled in {program.compile_seconds:.1f} s: {_programs(program)} on {_mesh(program)}; "
         f"a run has {program.parameters:,} parameters and takes {_bytes(program.bytes_per_run)}; "

@@ -1,1 +1,1 @@
-"""Trains and measures a whole grid in one compiled program."""
+"""Trains and measures a whole grid in compiled programs."""

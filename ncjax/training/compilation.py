@@ -12,6 +12,8 @@ from ncjax.paths import cache_folder
 
 # A sweep's programs take less than 1 MB on a CPU.
 _MOST_CACHED = 2**30
+# JAX keeps what took a second to compile, which the smaller of a sweep's programs do not take.
+_LEAST_SECONDS = 0.1
 
 
 def use_cache(where: str) -> None:
@@ -30,8 +32,7 @@ def use_cache(where: str) -> None:
         programs = folder / "jax" / socket.gethostname()
         _remove_oldest(programs, _MOST_CACHED)
         jax.config.update("jax_compilation_cache_dir", str(programs))
-        # By default JAX keeps what took a second to compile. Initial states take less.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
 
 
 def _remove_oldest(folder: Path, most: int) -> None:
@@ -52,19 +53,21 @@ def _remove_oldest(folder: Path, most: int) -> None:
 
 
 @functools.cache
-def quickly(platform: str) -> dict[str, bool]:
-    """Returns the options of XLA's with which a program compiles fast and runs a little slower.
+def fast_compile_options(platform: str) -> dict[str, bool]:
+    """Returns compiler options with which XLA compiles faster what runs as fast or a little slower.
 
     XLA has had two generators of code for a CPU's fusions, of which a measurement has hundreds.
-    The older one compiles them in two thirds of the time; what it makes can take an eighth longer
-    and add up in another order (docs/performance.md). Later versions of XLA have the newer alone.
+    The older one compiles them in two thirds of the time, and may add up in another order
+    (docs/performance.md). Later versions of XLA have the newer one alone.
     """
     if platform != "cpu":
         return {}
     older = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=older).lower().compile()
-    except jax.errors.JaxRuntimeError:  # no such option
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
         return {}
     return older
 

@@ -53,7 +53,7 @@ class RunState(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Holds what is the same for every run of a program; two different recipes take two programs.
+    """Holds what is the same for every run of a sweep; two different recipes take two sweeps.
 
     Attributes:
       model: the network.
@@ -289,7 +289,7 @@ class Advance(NamedTuple):
         augmentation, so that sweeps which differ in these alone share them in the compile cache.
       passes: the program that passes over the examples.
       metrics: the program that computes metrics from what the passes leave. It knows neither data
-        nor optimizer, so that all recipes whose sums have the same shapes share it.
+        nor optimizer, so that recipes of one `meaning` whose sums have the same shapes share it.
     """
 
     train: Any
@@ -300,7 +300,8 @@ class Advance(NamedTuple):
         self, states: RunState, keys: Array, hyper: Hyper, data: Data, epochs: int, measured: bool
     ) -> tuple[RunState, dict[str, Array]]:
         with jax.enable_x64(True):
-            states = self.train(states, keys, hyper, data, epochs)
+            if epochs:
+                states = self.train(states, keys, hyper, data, epochs)
             if not measured:
                 return states, {}
             return states, self.metrics(*self.passes(states.variables, hyper, data))
@@ -309,6 +310,7 @@ class Advance(NamedTuple):
         """Traces the programs, one after another, for arguments of these shapes, which may be
         `jax.ShapeDtypeStruct`s in their places.
         """
+        # A generator that waits would leave float64 enabled in its caller.
         with jax.enable_x64(True):
             train = self.train.trace(states, keys, hyper, data, 0)
         yield train
@@ -321,6 +323,7 @@ class Advance(NamedTuple):
 
     def compile(self, states: Any, keys: Any, hyper: Any, data: Data) -> "Advance":
         """Compiles the programs, each while the next is traced; arguments are those of `trace`."""
+        # Lowering needs float64, too; compiling, in the threads, does not.
         with jax.enable_x64(True), ThreadPoolExecutor(len(self)) as threads:
             compiled = [
                 threads.submit(traced.lower().compile)
@@ -357,11 +360,13 @@ def make_advance(recipe: Recipe, mesh: Mesh) -> Advance:
         return sums_of_runs(variables, hyper, data, recipe, platform, share)
 
     runs, everywhere = PartitionSpec(RUN), PartitionSpec()
-    # All arguments are kept, so that XLA's account of memory has them.
-    options: Any = {"donate_argnums": 0, "keep_unused": True}
+    arguments = (runs, runs, runs, everywhere, everywhere)
     return Advance(
-        _on_mesh(train, mesh, runs, runs, runs, everywhere, everywhere, **options),
-        _on_mesh(passes, mesh, runs, runs, everywhere, compiler_options=_quickly(mesh)),
+        # Unused arguments are kept, so that XLA's account of memory has all data.
+        _on_mesh(train, mesh, *arguments, donate_argnums=0, keep_unused=True),
+        _on_mesh(
+            passes, mesh, runs, runs, everywhere, compiler_options=_fast_compile_options(mesh)
+        ),
         _make_metrics(recipe.meaning, mesh),
     )
 
@@ -374,7 +379,7 @@ def _make_metrics(meaning: evaluate.Meaning, mesh: Mesh) -> Any:
     def metrics(sums, weight_decay):
         return metrics_of_runs(sums, weight_decay, meaning, platform)
 
-    return _on_mesh(metrics, mesh, runs, runs, compiler_options=_quickly(mesh))
+    return _on_mesh(metrics, mesh, runs, runs, compiler_options=_fast_compile_options(mesh))
 
 
 def _on_mesh(f: Callable, mesh: Mesh, *specs: PartitionSpec, **options: Any) -> Any:
@@ -391,9 +396,9 @@ def _on_mesh(f: Callable, mesh: Mesh, *specs: PartitionSpec, **options: Any) -> 
     )
 
 
-def _quickly(mesh: Mesh) -> dict[str, bool]:
-    """Returns the options of a program for which its compilation takes longer than its runs."""
-    return compilation.quickly(parallel.platform(mesh))
+def _fast_compile_options(mesh: Mesh) -> dict[str, bool]:
+    """Returns the compiler options of what begins runs and measures them; training has none."""
+    return compilation.fast_compile_options(parallel.platform(mesh))
 
 
 def _in_groups(f: Callable, group: int, *runs):
@@ -457,8 +462,12 @@ def start(
     """
     begin, seeds, hyper = _beginning(recipe, mesh, columns, data)
     with jax.enable_x64(True):
-        options: Any = {"out_shardings": parallel.by_run(mesh), "compiler_options": _quickly(mesh)}
-        return jax.jit(begin, **options)(seeds, hyper, data)
+        placed = jax.jit(
+            begin,
+            out_shardings=parallel.by_run(mesh),
+            compiler_options=_fast_compile_options(mesh),
+        )
+        return placed(seeds, hyper, data)
 
 
 def start_shapes(
@@ -495,6 +504,7 @@ def _beginning(
     return begin, seeds, hyper
 
 
+@functools.lru_cache(maxsize=8)
 def _schedule_shape(recipe: Recipe, epochs: int) -> np.ndarray:
     """Returns the learning rate at each step of so many epochs, as a share of its initial value, in
     float64.

@@ -38,7 +38,7 @@ _USABLE = 0.9
 
 
 def make_recipe(config: configuration.Config, dataset: PreparedDataset) -> Recipe:
-    """Returns the static part of the compiled program that a config asks for."""
+    """Returns the static part of the compiled programs that a config asks for."""
     model = models.make(config.model, dataset.num_classes, config.train.precision)
     shape = dataset.center.shape
     structure = layers.find(model, shape, config.model.head_bias, config.train.precision)
@@ -71,7 +71,8 @@ class Collectives(NamedTuple):
 
 
 class Program:
-    """Compiles a plan to one program, which trains the grid in equal slices, one after another.
+    """Compiles a plan to programs that train and measure the grid in equal slices, one after
+    another.
 
     Attributes:
       recipe: what is the same for all runs.
@@ -133,18 +134,19 @@ class Program:
 
     @property
     def bytes_per_device(self) -> int:
-        """The bytes that XLA reports of data and states, and of what training or a pass over the
-        examples takes beside them, whichever is more.
+        """The bytes that XLA reports of data and states, and of what the program that takes the
+        most beside them does.
         """
-        accounts: list[Any] = [
-            program.memory_analysis() for program in (self.compiled.train, self.compiled.passes)
-        ]
-        beside = max(
-            # Donated states are counted as argument and as output.
-            a.output_size_in_bytes + a.temp_size_in_bytes - a.alias_size_in_bytes
-            for a in accounts
+        accounts: list[Any] = [program.memory_analysis() for program in self.compiled]
+        train, _, metrics = accounts
+        # Donated states are counted as argument and as output.
+        train_beside, passes_beside, metrics_beside = (
+            a.output_size_in_bytes + a.temp_size_in_bytes - a.alias_size_in_bytes for a in accounts
         )
-        return accounts[0].argument_size_in_bytes + beside
+        sums = metrics.argument_size_in_bytes
+        return train.argument_size_in_bytes + max(
+            train_beside, passes_beside, sums + metrics_beside
+        )
 
     @property
     def memory(self) -> int | None:

@@ -11,8 +11,8 @@ import pytest
 from ncjax.cli import train
 from ncjax.plan import examine, prepare
 from ncjax.runs import loop, summary
-from ncjax.training import compilation, program, sweep
-from tests.helpers import run, small_config
+from ncjax.training import compilation, sweep
+from tests.helpers import run, small_config, unmeasured
 
 SMALL = (
     "--config.data.name=synthetic",
@@ -24,13 +24,8 @@ SMALL = (
 DRY = (*SMALL, "--dry-run")
 
 
-@pytest.fixture
-def quickly(monkeypatch):
-    """Without what measures: most of a program."""
-    monkeypatch.setattr(program, "measure", lambda *_, **__: {})
-
-
-def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys, quickly):
+@unmeasured()
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsys):
     flags = ["--config.model.widths=8,6", "--config.sweep.seed=0,1,2"]
     workdir = tmp_path / "run"
     assert (
@@ -56,7 +51,8 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path, capsy
     assert "does not say how much it has" in said["memory"]
 
 
-def test_a_dry_run_needs_no_workdir_and_still_refuses_bad_input(capsys, quickly):
+@unmeasured()
+def test_a_dry_run_needs_no_workdir_and_still_refuses_bad_input(capsys):
     assert train.main(["ncjax", *DRY]) == 0
     assert "nothing was trained" in capsys.readouterr().out
     for flag, message in (
@@ -126,8 +122,8 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_jax_was_told_other
     compilation.use_cache("user")
     where = jax.config.jax_compilation_cache_dir
     assert where.startswith(str(tmp_path / "ncjax" / "jax"))
-    # However fast a program compiles.
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    # What compiles in less than a second, too.
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     compilation.use_cache("user")
     assert jax.config.jax_compilation_cache_dir == where

@@ -139,6 +139,9 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
     big = plan(tmp_path, sweep__seed=tuple(range(5)), run=1)
     whole = sweep.make_program(big)
     assert whole.runs == 10
+    account = whole.compiled.train.memory_analysis()
+    states = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole.shapes))
+    assert account.argument_size_in_bytes >= whole.bytes_of_data + states  # of both splits
     limit = int((whole.bytes_of_data + 4.5 * whole.bytes_per_run) / 0.9)
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: limit)
     fitted = sweep.make_program(big)
@@ -151,24 +154,44 @@ def test_as_many_runs_at_once_as_memory_holds(tmp_path, monkeypatch):
         sweep.make_program(big)
 
 
+def read(arguments, outputs, temporaries, aliased):
+    """A compiled program with this account of its memory."""
+    account = SimpleNamespace(
+        argument_size_in_bytes=arguments,
+        output_size_in_bytes=outputs,
+        temp_size_in_bytes=temporaries,
+        alias_size_in_bytes=aliased,
+    )
+    return SimpleNamespace(memory_analysis=lambda: account)
+
+
+@pytest.mark.parametrize(
+    ("train", "passes", "metrics", "beside"),
+    [
+        ((900, 500, 10, 500), (300, 40, 60, 0), (40, 5, 7, 0), 100),
+        ((900, 500, 110, 500), (300, 40, 60, 0), (40, 5, 7, 0), 110),
+        ((900, 500, 10, 500), (300, 40, 60, 0), (40, 5, 80, 0), 125),
+    ],
+)
+def test_a_device_needs_what_its_largest_program_does(
+    tmp_path, monkeypatch, train, passes, metrics, beside
+):
+    """Beside data and states, which training has as arguments and gives back in their place."""
+    compiled = sweep.Advance(read(*train), read(*passes), read(*metrics))
+    monkeypatch.setattr(sweep.Program, "compiled", compiled)
+    assert sweep.make_uncompiled(plan(tmp_path)).bytes_per_device == 900 + beside
+
+
 @pytest.mark.parametrize(("most", "runs"), [(5, 10), (4, 4), (1, 2), (0, None)])
 def test_a_compiler_that_refuses_what_does_not_fit_gets_half_the_runs(
     tmp_path, monkeypatch, most, runs
 ):
     """As the one of TPUs does, until the account of a program can be read; `most` on a device."""
 
-    account = SimpleNamespace(
-        argument_size_in_bytes=900,
-        output_size_in_bytes=0,
-        temp_size_in_bytes=0,
-        alias_size_in_bytes=0,
-    )
-    read = SimpleNamespace(memory_analysis=lambda: account)
-
     def compiled(program):
         if program.runs_per_device > most:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
-        return sweep.Advance(read, read, read)
+        return sweep.Advance(read(900, 0, 0, 0), read(0, 0, 0, 0), read(0, 0, 0, 0))
 
     monkeypatch.setattr(sweep.Program, "compiled", property(compiled))
     monkeypatch.setattr(parallel, "device_memory", lambda mesh: 1000)

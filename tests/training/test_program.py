@@ -72,59 +72,84 @@ def test_chunks_of_any_length_are_bitwise_the_same():
     assert whole.epoch.tolist() == [6] * 4
 
 
-def test_one_trace_serves_every_chunk_length_and_measurement(monkeypatch):
+def test_one_trace_serves_every_chunk_length_and_measurement(monkeypatch, fresh_metrics):
     traces = []
-    original = program.train_epoch
-    monkeypatch.setattr(program, "train_epoch", lambda *args: traces.append(1) or original(*args))
+
+    def count(name):
+        original = getattr(program, name)
+        monkeypatch.setattr(program, name, lambda *args: traces.append(name) or original(*args))
+
+    names = ("train_epoch", "sums_of_runs", "metrics_of_runs")
+    for name in names:
+        count(name)
     recipe, mesh, arrays, (states, keys, hyper) = setup()
     step = program.make_advance(recipe, mesh)
-    states, _ = step(states, keys, hyper, arrays, 1, False)
+    states, _ = step(states, keys, hyper, arrays, 1, True)
     after_first = len(traces)
+    assert set(traces) == set(names)
     for n, measured in ((3, True), (0, True), (2, False)):
         states, _ = step(states, keys, hyper, arrays, n, measured)
-    assert after_first >= 1
     assert len(traces) == after_first
 
 
-def test_recipes_that_differ_in_training_alone_are_measured_by_the_same_programs():
+def texts(recipe, mesh, arrays, start):
+    """The programs as they are lowered: training, passes, metrics."""
+    programs = program.make_advance(recipe, mesh).trace(*start, arrays)
+    with jax.enable_x64(True):
+        return [traced.lower().as_text() for traced in programs]
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "constant"}, {"batch_size": 20}, {"epochs": 12}])
+def test_recipes_that_differ_in_training_alone_are_measured_by_the_same_programs(fields):
     """To the letter, so that the compile cache has them once."""
-    trained, measured = set(), set()
-    for fields in ({}, {"schedule": "constant", "batch_size": 20}):
-        recipe, mesh, arrays, start = setup(**fields)
-        programs = program.make_advance(recipe, mesh).trace(*start, arrays)
-        with jax.enable_x64(True):
-            train, *measuring = [traced.lower().as_text() for traced in programs]
-        trained.add(train)
-        measured.add(tuple(measuring))
-    assert (len(trained), len(measured)) == (2, 1)
+    recipe, *others = setup()
+    train, *measuring = texts(recipe, *others)
+    another, *same = texts(recipe._replace(**fields), *others)
+    assert another != train
+    assert same == measuring
 
 
-def test_options_that_compile_fast_are_of_cpus_and_left_out_where_xla_has_them_no_more(
-    monkeypatch,
+def test_recipes_of_another_effective_decay_share_the_metrics():
+    coupled, decoupled = (texts(*setup(decay=decay)) for decay in ("coupled", "decoupled"))
+    assert [a == b for a, b in zip(coupled, decoupled, strict=True)] == [False, False, True]
+
+
+@pytest.fixture
+def fresh_metrics():
+    """No program of metrics is kept from another test, nor for one."""
+    program._make_metrics.cache_clear()
+    yield
+    program._make_metrics.cache_clear()
+
+
+@pytest.fixture
+def fresh_options():
+    """What XLA was asked for its options is forgotten, before and afterwards."""
+    compilation.fast_compile_options.cache_clear()
+    yield
+    compilation.fast_compile_options.cache_clear()
+
+
+def test_options_that_compile_fast_are_left_out_where_xla_has_them_no_more(
+    monkeypatch, fresh_options
 ):
-    options = compilation.quickly("cpu")
-    assert options == {"xla_cpu_use_fusion_emitters": False}
-    assert compilation.quickly("gpu") == compilation.quickly("tpu") == {}
-    gone = {name + "_no_more": value for name, value in options.items()}
-    jit = jax.jit
+    assert compilation.fast_compile_options("gpu") == compilation.fast_compile_options("tpu") == {}
+    jit, gone = jax.jit, {"xla_cpu_that_is_gone": False}
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jit(lambda: 0, compiler_options=gone)()
     monkeypatch.setattr(jax, "jit", lambda f, compiler_options: jit(f, compiler_options=gone))
-    compilation.quickly.cache_clear()
-    assert compilation.quickly("cpu") == {}
-    compilation.quickly.cache_clear()
+    assert compilation.fast_compile_options("cpu") == {}
 
 
 @pytest.mark.slow
-def test_what_compiles_fast_measures_the_same_but_for_rounding(monkeypatch):
+def test_what_compiles_fast_measures_the_same_but_for_rounding(monkeypatch, fresh_metrics):
     states, fast = advance(*setup(dtype=np.float64), 1, measured=True)
-    monkeypatch.setattr(compilation, "quickly", lambda platform: {})
+    monkeypatch.setattr(compilation, "fast_compile_options", lambda platform: {})
     program._make_metrics.cache_clear()
     others, measured = advance(*setup(dtype=np.float64), 1, measured=True)
     assert leaves_equal(states, others)
     for name, values in measured.items():
         np.testing.assert_allclose(fast[name], values, rtol=1e-10, atol=1e-13, err_msg=name)
-    program._make_metrics.cache_clear()
 
 
 def test_states_are_donated():
