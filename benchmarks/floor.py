@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.machine import CORES
+from benchmarks.machine import CORES, seconds
 from benchmarks.networks import Network
-from benchmarks.rivals import seconds
 
 # Passes over an array of the parameters' size in one step of SGD with momentum: forward and
 # backward read the weights, the gradient is written, the update reads gradient, weights and momenta

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def seconds(call: Callable[..., object], *args: object) -> float:
+    """Returns how long a call takes."""
+    begin = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - begin
 
 
 class Watch:

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import CORES, Watch
+from benchmarks.machine import CORES, Watch, seconds
 
 ROUNDS = 9
 REPO = Path(__file__).resolve().parents[1]
@@ -63,12 +62,6 @@ def peak() -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         thread.join()
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 def in_turns(*functions: Callable[[], Any], rounds: int, single: bool = False) -> list[list[float]]:

@@ -2,14 +2,13 @@
 
 import copy
 import multiprocessing
-import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from benchmarks.machine import CORES
+from benchmarks.machine import CORES, seconds
 from benchmarks.networks import CLASSES, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Network
 from benchmarks.noise import noise
 
@@ -161,12 +160,6 @@ def _fastest(
         least = min(seconds(loop, epochs) for _ in range(3))
         rates[name] = runs * epochs * network.samples_per_epoch / least
     return max(rates, key=rates.__getitem__), rates
-
-
-def seconds(call: Callable[..., object], *args: object) -> float:
-    begin = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - begin
 
 
 def _serve(pipe, network: Network) -> None:

@@ -38,7 +38,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 from benchmarks import floor
-from benchmarks.machine import CORES, Watch
+from benchmarks.machine import CORES, Watch, seconds
 from benchmarks.networks import (
     CLASSES,
     LEARNING_RATE,
@@ -56,7 +56,6 @@ from benchmarks.rivals import (
     TorchSweep,
     best_variant,
     best_vmapped,
-    seconds,
     torch_processes,
 )
 from ncjax.training import evaluate, layers, parallel, program

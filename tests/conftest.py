@@ -90,6 +90,16 @@ def uncached():
 
 
 @pytest.fixture
+def fresh_metrics():
+    """No program of metrics is kept from another test, nor for one."""
+    from ncjax.training import program
+
+    program._make_metrics.cache_clear()
+    yield
+    program._make_metrics.cache_clear()
+
+
+@pytest.fixture
 def without_type_checks():
     """Turns off the checks of argument types that only tests have: what users see remains."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -161,7 +161,7 @@ def test_resnet18_lowers_for_accelerators(tmp_path, tfds_dir):
 
 
 def lowered(platforms, config, folder):
-    """The whole program of a sweep, for devices that need not be here, and its layers."""
+    """The programs of a sweep, for devices that need not be here, and its layers."""
     made = loop.make_program(plan.prepare(config, folder))
     advance = program.make_advance(made.recipe, made.mesh)
     traced = advance.trace(*made._started, made._data)

@@ -115,14 +115,6 @@ def test_recipes_of_another_effective_decay_share_the_metrics():
 
 
 @pytest.fixture
-def fresh_metrics():
-    """No program of metrics is kept from another test, nor for one."""
-    program._make_metrics.cache_clear()
-    yield
-    program._make_metrics.cache_clear()
-
-
-@pytest.fixture
 def fresh_options():
     """What XLA was asked for its options is forgotten, before and afterwards."""
     compilation.fast_compile_options.cache_clear()

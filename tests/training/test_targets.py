@@ -130,7 +130,9 @@ def tiny(named):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("named", SHIPPED)
-def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(named, monkeypatch):
+def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(
+    named, monkeypatch, fresh_metrics
+):
     """LAPACK's eigenvalues, for one, are a custom call that some platforms lack."""
     one = sweep.make_uncompiled(examine(tiny(named), None))
     for platform, names in (("gpu", ("cuda", "rocm")), ("tpu", ("tpu",))):
@@ -142,7 +144,6 @@ def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(named,
                 for name in names:
                     text = traced.lower(lowering_platforms=(name,)).as_text()
                     assert set(re.findall(r"custom_call @(\w+)", text)) <= HARMLESS
-    program._make_metrics.cache_clear()
 
 
 @pytest.mark.slow
