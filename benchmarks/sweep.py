@@ -76,7 +76,7 @@ MARKERS = dict(zip(COLORS, "os^Dv", strict=True))
 
 
 class Program(NamedTuple):
-    advance: Callable
+    advance: program.Advance
     start: Callable[[], tuple]
     data: evaluate.Data
 

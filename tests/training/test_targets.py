@@ -146,23 +146,36 @@ def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(
                     assert set(re.findall(r"custom_call @(\w+)", text)) <= HARMLESS
 
 
+# A run of each config that ships has this many float32 parameters, and batch normalization adds up
+# statistics of its own: two sums of each of four layers forward, two backward.
+GRADIENTS = {
+    "digits": "1 all-reduce of 1.45 MiB",  # of 9 runs of 42,240
+    "mnist": "1 all-reduce of 21.3 MiB",  # of 6 runs of 930,816
+    "fig1_cifar10:batch_norm": "17 all-reduces of 9.18 MiB in all",  # of 6 runs of 399,136
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(
-    ("mesh", "training"),
-    [((4, 1), "in a training step none"), ((2, 2), "in a training step 1 all-reduce of 1.45 MiB;")],
-)
-def test_digits_compile_for_four_chips(mesh, training, tmp_path):
-    """Gradients of a step are those of 9 runs of 42,240 float32 parameters on a chip: 1.45 MiB. A
-    process of its own, because the JAX of the tests has started.
+@pytest.mark.parametrize("mesh", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("named", GRADIENTS)
+def test_what_ships_compiles_for_four_chips(named, mesh, tfds_dir):
+    """All runs fit the chips at once. Runs exchange nothing; where chips share batches, a step adds
+    up the gradients of a chip's runs in one all-reduce. A process of its own compiles, because the
+    JAX of the tests has started.
     """
     run, data = mesh
-    command = [sys.executable, "-m", "ncjax.main", "--config=digits", "--dry-run"]
+    command = [sys.executable, "-m", "ncjax.main", f"--config={named}", "--dry-run"]
     flags = [f"--config.mesh.run={run}", f"--config.mesh.data={data}", "--target=tpu:v5e:2x2"]
-    environment = chaos.environment(chaos.ROOT / ".jax_cache", COLUMNS="1000")
+    environment = chaos.environment(
+        chaos.ROOT / ".jax_cache", COLUMNS="1000", TFDS_DATA_DIR=tfds_dir
+    )
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, cwd=chaos.ROOT, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert training in done.stdout
+    training = "none" if data == 1 else GRADIENTS[named]
+    measurement = "none" if data == 1 else "2 all-reduces of"
+    assert f"in a training step {training}; in a measurement {measurement}" in done.stdout
+    assert "runs at once" in done.stdout
     assert "which has 16 GiB" in done.stdout
