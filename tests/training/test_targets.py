@@ -19,8 +19,16 @@ from tests import chaos
 
 # The custom calls that XLA itself takes out again, whatever the platform.
 HARMLESS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-# One config that ships of every kind of network; the others differ in data and widths.
-SHIPPED = ("digits", "ufm", "fig1_cifar10", "fig1_cifar10:batch_norm")
+# Every config that ships; `smoke` variants differ in sizes alone.
+SHIPPED = (
+    "digits",
+    "mnist",
+    "ufm",
+    "fig1_cifar10",
+    "fig1_cifar10:batch_norm",
+    "fig2_mnist",
+    "fig2_mnist:batch_norm",
+)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +154,10 @@ def test_programs_lower_for_every_accelerator_without_a_call_of_a_library(
                     assert set(re.findall(r"custom_call @(\w+)", text)) <= HARMLESS
 
 
-# A run of each config that ships has this many float32 parameters, and batch normalization adds up
-# statistics of its own: two sums of each of four layers forward, two backward.
+# What four chips exchange in a step where two share each batch: the float32 gradients of a chip's
+# runs, and with batch normalization the statistics of four layers, two forward and two backward.
 GRADIENTS = {
-    "digits": "1 all-reduce of 1.45 MiB",  # of 9 runs of 42,240
+    "digits": "1 all-reduce of 1.45 MiB",  # of 9 runs of 42,240 parameters
     "mnist": "1 all-reduce of 21.3 MiB",  # of 6 runs of 930,816
     "fig1_cifar10:batch_norm": "17 all-reduces of 9.18 MiB in all",  # of 6 runs of 399,136
 }
