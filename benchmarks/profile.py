@@ -10,8 +10,8 @@ that the parts add up to the whole:
     between them  what else these two do: ReLU, loss and, of convolutions, patches
     update        decay, momenta and weights
     the rest      drawing batches, reading examples, copies
-XLA's matmul on a CPU returns before its threads are done, so that time in which a device runs no
-operation is the last matmul's.
+XLA's matmul on a CPU returns before its threads are done. Gaps in which a device is seen to run no
+operation are counted to the last matmul, which may still run, and shown apart.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from benchmarks.sweep import compiled
 from ncjax.training import parallel
 
 PARTS = ("matmuls", "between them", "update", "the rest")
+# Time of matmuls in which no operation was seen.
+IN_GAPS = "of matmuls, in gaps"
 # What contains the operations that are traced as well.
 _CONTAINERS = ("while", "call", "conditional")
 
@@ -50,30 +52,34 @@ class Operation(NamedTuple):
 
 def parts_in(text: str) -> dict[str, str]:
     """Returns the part of each instruction of a compiled program, read from its text."""
+    # The scope of a step is where the loss is differentiated.
+    steps = set(re.findall(r'op_name="([^"]*/)(?:transpose\()?jvp\(', text))
     multiplies, parts = set(), {}
     computation = ""
     for line in text.splitlines():
-        if opened := re.match(r"%?([\w.-]+) \(.*\{$", line):
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             computation = opened[1]
         if not (found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*?\s([\w-]+)\(", line)):
             continue
         name, opcode = found.groups()
-        if opcode == "dot":
-            multiplies.add(computation)
         called = re.search(r"calls=%?([\w.-]+)", line)
         scope = re.search(r'op_name="([^"]*)"', line)
-        is_matmul = opcode == "dot" or (called and called[1] in multiplies)
-        parts[name] = "matmuls" if is_matmul else _part(scope[1] if scope else "")
+        if opcode == "dot" or (called and called[1] in multiplies):
+            multiplies.add(computation)
+            parts[name] = "matmuls"
+        else:
+            parts[name] = _part(scope[1] if scope else "", steps)
     return parts
 
 
-def _part(scope: str) -> str:
+def _part(scope: str, steps: set[str]) -> str:
     """Returns the part of what is no matmul, by the JAX operations it was made of."""
     if "jvp(" in scope:
         return "between them"
-    # The update is the arithmetic of the loop of steps, inside that of epochs, outside the loss.
-    in_step = re.search(r"while/body/while/body/closed_call/(add|sub|mul|neg|select_n)$", scope)
-    return "update" if in_step else "the rest"
+    # The update is the arithmetic of a step outside the loss; a gather reads examples.
+    outer, _, operation = scope.rpartition("/")
+    is_arithmetic = operation in ("add", "sub", "mul", "neg", "select_n")
+    return "update" if is_arithmetic and f"{outer}/" in steps else "the rest"
 
 
 def operations(folder: Path) -> dict[int, list[Operation]]:
@@ -91,17 +97,22 @@ def operations(folder: Path) -> dict[int, list[Operation]]:
     return {device: sorted(each) for device, each in found.items()}
 
 
-def seconds_by_part(by_device: dict[int, list[Operation]], parts: dict[str, str]) -> dict:
-    """Returns the seconds of all devices together that each part took."""
-    taken: dict[str, float] = {part: 0.0 for part in PARTS}
+def seconds_by_part(
+    by_device: dict[int, list[Operation]], parts: dict[str, str]
+) -> dict[str, float]:
+    """Returns the seconds of all devices together that each part took, and of these `in gaps`."""
+    taken: dict[str, float] = {part: 0.0 for part in (*PARTS, IN_GAPS)}
     for of_device in by_device.values():
         has_multiplied = False
-        for one, following in itertools.pairwise(of_device):
+        begins = [one.begin for one in of_device[1:]] + [of_device[-1].end]
+        for one, following in zip(of_device, begins, strict=True):
             part = parts.get(one.name, "the rest")
             has_multiplied |= part == "matmuls"
-            end = min(one.end, following.begin)
+            end = min(one.end, following)
             taken[part] += 1e-9 * (end - one.begin)
-            taken["matmuls" if has_multiplied else "the rest"] += 1e-9 * (following.begin - end)
+            gap = 1e-9 * (following - end)
+            taken["matmuls" if has_multiplied else "the rest"] += gap
+            taken[IN_GAPS] += gap * has_multiplied
     return taken
 
 
@@ -141,34 +152,42 @@ def profile(network: Network, runs: int, repeats: int) -> tuple[list[dict], list
     return traced, [1e3 * devices * each / steps for each in untraced], devices
 
 
-def show(name: str, runs: int, repeats: int, table: Table) -> None:
-    """Adds the rows of a network, medians of its rounds."""
-    network = NETWORKS[name]
-    traced, untraced, devices = profile(network, runs, repeats)
-    rate = max(floor.matmul_rates().values())
-    whole = 1e3 * network.batch / floor.samples_per_second(network, rate)
-    multiplying = 1e-6 * network.batch * network.flops / rate
-    # The floor is of all devices together, and the time that of one.
-    least = {"matmuls": devices * multiplying, "all but matmuls": devices * (whole - multiplying)}
-    rows = [
-        *((part, [each[part] for each in traced]) for part in PARTS),
-        ("all but matmuls", [sum(each.values()) - each["matmuls"] for each in traced]),
-        ("a step", [sum(each.values()) for each in traced]),
-        ("a step, untraced", untraced),
-    ]
-    step = statistics.median(rows[-2][1])
-    least |= dict.fromkeys(("a step", "a step, untraced"), devices * whole)
-    for part, times in rows:
-        took = statistics.median(times)
-        table.add_row(
-            f"{name}, {rate:.0f} GFLOP/s" if part == "matmuls" else "",
-            part,
-            f"{took:.3g} ({min(times):.3g} to {max(times):.3g})",
-            f"{took / step:.0%}",
-            f"{least[part]:.3g}" if part in least else "",
-            f"{took / least[part]:.2f}x" if part in least else "",
-            end_section=part == "a step, untraced",
-        )
+def floors(network: Network, rate: float, devices: int) -> dict[str, float]:
+    """Returns the least milliseconds of a device that some rows can take; `rate` in GFLOP/s.
+
+    Those of matmuls are of their FLOPs alone. The update reads gradient, weights and momenta and
+    writes the latter two.
+    """
+    whole = network.batch / floor.samples_per_second(network, rate)
+    multiplying = 1e-9 * network.batch * network.flops / rate
+    weights = sum(layer.weights for layer in network.layers())
+    update = 5 * 4 * weights / floor.step_bytes(network) * (whole - multiplying)
+    least = {"matmuls": multiplying, "update": update, "a step": whole, "untraced": whole}
+    return {part: 1e3 * devices * each for part, each in least.items()}
+
+
+def rows(traced: list[dict], untraced: list[float]) -> dict[str, list[float]]:
+    """Returns the milliseconds of every round, by row of the table."""
+    by_part = {part: [each[part] for each in traced] for part in (*PARTS, IN_GAPS)}
+    step = [sum(each[part] for part in PARTS) for each in traced]
+    return by_part | {"a step": step, "untraced": untraced}
+
+
+def show(found: dict[str, tuple[dict[str, list[float]], dict[str, float]]], table: Table) -> None:
+    """Adds the rows of every network, medians of its rounds, and their floors."""
+    for name, (by_row, least) in found.items():
+        step = statistics.median(by_row["a step"])
+        for part, times in by_row.items():
+            took = statistics.median(times)
+            table.add_row(
+                name if part == PARTS[0] else "",
+                part,
+                f"{took:.3g} ({min(times):.3g} to {max(times):.3g})",
+                f"{took / step:.0%}",
+                f"{least[part]:.3g}" if part in least else "",
+                f"{took / least[part]:.2f}x" if part in least else "",
+                end_section=part == "untraced",
+            )
 
 
 def main() -> None:
@@ -183,12 +202,23 @@ def main() -> None:
     args = parser.parse_args()
     parallel.use_every_core()
     watch = Watch(concludes=not args.quick)
-    table = Table(title=f"{args.runs} runs; milliseconds of a device for one step of one run")
-    for column in ("network, rate of matmuls", "part", "ms", "share", "floor", "of it"):
-        table.add_column(column)
+    rates, measured = [floor.matmul_rates()], {}
     for name in list(NETWORKS)[: 1 if args.quick else None]:
         print(f"{name} ...", file=sys.stderr)
-        show(name, args.runs, args.repeats, table)
+        measured[name] = profile(NETWORKS[name], args.runs, args.repeats)
+        rates.append(floor.matmul_rates())
+    rate = max(max(each.values()) for each in rates)
+    table = Table(
+        title=f"{args.runs} runs; milliseconds of a device for one step of one run; "
+        f"matmul {rate:.0f} GFLOP/s"
+    )
+    for column in ("network", "part", "ms", "share", "floor", "of it"):
+        table.add_column(column)
+    found = {
+        name: (rows(traced, untraced), floors(NETWORKS[name], rate, devices))
+        for name, (traced, untraced, devices) in measured.items()
+    }
+    show(found, table)
     Console(width=120).print(table)
     watch.conclude()
 
