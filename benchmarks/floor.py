@@ -18,7 +18,7 @@ from benchmarks.networks import Network
 # Passes over an array of the parameters' size in one step of SGD with momentum: forward and
 # backward read the weights, the gradient is written, the update reads gradient, weights and momenta
 # and writes the latter two.
-_PASSES = 8
+_PASSES, _PASSES_OF_UPDATE = 8, 5
 # Passes over an array of a layer's outputs: written, read by the next layer, read again by its
 # gradient, and the gradient itself written and read twice.
 _PASSES_OF_OUTPUTS = 6
@@ -75,6 +75,12 @@ def step_bytes(network: Network) -> int:
     """Returns the bytes that one step of one run must move at least."""
     weights, outputs = _sizes(network)
     return 4 * (_PASSES * weights + _PASSES_OF_OUTPUTS * outputs)
+
+
+def update_share(network: Network) -> float:
+    """Returns the share of `step_bytes` that the update of the weights moves."""
+    weights, _ = _sizes(network)
+    return 4 * _PASSES_OF_UPDATE * weights / step_bytes(network)
 
 
 def _sizes(network: Network) -> tuple[int, int]:

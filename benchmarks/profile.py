@@ -127,7 +127,6 @@ def profile(network: Network, runs: int, repeats: int) -> tuple[list[dict], list
     states, keys, hyper = start()
     advance = advance.compile(states, keys, hyper, data)
     parts = parts_in(advance.train.as_text())
-
     epochs = -(-network.epochs(runs) // 4)
 
     def train() -> None:
@@ -155,13 +154,11 @@ def profile(network: Network, runs: int, repeats: int) -> tuple[list[dict], list
 def floors(network: Network, rate: float, devices: int) -> dict[str, float]:
     """Returns the least milliseconds of a device that some rows can take; `rate` in GFLOP/s.
 
-    Those of matmuls are of their FLOPs alone. The update reads gradient, weights and momenta and
-    writes the latter two.
+    Those of matmuls are of their FLOPs alone.
     """
     whole = network.batch / floor.samples_per_second(network, rate)
     multiplying = 1e-9 * network.batch * network.flops / rate
-    weights = sum(layer.weights for layer in network.layers())
-    update = 5 * 4 * weights / floor.step_bytes(network) * (whole - multiplying)
+    update = floor.update_share(network) * (whole - multiplying)
     least = {"matmuls": multiplying, "update": update, "a step": whole, "untraced": whole}
     return {part: 1e3 * devices * each for part, each in least.items()}
 
